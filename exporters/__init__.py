@@ -1,0 +1,1 @@
+"""Exporters: one file per target, each packs a CompiledModel into an artifact."""

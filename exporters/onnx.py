@@ -1,0 +1,283 @@
+"""ONNX: one graph for prompt and decode, fused for ONNX Runtime, the expert as one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+
+from lime_edge import __version__
+from lime_edge.compiler.compiled import CompiledModel, Group
+from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx_weights import pack_weight
+
+FILE = "model.onnx"
+Progress = Callable[[str, int, int], None]
+
+
+def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[str, Any]:
+    """Write model.onnx and model.onnx.data.
+
+    Args:
+        model: compiled; its integers are only re-packed. directory: exists, empty.
+        progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry: file, opset, and the names the runtime binds.
+    """
+    graph = Graph(directory / f"{FILE}.data")
+    graph.data_path.touch()
+    writer = DecoderWriter(model, graph)
+    writer.write(progress)
+    metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
+    graph.save(directory / FILE, __version__, metadata)
+    return {
+        "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": bool(model.branches),
+        "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
+    }  # fmt: skip
+
+
+class DecoderWriter:
+    """Writes a CompiledModel's decoder into a Graph, layer by layer."""
+
+    def __init__(self, model: CompiledModel, graph: Graph):
+        self.model, self.graph, self.config = model, graph, model.decoder
+        self.experts: dict[int, str] = {}  # site offset -> name of the slice of the expert input
+
+    def write(self, progress: Progress) -> None:
+        """Write everything: inputs, embedding, layers, head."""
+        total = len(self.config.layers)
+        self._declare_inputs()
+        self._split_expert()
+        stream = self._embed()
+        update = ""
+        for index in range(total):
+            progress("write onnx", index, total)
+            stream, update = self._write_layer(index, stream, update)
+        self._write_head(stream, update)
+        progress("write onnx", total, total)
+
+    def _declare_inputs(self) -> None:
+        g, c = self.graph, self.config
+        g.output("logits", TensorProto.FLOAT, ["batch_size", "num_logits", c.vocab])
+        g.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        g.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
+        for index in range(len(c.layers)):
+            for kind in ("key", "value"):
+                shape = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
+                g.input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, shape)
+        cos, sin = c.rope_tables(c.context)
+        g.constant("cos_cache", cos.numpy())
+        g.constant("sin_cache", sin.numpy())
+        axis = g.constant("axis_1", np.array([1], np.int64))
+        one = g.constant("one", np.array([1], np.int64))
+        count = g.node("ReduceSum", ["attention_mask", axis], "/mask/ReduceSum", keepdims=0)
+        count = g.node("Sub", [count, one], "/mask/Sub")
+        g.node("Cast", [count], "/mask/Cast", ["seqlens_k"], to=TensorProto.INT32)
+        shape = g.node("Shape", ["attention_mask"], "/mask/Shape", start=1, end=2)
+        shape = g.node("Squeeze", [shape], "/mask/Squeeze")
+        g.node("Cast", [shape], "/mask/CastTotal", ["total_sequence_length_i32"], to=TensorProto.INT32)
+
+    def _split_expert(self) -> None:
+        """Cut the flat input once: one piece per run of sites that one branch multiplies together."""
+        g, model = self.graph, self.model
+        if not model.branches:
+            return
+        g.input("expert", TensorProto.FLOAT, [model.sites.total])
+        g.initializers.append(onnx.numpy_helper.from_array(np.zeros(model.sites.total, np.float32), "expert"))
+        runs = [
+            run
+            for layer in range(len(self.config.layers))
+            for group in model.groups(layer).values()
+            for run in self._runs(group)
+        ]
+        runs.sort()
+        sizes = g.constant("expert_sizes", np.array([width for _, width in runs], np.int64))
+        self.experts = {offset: f"expert_{offset}" for offset, _ in runs}
+        names = [self.experts[offset] for offset, _ in runs]
+        if len(runs) == 1:
+            g.node("Identity", ["expert"], "/expert/Identity", names)
+        else:
+            g.node("Split", ["expert", sizes], "/expert/Split", names, axis=0)
+
+    def _runs(self, group: Group) -> list[tuple[int, int]]:
+        """(offset, width) of consecutive sites of a group, merged where the group has no gap."""
+        branch = self.model.group_branch(group)
+        if branch is None:
+            return []
+        if all(offset is not None for offset, _ in branch.parts):
+            return [(branch.parts[0][0] or 0, group.width)]
+        return [(offset, width) for offset, width in branch.parts if offset is not None]
+
+    def _embed(self) -> str:
+        g, name = self.graph, "model.embed_tokens.weight"
+        stored = self.model.weights[name]
+        if not isinstance(stored, QuantizedTensor):
+            table = g.constant(name, stored.numpy())
+            return g.node("Gather", [table, "input_ids"], "/model/embed_tokens/Gather")
+        packed = pack_weight(stored)
+        columns = stored.codes.shape[1]
+        bytes_per_row = packed.codes.shape[1] * packed.codes.shape[2]
+        codes = g.constant(f"{name}.codes", packed.codes.reshape(-1, bytes_per_row))
+        if stored.bits == 4:
+            scales = g.constant(f"{name}.scales", packed.scales)
+            return g.node("GatherBlockQuantized", [codes, "input_ids", scales], "/model/embed_tokens/Gather",
+                          domain=MICROSOFT, block_size=packed.block, gather_axis=0, quantize_axis=1, bits=4)  # fmt: skip
+        scales = g.constant(f"{name}.row_scales", stored.scales.numpy())
+        rows = g.node("Gather", [codes, "input_ids"], "/model/embed_tokens/Gather")
+        if bytes_per_row != columns:
+            limits = [g.constant(f"/model/embed_tokens/{k}", np.array([v], np.int64))
+                      for k, v in (("start", 0), ("end", columns), ("axis", 2))]  # fmt: skip
+            rows = g.node("Slice", [rows, *limits], "/model/embed_tokens/Slice")
+        rows = g.node("Cast", [rows], "/model/embed_tokens/Cast", to=TensorProto.FLOAT)
+        zero = g.constant("/model/embed_tokens/zero", np.array(128, np.float32))
+        rows = g.node("Sub", [rows, zero], "/model/embed_tokens/Sub")
+        factor = g.node("Gather", [scales, "input_ids"], "/model/embed_tokens/GatherScale")
+        return g.node("Mul", [rows, factor], "/model/embed_tokens/Mul")
+
+    def _write_layer(self, index: int, stream: str, update: str) -> tuple[str, str]:
+        """One layer. `update` is what the layer before adds to the stream; returns (stream, update)."""
+        g, path, prefix = self.graph, f"/model/layers.{index}", f"model.layers.{index}."
+        groups = self.model.groups(index)
+        x, stream = self._norm(f"{prefix}input_layernorm.weight", f"{path}/input_norm", stream, update)
+        qkv = self._project(groups["qkv"], x, f"{path}/attn/qkv_proj")
+        attended = self._attend(index, qkv, groups["qkv"], f"{path}/attn")
+        update = self._project(groups["o"], attended, f"{path}/attn/o_proj")
+        x, stream = self._norm(f"{prefix}post_attention_layernorm.weight", f"{path}/post_norm", stream, update)
+        gate, up = self._gate_up(groups["gate_up"], x, f"{path}/mlp")
+        gate = self._activate(gate, f"{path}/mlp/act")
+        gated = g.node("Mul", [gate, up], f"{path}/mlp/Mul")
+        return stream, self._project(groups["down"], gated, f"{path}/mlp/down_proj")
+
+    def _norm(self, name: str, path: str, stream: str, update: str) -> tuple[str, str]:
+        """Add the update to the stream and normalise the sum: (normalised, new stream)."""
+        g, eps = self.graph, self.config.norm_eps
+        weight = g.constant(name, self.model.vectors[name].numpy())
+        if not update:
+            out = g.node("SimplifiedLayerNormalization", [stream, weight], f"{path}/Norm", epsilon=eps, axis=-1)
+            return out, stream
+        outputs = [f"{path}/SkipNorm/output", "", "", f"{path}/SkipNorm/sum"]
+        g.node("SkipSimplifiedLayerNormalization", [stream, update, weight], f"{path}/SkipNorm", outputs,
+               domain=MICROSOFT, epsilon=eps)  # fmt: skip
+        return outputs[0], outputs[3]
+
+    def _gate_up(self, group: Group, x: str, path: str) -> tuple[str, str]:
+        g = self.graph
+        if self.model.group_branch(group) is None:
+            first, second = (Group((n,), (w,)) for n, w in zip(group.names, group.widths, strict=True))
+            return self._project(first, x, f"{path}/gate_proj"), self._project(second, x, f"{path}/up_proj")
+        both = self._project(group, x, f"{path}/gate_up_proj")
+        names = [f"{path}/gate", f"{path}/up"]
+        g.node("Split", [both], f"{path}/Split", names, axis=-1, num_outputs=2)
+        return names[0], names[1]
+
+    def _activate(self, x: str, path: str) -> str:
+        if self.config.activation == "silu":
+            return self.graph.node("QuickGelu", [x], path, domain=MICROSOFT, alpha=1.0)
+        approximate = "tanh" if self.config.activation == "gelu_pytorch_tanh" else "none"
+        return self.graph.node("Gelu", [x], path, approximate=approximate)
+
+    def _attend(self, index: int, qkv: str, group: Group, path: str) -> str:
+        g, c, attention = self.graph, self.config, self.config.layers[index]
+        query, key, value = qkv, "", ""
+        if c.qk_norm:
+            sizes = g.constant(f"{path}/sizes", np.array(group.widths, np.int64))
+            query, key, value = (f"{path}/{part}" for part in "qkv")
+            g.node("Split", [qkv, sizes], f"{path}/Split", [query, key, value], axis=-1)
+            query = self._head_norm(f"model.layers.{index}.self_attn.q_norm.weight", query, c.heads, f"{path}/q_norm")
+            key = self._head_norm(f"model.layers.{index}.self_attn.k_norm.weight", key, c.kv_heads, f"{path}/k_norm")
+        past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
+        present = [f"present.{index}.{kind}" for kind in ("key", "value")]
+        for name in present:
+            shape: list[int | str] = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
+            g.output(name, TensorProto.FLOAT, shape)
+        inputs = [query, key, value, *past, "seqlens_k", "total_sequence_length_i32"]
+        if attention.rope:
+            inputs += ["cos_cache", "sin_cache"]
+        return g.node("GroupQueryAttention", inputs, f"{path}/GroupQueryAttention",
+                      [f"{path}/GroupQueryAttention/output", *present], domain=MICROSOFT,
+                      num_heads=c.heads, kv_num_heads=c.kv_heads, do_rotary=int(attention.rope),
+                      rotary_interleaved=0, scale=c.head_dim**-0.5,
+                      local_window_size=-1 if attention.window is None else attention.window)  # fmt: skip
+
+    def _head_norm(self, name: str, x: str, heads: int, path: str) -> str:
+        """RMSNorm over each head's width: (B, S, heads * D) -> the same."""
+        g, c = self.graph, self.config
+        split = g.constant(f"{path}/split", np.array([0, 0, heads, c.head_dim], np.int64))
+        merge = g.constant(f"{path}/merge", np.array([0, 0, heads * c.head_dim], np.int64))
+        x = g.node("Reshape", [x, split], f"{path}/Split")
+        weight = g.constant(name, self.model.vectors[name].numpy())
+        x = g.node("SimplifiedLayerNormalization", [x, weight], f"{path}/Norm", epsilon=c.norm_eps, axis=-1)
+        return g.node("Reshape", [x, merge], f"{path}/Merge")
+
+    def _project(self, group: Group, x: str, path: str) -> str:
+        """y = W'x + b (+ d * (B A x)) for a group of linears on one input."""
+        y = self._matmul([f"{name}.weight" for name in group.names], self.model.group_bias(group), x, path)
+        branch = self.model.group_branch(group)
+        if branch is None:
+            return y
+        g = self.graph
+        a = g.constant(f"{path}.lime_a", branch.a.T.numpy())
+        b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
+        delta = g.node("MatMul", [g.node("MatMul", [x, a], f"{path}/lime/A"), b], f"{path}/lime/B")
+        scaled = g.node("Mul", [delta, self._residual(group, path)], f"{path}/lime/Mul")
+        return g.node("Add", [y, scaled], f"{path}/lime/Add")
+
+    def _residual(self, group: Group, path: str) -> str:
+        """The group's stretch of the expert input, zeros where a member is no site."""
+        g = self.graph
+        runs = self._runs(group)
+        if len(runs) == 1 and runs[0][1] == group.width:
+            return self.experts[runs[0][0]]
+        branch = self.model.group_branch(group)
+        assert branch is not None
+        pieces = [
+            g.constant(f"{path}/lime/zeros_{i}", np.zeros(width, np.float32)) if offset is None
+            else self.experts[offset]
+            for i, (offset, width) in enumerate(branch.parts)
+        ]  # fmt: skip
+        return g.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
+
+    def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str, share: str = "") -> str:
+        """One product for several stacked weights; `share` names codes already in the file."""
+        g, stored = self.graph, [self.model.weights[name] for name in names]
+        bias_name = "" if bias is None else g.constant(f"{path}.bias", bias.numpy())
+        quantized = [tensor for tensor in stored if isinstance(tensor, QuantizedTensor)]
+        if not quantized:
+            plain = torch.cat([tensor for tensor in stored if isinstance(tensor, torch.Tensor)])
+            weight = g.constant(f"{path}.weight", plain.T.numpy())
+            y = g.node("MatMul", [x, weight], f"{path}/MatMul")
+            return g.node("Add", [y, bias_name], f"{path}/Add") if bias_name else y
+        packed = [pack_weight(tensor) for tensor in quantized]
+        shape = (sum(p.codes.shape[0] for p in packed), *packed[0].codes.shape[1:])
+        if share:
+            codes = g.view(f"{path}.codes", share, shape)
+        else:
+            codes = g.constant(f"{path}.codes", np.concatenate([p.codes for p in packed]))
+        scales = g.constant(f"{path}.scales", np.concatenate([p.scales for p in packed]))
+        inputs = [x, codes, scales] + (["", "", bias_name] if bias_name else [])
+        return g.node("MatMulNBits", inputs, f"{path}/MatMulNBits", domain=MICROSOFT, K=quantized[0].codes.shape[1],
+                      N=shape[0], bits=packed[0].bits, block_size=packed[0].block, accuracy_level=4)  # fmt: skip
+
+    def _write_head(self, stream: str, update: str) -> None:
+        """Final norm, the last `logits_to_keep` positions (0: all), logits."""
+        g, model = self.graph, self.model
+        x, _ = self._norm("model.norm.weight", "/model/norm", stream, update)
+        g.input("logits_to_keep", TensorProto.INT64, [1])
+        g.initializers.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "logits_to_keep"))
+        start = g.node("Neg", ["logits_to_keep"], "/head/Neg")
+        end = g.constant("/head/end", np.array([np.iinfo(np.int64).max], np.int64))
+        x = g.node("Slice", [x, start, end, "axis_1"], "/head/Slice")
+        name = model.head_name
+        stored = model.weights[name]
+        tied = name == "model.embed_tokens.weight"
+        if tied and not isinstance(stored, QuantizedTensor):
+            g.node("FusedMatMul", [x, name], "/lm_head/MatMul", domain=MICROSOFT, transB=1)
+        else:
+            self._matmul([name], None, x, "/lm_head", f"{name}.codes" if tied else "")
+        g.nodes[-1].output[0] = "logits"

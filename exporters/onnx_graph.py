@@ -1,0 +1,101 @@
+"""Writing an ONNX file by hand: nodes, initializers, and weights in one external file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+MICROSOFT = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+ALIGNMENT = 4096  # page: ONNX Runtime maps the file
+INLINE_BYTES = 1024  # smaller tensors stay in the graph file
+
+DTYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
+}
+
+
+@dataclass
+class Graph:
+    """A graph under construction; `save` writes model.onnx and model.onnx.data.
+
+    Args:
+        weights: the external file, opened for writing in the directory of the model.
+    """
+
+    data_path: Path
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    _end: int = 0
+
+    def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None,
+             domain: str = "", **attributes: object) -> str:  # fmt: skip
+        """Append a node; its first output is named after it unless `outputs` says otherwise."""
+        outputs = outputs or [f"{name}/output"]
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Add an initializer; large ones go to the external file."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes <= INLINE_BYTES:
+            self.initializers.append(onnx.numpy_helper.from_array(array, name))
+            return name
+        offset = self._append(array)
+        self.initializers.append(_external(name, array.dtype, array.shape, self.data_path.name, offset, array.nbytes))
+        return name
+
+    def view(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """A second initializer over the same bytes of the external file, with another shape."""
+        source = next(t for t in self.initializers if t.name == of)
+        entries = {entry.key: entry.value for entry in source.external_data}
+        dtype = helper.tensor_dtype_to_np_dtype(source.data_type)
+        offset, length = int(entries["offset"]), int(entries["length"])
+        self.initializers.append(_external(name, np.dtype(dtype), shape, self.data_path.name, offset, length))
+        return name
+
+    def input(self, name: str, kind: int, shape: list[int | str]) -> str:
+        """Declare a graph input."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, kind: int, shape: list[int | str]) -> str:
+        """Declare a graph output."""
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def save(self, path: Path, producer: str, metadata: dict[str, str]) -> None:
+        """Write the graph; the external file is complete by then."""
+        graph = helper.make_graph(self.nodes, "lime_edge", self.inputs, self.outputs, self.initializers)
+        model = helper.make_model(
+            graph, ir_version=IR_VERSION, producer_name="lime_edge", producer_version=producer,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+        )  # fmt: skip
+        helper.set_model_props(model, metadata)
+        path.write_bytes(model.SerializeToString())
+
+    def _append(self, array: np.ndarray) -> int:
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        with self.data_path.open("ab") as file:
+            file.write(b"\0" * (offset - self._end))
+            file.write(memoryview(array).cast("B"))
+        self._end = offset + array.nbytes
+        return offset
+
+
+def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], location: str, offset: int,
+              length: int) -> TensorProto:  # fmt: skip
+    tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,33 @@
+"""lime_edge: LiME models on devices: one backbone, many experts, switched without reloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lime_edge.errors import LimeEdgeError
+
+if TYPE_CHECKING:
+    from lime_edge.session import Session
+
+__version__ = "0.1.0"
+__all__ = ["LimeEdgeError", "open"]
+
+
+def open(path: Path | str, target: str | None = None, threads: int | None = None,
+         max_length: int | None = None, verify: bool = False) -> Session:  # fmt: skip
+    """Open a bundle and load its artifact.
+
+    Args:
+        path: the bundle directory. target: "onnx", ...; None takes the bundle's first.
+        threads: of the engine; None for the bundle's default. max_length: tokens the cache holds.
+        verify: compare the sha256 of every file first.
+    Raises:
+        LimeEdgeError: damaged, foreign or newer bundle; missing engine.
+    """
+    from lime_edge.bundle import Bundle
+    from lime_edge.session import SessionOptions
+    from lime_edge.targets import open_session
+
+    options = SessionOptions(threads=threads, max_length=max_length)
+    return open_session(Bundle.open(path, verify), target, options)

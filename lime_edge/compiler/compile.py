@@ -1,0 +1,123 @@
+"""Checkpoint in, compiled model out: round the experts, fold, quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lime_edge.compiler.checkpoint import Checkpoint
+from lime_edge.compiler.compiled import Branch, CompiledModel
+from lime_edge.compiler.fold import fold_linear
+from lime_edge.compiler.quantize import INT4_GROUP, QuantizedTensor, quantize
+from lime_edge.errors import LimeEdgeError
+
+QUANTS = {"none": 0, "int8": 8, "int4": 4}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How to compile.
+
+    quant: "int4", "int8" or "none". group: elements per int4 scale along the input axis.
+    fold: "shared", "none" or an expert's name. single: emit that fold without branches.
+    """
+
+    quant: str = "int4"
+    group: int = INT4_GROUP
+    fold: str = "shared"
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quant not in QUANTS:
+            raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}")
+        if self.group < 16 or self.group & (self.group - 1):
+            raise LimeEdgeError(f"--group-size: expected a power of two from 16, found {self.group}")
+        if self.single and self.fold in ("shared", "none"):
+            raise LimeEdgeError("--single needs --fold NAME: one expert is folded and no other can be used")
+
+
+def compile_checkpoint(
+    checkpoint: Checkpoint, options: CompileOptions, progress: Progress = lambda *_: None
+) -> CompiledModel:
+    """Compile for every target at once.
+
+    Args:
+        progress: called with (step, done, total).
+    Raises:
+        LimeEdgeError: unknown expert in --fold, a variant that cannot be folded.
+    """
+    adapter, backbone = checkpoint.adapter, checkpoint.backbone
+    if adapter.variant not in ("lora", "lora_fa"):
+        raise LimeEdgeError(f"{adapter.path}: variant {adapter.variant!r} cannot be exported yet")
+    experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
+    reference = reference_vector(options.fold, experts)
+    weights, vectors, branches = _fold(checkpoint, reference, progress)
+    quantized: dict[str, QuantizedTensor | torch.Tensor] = dict(weights)
+    if bits := QUANTS[options.quant]:
+        for index, (name, weight) in enumerate(weights.items()):
+            progress("quantize", index, len(weights))
+            quantized[name] = quantize(weight, bits, options.group)
+        progress("quantize", len(weights), len(weights))
+    single = options.fold if options.single else None
+    return CompiledModel(
+        decoder=backbone.decoder, weights=quantized, vectors=vectors,
+        branches={} if single else branches, sites=checkpoint.sites, reference=reference,
+        experts={single: experts[single]} if single else experts,
+        fingerprint=checkpoint.fingerprint, fold=options.fold, single=single,
+        quant=options.quant, group=options.group,
+    )  # fmt: skip
+
+
+def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Full vectors p (gamma * p_shared included), flat in site order, rounded to what is stored.
+
+    Returns:
+        name -> (sum_H,) of `dtype`.
+    Raises:
+        LimeEdgeError: a value beyond float16's range.
+    """
+    adapter = checkpoint.adapter
+    per_site = [adapter.sites[site.name].vectors() for site in checkpoint.sites]
+    flat = torch.cat(per_site, dim=1).to(dtype)
+    if not torch.isfinite(flat).all():
+        raise LimeEdgeError(f"{adapter.path}: an expert holds values beyond float16's range (65504)",
+                            "export with --quant none, which stores experts in float32")  # fmt: skip
+    return {name: flat[index].clone() for index, name in enumerate(adapter.expert_names)}
+
+
+def reference_vector(fold: str, experts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """p_ref (sum_H,) float32: the mean of the stored experts, zeros, or one of them."""
+    stacked = torch.stack([vector.float() for vector in experts.values()])
+    if fold == "shared":
+        return stacked.double().mean(0).float()
+    if fold == "none":
+        return torch.zeros(stacked.shape[1])
+    if fold not in experts:
+        hint = f"experts of this adapter: {', '.join(experts)}"
+        raise LimeEdgeError(f"--fold: expected shared, none or an expert's name, found {fold!r}", hint)
+    return experts[fold].float()
+
+
+def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -> tuple[
+    dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Branch]
+]:  # fmt: skip
+    adapter = checkpoint.adapter
+    weights: dict[str, torch.Tensor] = {}
+    vectors: dict[str, torch.Tensor] = {}
+    for name, tensor in checkpoint.backbone.tensors.items():
+        (weights if tensor.ndim == 2 else vectors)[name] = tensor
+    branches: dict[str, Branch] = {}
+    for index, site in enumerate(checkpoint.sites):
+        progress("fold", index, len(checkpoint.sites))
+        part, key = adapter.sites[site.name], f"{site.name}.weight"
+        p_ref = reference[site.offset : site.offset + site.width]
+        tensors = {"weight": weights[key], "A": part.a, "B": part.b}
+        folded = fold_linear(adapter.variant, tensors, p_ref, adapter.scale)
+        assert folded.branch_a is not None and folded.branch_b is not None
+        weights[key] = folded.weight
+        branches[site.name] = Branch(folded.branch_a, folded.branch_b)
+    progress("fold", len(checkpoint.sites), len(checkpoint.sites))
+    return weights, vectors, branches

@@ -1,0 +1,135 @@
+"""The compiled model: folded and quantized weights, residual branches, experts. Plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from lime_edge.compiler.architecture import Decoder
+from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.sites import SiteTable
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The residual branch of one site: y += d * (B A x). a (r, D), b (H, r), float32, scale inside b."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that share one input and are computed as one product (q, k, v; gate, up).
+
+    names: module names in output order; widths: their output widths.
+    """
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Output width of the whole group."""
+        return sum(self.widths)
+
+
+@dataclass(frozen=True)
+class GroupBranch:
+    """One branch for a whole group: a (R, D) stacked, b (N, R) block-diagonal with zero rows between.
+
+    parts: per member either (site offset, width) in the flat expert vector, or (None, width) where
+    the member is no site.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    parts: tuple[tuple[int | None, int], ...]
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """What every exporter packs; `lime_edge.compiler.decoder.DecoderModule` runs it (the oracle).
+
+    weights: matrices by tensor name, QuantizedTensor or float32; vectors: norms and biases, float32;
+    branches: by site name, empty for a single-expert model; reference: p_ref (sum_H,) float32;
+    experts: stored full vectors (sum_H,), already rounded to their storage dtype.
+    """
+
+    decoder: Decoder
+    weights: dict[str, QuantizedTensor | torch.Tensor] = field(repr=False)
+    vectors: dict[str, torch.Tensor] = field(repr=False)
+    branches: dict[str, Branch] = field(repr=False)
+    sites: SiteTable = field(repr=False)
+    reference: torch.Tensor = field(repr=False)
+    experts: dict[str, torch.Tensor] = field(repr=False)
+    fingerprint: str
+    fold: str
+    single: str | None
+    quant: str
+    group: int
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A matrix as float32, dequantized where it is quantized."""
+        stored = self.weights[name]
+        return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that makes logits: the embedding table when tied and not quantized apart."""
+        return "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
+
+    def groups(self, layer: int) -> dict[str, Group]:
+        """The four groups of a layer: qkv, o, gate_up, down."""
+        names = self.decoder.linears(layer)
+        by_kind = {name.rsplit(".", 1)[-1]: (name, shape[0]) for name, shape in names.items()}
+        members = {
+            "qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",),
+            "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",),
+        }  # fmt: skip
+        return {
+            key: Group(tuple(by_kind[k][0] for k in kinds), tuple(by_kind[k][1] for k in kinds))
+            for key, kinds in members.items()
+        }
+
+    def group_branch(self, group: Group) -> GroupBranch | None:
+        """The branches of a group's sites as one, or None when no member is a branching site."""
+        members = [self.branches.get(name) for name in group.names]
+        present = [branch for branch in members if branch is not None]
+        if not present:
+            return None
+        rank = sum(branch.a.shape[0] for branch in present)
+        b = torch.zeros(group.width, rank)
+        row = column = 0
+        parts: list[tuple[int | None, int]] = []
+        for name, width, branch in zip(group.names, group.widths, members, strict=True):
+            site = self.sites.find(name)
+            parts.append((site.offset if branch is not None and site else None, width))
+            if branch is not None:
+                b[row : row + width, column : column + branch.b.shape[1]] = branch.b
+                column += branch.b.shape[1]
+            row += width
+        return GroupBranch(torch.cat([branch.a for branch in present]), b, tuple(parts))
+
+    def group_bias(self, group: Group) -> torch.Tensor | None:
+        """Biases of a group concatenated (zeros for members without), or None."""
+        biases = [self.vectors.get(f"{name}.bias") for name in group.names]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat([
+            torch.zeros(width) if bias is None else bias
+            for bias, width in zip(biases, group.widths, strict=True)
+        ])  # fmt: skip
+
+    def weight_hash(self) -> str:
+        """sha256 over the canonical integers (or floats) and scales: equal across targets."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            stored = self.weights[name]
+            parts = (stored.codes, stored.scales) if isinstance(stored, QuantizedTensor) else (stored,)
+            digest.update(name.encode())
+            for part in parts:
+                digest.update(memoryview(part.contiguous().numpy()).cast("B"))
+        return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Our own decoder in PyTorch: runs a CompiledModel and is the oracle of every exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lime_edge.compiler.architecture import Decoder
+from lime_edge.compiler.compiled import CompiledModel, Group
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class Cache:
+    """Keys and values per layer, each (B, kv_heads, T, head_dim); empty at the start."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new keys and values of one layer; return all of that layer."""
+        if layer == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
+        else:
+            self.keys[layer] = torch.cat([self.keys[layer], key], dim=2)
+            self.values[layer] = torch.cat([self.values[layer], value], dim=2)
+        return self.keys[layer], self.values[layer]
+
+
+class Projection(nn.Module):
+    """A group of linears on one input, with the residual branch: y = W'x + b + d * (B A x)."""
+
+    def __init__(self, model: CompiledModel, group: Group):
+        super().__init__()
+        weight = torch.cat([model.weight(f"{name}.weight") for name in group.names])
+        self.weight = nn.Buffer(weight)
+        bias = model.group_bias(group)
+        self.bias = None if bias is None else nn.Buffer(bias)
+        branch = model.group_branch(group)
+        self.parts = branch.parts if branch else ()
+        self.a = nn.Buffer(branch.a) if branch else None
+        self.b = nn.Buffer(branch.b) if branch else None
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        """x: (B, S, D); expert: flat residual (sum_H,). Returns (B, S, N)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.a is None or self.b is None:
+            return y
+        return y + self._residual(expert) * F.linear(F.linear(x, self.a), self.b)
+
+    def _residual(self, expert: Tensor) -> Tensor:
+        pieces = [
+            expert.new_zeros(width) if offset is None else expert[offset : offset + width]
+            for offset, width in self.parts
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class Norm(nn.Module):
+    """RMSNorm: x / rms(x) * weight. Source: arXiv 1910.07467 eq. 4."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Buffer(weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate half against half (not interleaved). x: (B, N, S, D); cos, sin: (S, D/2).
+
+    Source: RoFormer (arXiv 2104.09864) eq. 34, in the half-split layout of Llama checkpoints.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention with an explicit cache, then a gated MLP."""
+
+    def __init__(self, model: CompiledModel, index: int):
+        super().__init__()
+        self.index, self.config = index, model.decoder
+        self.attention = model.decoder.layers[index]
+        groups, prefix = model.groups(index), f"model.layers.{index}."
+        eps = self.config.norm_eps
+        self.qkv, self.o = Projection(model, groups["qkv"]), Projection(model, groups["o"])
+        self.gate_up, self.down = Projection(model, groups["gate_up"]), Projection(model, groups["down"])
+        self.input_norm = Norm(model.vectors[f"{prefix}input_layernorm.weight"], eps)
+        self.post_norm = Norm(model.vectors[f"{prefix}post_attention_layernorm.weight"], eps)
+        self.q_norm = self.k_norm = None
+        if self.config.qk_norm:
+            self.q_norm = Norm(model.vectors[f"{prefix}self_attn.q_norm.weight"], eps)
+            self.k_norm = Norm(model.vectors[f"{prefix}self_attn.k_norm.weight"], eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, expert: Tensor) -> Tensor:
+        """x: (B, S, hidden) -> the same shape."""
+        x = x + self.o(self.attend(self.qkv(self.input_norm(x), expert), cos, sin, cache), expert)
+        gate, up = self.gate_up(self.post_norm(x), expert).chunk(2, dim=-1)
+        return x + self.down(ACTIVATIONS[self.config.activation](gate) * up, expert)
+
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
+        """Causal grouped-query attention over the cache. qkv: (B, S, N) -> (B, S, heads * head_dim)."""
+        c = self.config
+        batch, length = qkv.shape[:2]
+        split = qkv.view(batch, length, -1, c.head_dim).transpose(1, 2)
+        query, key, value = split.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.attention.rope:
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        past = cache.keys[self.index].shape[2] if self.index < len(cache.keys) else 0
+        key, value = cache.append(self.index, key, value)
+        mask = causal_mask(length, past, self.attention.window, qkv.device)
+        repeats = c.heads // c.kv_heads
+        out = F.scaled_dot_product_attention(
+            query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), attn_mask=mask
+        )
+        return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+def causal_mask(length: int, past: int, window: int | None, device: torch.device) -> Tensor:
+    """(S, T) True where query i may see key j: j <= i, and i - j < window where there is one."""
+    query = torch.arange(past, past + length, device=device)[:, None]
+    key = torch.arange(past + length, device=device)[None, :]
+    seen = key <= query
+    return seen if window is None else seen & (query - key < window)
+
+
+class DecoderModule(nn.Module):
+    """A CompiledModel that runs.
+
+    Args:
+        model: the compiled model; quantized weights are dequantized here.
+    """
+
+    def __init__(self, model: CompiledModel):
+        super().__init__()
+        self.config: Decoder = model.decoder
+        self.embedding = nn.Buffer(model.weight("model.embed_tokens.weight"))
+        self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
+        self.norm = Norm(model.vectors["model.norm.weight"], self.config.norm_eps)
+        tied = model.head_name == "model.embed_tokens.weight"
+        self.head = self.embedding if tied else nn.Buffer(model.weight(model.head_name))
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, expert: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits for every position.
+
+        Args:
+            input_ids: (B, S) int64. expert: flat residual d = p - p_ref (sum_H,), same dtype as the
+                module. cache: filled and extended in place; None for a call of its own.
+        Returns:
+            (B, S, vocab).
+        """
+        cache = Cache() if cache is None else cache
+        past, length = cache.length, input_ids.shape[1]
+        cos, sin = (t[past:].to(self.embedding) for t in self.config.rope_tables(past + length))
+        x = self.embedding[input_ids]
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, expert)
+        return F.linear(self.norm(x), self.head)
+
+    @torch.no_grad()
+    def greedy(self, input_ids: Tensor, expert: Tensor, count: int, eos: tuple[int, ...] = ()) -> list[int]:
+        """Greedy tokens with the cache: the prompt in one call, then one token a call."""
+        cache = Cache()
+        logits = self(input_ids, expert, cache)
+        tokens: list[int] = []
+        for _ in range(count):
+            token = int(logits[0, -1].argmax())
+            if token in eos:
+                break
+            tokens.append(token)
+            logits = self(torch.tensor([[token]]), expert, cache)
+        return tokens

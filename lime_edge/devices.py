@@ -1,0 +1,48 @@
+"""Devices: the defaults that `--device` chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lime_edge.errors import LimeEdgeError
+
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Defaults for one kind of device.
+
+    threads: intra-op threads, None for the engine's own choice. group: elements per int4 scale.
+    providers: ONNX Runtime execution providers in order of preference.
+    """
+
+    name: str
+    about: str
+    threads: int | None
+    group: int
+    providers: tuple[str, ...]
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("cpu", "any x86-64 or arm64 computer", None, 32, (CPU,)),
+        Device("raspberry-pi", "Raspberry Pi 4 and 5: four cores, no accelerator", 4, 32, (CPU,)),
+        Device("jetson", "NVIDIA Jetson: CUDA, then TensorRT, where its onnxruntime has them", None, 32,
+               ("CUDAExecutionProvider", "TensorrtExecutionProvider", CPU)),
+        Device("android", "phones: XNNPACK, then NNAPI, on the big cores", 4, 32,
+               ("XnnpackExecutionProvider", "NnapiExecutionProvider", CPU)),
+    )
+}  # fmt: skip
+
+
+def find_device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        LimeEdgeError: unknown.
+    """
+    if name not in DEVICES:
+        raise LimeEdgeError(f"--device: expected {', '.join(DEVICES)}, found {name!r}")
+    return DEVICES[name]

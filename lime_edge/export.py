@@ -1,0 +1,141 @@
+"""The export: checkpoint -> compiled model -> artifacts -> bundle. Needs the packages of a workstation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lime_edge import __version__
+from lime_edge.bundle import Manifest, write_bundle
+from lime_edge.compiler.backbone import find_gguf, quiet
+from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
+from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.compiled import CompiledModel
+from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.devices import Device
+from lime_edge.errors import LimeEdgeError
+from lime_edge.experts import Expert
+from lime_edge.staging import stage_directory
+from lime_edge.targets import check_target, load_exporter
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+VERSIONED = ("torch", "transformers", "onnx", "onnxruntime")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write besides how to compile: targets, device defaults, tokenizer, overwriting."""
+
+    targets: tuple[str, ...] = ("onnx",)
+    tokenizer: bool = True
+    force: bool = False
+
+
+def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOptions, device: Device,
+                  options: ExportOptions, progress: Progress = lambda *_: None) -> Manifest:  # fmt: skip
+    """Compile a checkpoint and write its bundle, or write nothing.
+
+    Args:
+        model: Hugging Face directory or GGUF file. adapter: LiME adapter directory.
+        output: the bundle to appear. progress: called with (step, done, total).
+    Raises:
+        LimeEdgeError: faults of the checkpoint, the options or the storage.
+    """
+    for target in options.targets:
+        check_target(target)
+    with stage_directory(output, replace=options.force) as stage:
+        progress("read", 0, 1)
+        checkpoint = read_checkpoint(model, adapter)
+        if options.tokenizer:
+            copy_tokenizer(model, stage / "tokenizer")
+        progress("read", 1, 1)
+        compiled = compile_checkpoint(checkpoint, compiling, progress)
+        targets = {}
+        for target in options.targets:
+            (stage / target).mkdir()
+            facts = load_exporter(target).export(compiled, stage / target, progress)
+            targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
+        progress("hash", 0, 1)
+        manifest = describe(checkpoint, compiled, targets, device.name)
+        experts = [
+            Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
+            for name, vector in compiled.experts.items()
+        ]
+        manifest = write_bundle(stage, manifest, experts, compiled.reference.numpy())
+        progress("hash", 1, 1)
+    return manifest
+
+
+def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str, dict[str, Any]],
+             device: str) -> Manifest:  # fmt: skip
+    """The manifest of a compiled model, experts and files still missing."""
+    decoder, adapter = compiled.decoder, checkpoint.adapter
+    quantized = [t for t in compiled.weights.values() if isinstance(t, QuantizedTensor)]
+    wanted = {"int4": 4, "int8": 8}.get(compiled.quant, 0)
+    fallbacks = [
+        name for name, t in compiled.weights.items() if isinstance(t, QuantizedTensor) and t.bits != wanted
+    ]
+    first = next(iter(compiled.experts.values()))
+    return Manifest(
+        fingerprint=compiled.fingerprint,
+        model={
+            "name": checkpoint.backbone.name, "family": decoder.family, "context": decoder.context,
+            "vocab": decoder.vocab, "hidden": decoder.hidden, "layers": len(decoder.layers),
+            "heads": decoder.heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim,
+            "eos": list(checkpoint.backbone.eos),
+        },
+        adapter={
+            "variant": adapter.variant, "rank": adapter.rank, "alpha": adapter.alpha, "fold": compiled.fold,
+            "single": compiled.single, "expert_dtype": str(np.dtype(first.numpy().dtype)),
+            "base": adapter.base_name,
+        },
+        quantization={
+            "quant": compiled.quant, "group": compiled.group, "scheme": "symmetric",
+            "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized) for bits in (4, 8)},
+            "weight_bytes": sum(t.nbytes() for t in quantized), "fallback_int8": fallbacks,
+            "weight_hash": compiled.weight_hash(),
+        },
+        sites=compiled.sites, experts=(), targets=targets, files={}, device=device,
+        versions={"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in VERSIONED},
+    )  # fmt: skip
+
+
+def copy_tokenizer(model: Path, directory: Path) -> None:
+    """Put what a device needs to tokenize into `directory`.
+
+    Raises:
+        LimeEdgeError: the model has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    directory.mkdir()
+    gguf = find_gguf(model)
+    hint = "add tokenizer.json to the model directory, or pass --no-tokenizer to feed token ids only"
+    if gguf is None and (model / "tokenizer.json").is_file():
+        for name in TOKENIZER_FILES:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, directory / name)
+        return
+    if gguf is None and not (model / "tokenizer.model").is_file():
+        raise LimeEdgeError(f"{model}: tokenizer.json is missing", hint)
+    source = gguf.parent if gguf else model
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, gguf_file=gguf.name if gguf else None, local_files_only=True
+            )
+            tokenizer.save_pretrained(directory)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise LimeEdgeError(f"{source}: no readable tokenizer: {error}", hint) from None
+    if not (directory / "tokenizer.json").is_file():
+        raise LimeEdgeError(f"{source}: the tokenizer has no fast (tokenizer.json) form", hint)

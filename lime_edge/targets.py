@@ -1,0 +1,50 @@
+"""Targets: the one dict that maps a target to its exporter and its runtime."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from lime_edge.bundle import Bundle
+from lime_edge.errors import LimeEdgeError
+from lime_edge.session import Session, SessionOptions
+
+TARGETS = {
+    "onnx": "onnx",  # key -> module name in lime_edge.exporters and lime_edge.runtimes
+}
+
+
+def check_target(target: str) -> str:
+    """The module name of a target.
+
+    Raises:
+        LimeEdgeError: no such target.
+    """
+    if target not in TARGETS:
+        raise LimeEdgeError(f"target: expected {' or '.join(TARGETS)}, found {target!r}")
+    return TARGETS[target]
+
+
+def load_exporter(target: str) -> ModuleType:
+    """lime_edge.exporters.<target>: needs the packages of a workstation."""
+    return importlib.import_module(f"lime_edge.exporters.{check_target(target)}")
+
+
+def open_session(
+    bundle: Bundle, target: str | None = None, options: SessionOptions | None = None
+) -> Session:
+    """Load a bundle's artifact for one target.
+
+    Args:
+        target: None takes the bundle's first.
+    Raises:
+        LimeEdgeError: the bundle was not exported for it, or its engine is missing.
+    """
+    present = tuple(bundle.manifest.targets)
+    target = target or present[0]
+    module = check_target(target)
+    if target not in present:
+        raise LimeEdgeError(f"{bundle.path}: holds no {target} artifact", f"it holds {', '.join(present)}")
+    runtime = importlib.import_module(f"lime_edge.runtimes.{module}")
+    bank = bundle.open_bank()
+    return Session(bundle, runtime.open_engine(bundle, options or SessionOptions()), bank, target)

@@ -1,0 +1,67 @@
+"""What the command line prints: tables, progress bars, sizes; JSON where asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def show_size(count: float) -> str:
+    """Bytes for people: 92.2 kB, 96.3 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=1))
+
+
+def print_table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
+    """A table. columns: header -> "left" or "right"."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for header, justify in columns.items():
+        table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@contextmanager
+def show_steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error, one per named step; yields (step, done, total) -> None."""
+    with _progress() as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def show_count(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """One progress bar on standard error; yields done -> None."""
+    with show_steps() as update:
+        yield lambda done: update(label, done, total)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=err, transient=not err.is_terminal,
+    )  # fmt: skip

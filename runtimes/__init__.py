@@ -1,0 +1,1 @@
+"""Runtimes: one file per engine, each runs one target's artifact. No torch."""

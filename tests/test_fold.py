@@ -1,0 +1,200 @@
+"""Folding against the unfolded layer: any variant, any reference vector, any expert, any mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lime_edge.compiler.fold import (
+    evaluate,
+    evaluate_embedding,
+    fold_embedding,
+    fold_linear,
+    fold_reference,
+    original_of,
+    recover_routing,
+)
+from lime_edge.compiler.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.routing import route
+from lime_edge.errors import LimeEdgeError
+
+TOLERANCE = 1e-4  # float32, relative to the largest output: p_ref * delta cancels
+ROUTED_TOLERANCE = 1e-3  # the logits divide by max|h|, which a draw can make small
+
+
+def make_site(variant: str, seed: int, inputs: int, outputs: int, rank: int, experts: int, shared: bool,
+              bias: bool, embedding: bool) -> dict[str, torch.Tensor]:
+    """A random site; for embeddings `inputs` is the vocabulary and `outputs` the width."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    site = {"LiMEs": draw(experts, outputs)}
+    if shared:
+        site |= {"LiME_shared": draw(outputs), "gamma": draw(1)}
+    if bias and not embedding:
+        site["bias"] = draw(outputs)
+    if variant == "slicefine":
+        axis = (inputs, rank, outputs - rank)
+        shapes = ((axis[0], axis[1]), (axis[0], axis[2])) if embedding else (axis[1::-1], (axis[2], axis[0]))
+        return site | {"part_T": draw(*shapes[0]), "part_F": draw(*shapes[1])}
+    site["weight"] = draw(inputs, outputs) if embedding else draw(outputs, inputs)
+    site["A"] = draw(rank, outputs if embedding else inputs)
+    site["B"] = draw(inputs if embedding and variant != "lora" else outputs, rank)
+    if variant == "dora":
+        site["m"] = draw(outputs).abs() + 0.1
+    return site
+
+
+@st.composite
+def sites(draw):
+    embedding = draw(st.booleans())
+    variant = draw(st.sampled_from(VARIANTS))
+    outputs = draw(st.integers(5, 12))
+    experts, rank = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    site = make_site(variant, draw(st.integers(0, 2**31)), draw(st.integers(2, 9)), outputs, rank, experts,
+                     draw(st.booleans()), draw(st.booleans()), embedding)
+    return variant, site, draw(st.floats(0.25, 4)), embedding
+
+
+def split(site):
+    """Tensors that fold and tensors that make p."""
+    own = ("LiMEs", "LiME_shared", "gamma")
+    return {k: v for k, v in site.items() if k not in own}, {k: v for k, v in site.items() if k in own}
+
+
+def make_p(site, weights):
+    p = weights @ site["LiMEs"]
+    return p + site["gamma"] * site["LiME_shared"] if "gamma" in site else p
+
+
+def draw_input(site, embedding, seed):
+    random = torch.Generator().manual_seed(seed)
+    if embedding:
+        words = site.get("weight", site.get("part_T")).shape[0]
+        return torch.randint(0, words, (2, 6), generator=random)
+    return torch.randn(2, 6, site.get("weight", site.get("part_T")).shape[1], generator=random)
+
+
+def fold_and_evaluate(variant, site, scale, embedding, p_ref, x, p, pad=None):
+    tensors, residual = split(site)[0], p - fold_reference(variant, p_ref)
+    if embedding:
+        return evaluate_embedding(fold_embedding(variant, tensors, p_ref, scale, pad), x, residual)
+    return evaluate(fold_linear(variant, tensors, p_ref, scale), x, residual)
+
+
+def check(found, expected, where, tolerance=TOLERANCE):
+    error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+    assert error < tolerance, f"{where}: worst output off by {error:.3g} of the largest"
+
+
+@settings(max_examples=200, deadline=None)
+@given(sites(), st.integers(0, 2**31))
+def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn, seed):
+    variant, site, scale, embedding = drawn
+    layer = LimeLayer(variant, site, scale, routing_for(variant, {"top_k": 1}), embedding)
+    random = torch.Generator().manual_seed(seed)
+    x = draw_input(site, embedding, seed)
+    p_ref = torch.randn(site["LiMEs"].shape[1], generator=random)
+    raw = torch.randn(site["LiMEs"].shape[0], generator=random).softmax(0)
+    layer.use(dict(enumerate(raw.tolist())))
+    found = fold_and_evaluate(variant, site, scale, embedding, p_ref, x, make_p(site, raw))
+    check(found, layer(x), (variant, "embedding" if embedding else "linear"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(sites(), st.integers(0, 2**31), st.integers(1, 3), st.booleans())
+def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn, seed, n_gram, auto):
+    variant, site, scale, embedding = drawn
+    routing = routing_for(variant, {"top_k": 1, "n_gram": n_gram, "auto_topk": auto})
+    x = draw_input(site, embedding, seed)
+    p_ref = torch.randn(site["LiMEs"].shape[1], generator=torch.Generator().manual_seed(seed))
+    tensors, width = split(site)[0], site["LiMEs"].shape[1]
+    one, zero = torch.ones(width), torch.zeros(width)
+    if embedding:
+        folded = fold_embedding(variant, tensors, p_ref, scale)
+        start = evaluate_embedding(folded, x, one if variant == "slicefine" else zero)
+        delta = evaluate_embedding(folded, x, one) - start
+    else:
+        folded = fold_linear(variant, tensors, p_ref, scale)
+        bare = replace(folded, bias=None) if variant == "slicefine" else folded
+        start = evaluate(bare, x, one if variant == "slicefine" else zero)
+        delta = evaluate(bare, x, one) - start
+    operands = recover_routing(variant, start, delta, p_ref, site["LiMEs"].shape[0])
+    weights = route(*operands, routing)
+    found = fold_and_evaluate(variant, site, scale, embedding, p_ref, x, make_p(site, weights))
+    check(found, LimeLayer(variant, site, scale, routing, embedding)(x), variant, ROUTED_TOLERANCE)
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_the_expert_moves_is_not_small(variant, embedding):
+    """A fold without its branch, or with another p_ref's residual, must be far from the layer."""
+    site = make_site(variant, 3, 7, 9, 3, 4, True, True, embedding)
+    layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), embedding)
+    layer.use(2)
+    x, p_ref = draw_input(site, embedding, 5), torch.randn(9)
+    p = make_p(site, torch.eye(4)[2])
+    right = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, p)
+    check(right, layer(x), variant)
+    neutral = torch.ones(9) if variant == "slicefine" else p_ref
+    wrong = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, neutral)
+    assert (wrong - layer(x)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("variant", ["lora", "lora_fa"])
+def test_original_of_gives_the_original_layer(variant, embedding):
+    site = make_site(variant, 11, 7, 9, 3, 4, True, True, embedding)
+    x, p_ref = draw_input(site, embedding, 1), torch.randn(9)
+    plain = (torch.nn.functional.embedding(x, site["weight"]) if embedding
+             else torch.nn.functional.linear(x, site["weight"], site["bias"]))
+    found = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, p_ref + original_of(variant, p_ref))
+    check(found, plain, variant)
+
+
+@pytest.mark.parametrize("variant", ["dora", "slicefine"])
+def test_no_original_where_none_exists(variant):
+    with pytest.raises(LimeEdgeError, match=variant):
+        original_of(variant, torch.ones(4))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_id_is_out_of_every_experts_reach(variant):
+    site = make_site(variant, 4, 7, 9, 3, 4, True, False, True)
+    layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), True, pad_token_id=2)
+    ids, p_ref = torch.tensor([[2, 2, 0, 4, 6, 2]]), torch.randn(9)
+    layer.use(1)
+    p = make_p(site, torch.eye(4)[1])
+    check(fold_and_evaluate(variant, site, 2.0, True, p_ref, ids, p, pad=2), layer(ids), variant)
+    assert (fold_and_evaluate(variant, site, 2.0, True, p_ref, ids, p) - layer(ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora"])
+def test_fold_at_the_reference_itself_needs_no_branch(variant):
+    """d = 0 is exact in floats: the branch adds nothing at all."""
+    site = make_site(variant, 8, 7, 9, 3, 4, True, True, False)
+    folded = fold_linear(variant, split(site)[0], make_p(site, torch.eye(4)[0]), 2.0)
+    x = draw_input(site, False, 2)
+    without = replace(folded, branch_a=None, branch_b=None)
+    assert torch.equal(evaluate(folded, x, torch.zeros(9)), evaluate(without, x, torch.zeros(9)))
+
+
+def test_faults_are_named_together():
+    site = split(make_site("dora", 0, 7, 9, 3, 4, False, True, False))[0]
+    with pytest.raises(LimeEdgeError) as fault:
+        fold_linear("dora", site | {"B": torch.ones(9, 2), "m": torch.ones(1)}, torch.ones(4), 1.0)
+    for name in ("B: expected (9, 3), found (9, 2)", "m: ", "p_ref: "):
+        assert name in fault.value.problem
+    with pytest.raises(LimeEdgeError, match="missing: m"):
+        fold_linear("dora", {k: v for k, v in site.items() if k != "m"}, torch.ones(9), 1.0)
+    with pytest.raises(LimeEdgeError, match="variant"):
+        fold_linear("lokr", site, torch.ones(9), 1.0)
+    with pytest.raises(LimeEdgeError, match=r"B: expected \(7, 3\)"):
+        embedding = split(make_site("lora", 0, 7, 9, 3, 4, False, True, True))[0]
+        fold_embedding("lora_fa", embedding, torch.ones(9), 1.0)
