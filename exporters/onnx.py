@@ -14,10 +14,12 @@ from onnx import TensorProto
 from lime_edge import __version__
 from lime_edge.compiler.compiled import CompiledModel, Group
 from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.errors import Faults
 from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx_weights import pack_weight
 
 FILE = "model.onnx"
+HEAD_MULTIPLE = 16  # GroupQueryAttention with rotation; Source: onnxruntime's error message, 1.31.1
 Progress = Callable[[str, int, int], None]
 
 
@@ -29,7 +31,10 @@ def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[st
         progress: called with (step, done, total).
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
+    Raises:
+        LimeEdgeError: sizes that ONNX Runtime's fused operators do not take.
     """
+    check_sizes(model)
     graph = Graph(directory / f"{FILE}.data")
     graph.data_path.touch()
     writer = DecoderWriter(model, graph)
@@ -40,6 +45,17 @@ def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[st
         "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": bool(model.branches),
         "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
     }  # fmt: skip
+
+
+def check_sizes(model: CompiledModel) -> None:
+    """Refuse what ONNX Runtime would refuse only when the graph is loaded or run.
+
+    Raises:
+        LimeEdgeError: head width.
+    """
+    with Faults("ONNX export", "ONNX Runtime's fused attention needs this size") as faults:
+        if model.decoder.head_dim % HEAD_MULTIPLE:
+            faults.add("head_dim", f"a multiple of {HEAD_MULTIPLE}", model.decoder.head_dim)
 
 
 class DecoderWriter:
@@ -127,7 +143,8 @@ class DecoderWriter:
         if stored.bits == 4:
             scales = g.constant(f"{name}.scales", packed.scales)
             return g.node("GatherBlockQuantized", [codes, "input_ids", scales], "/model/embed_tokens/Gather",
-                          domain=MICROSOFT, block_size=packed.block, gather_axis=0, quantize_axis=1, bits=4)  # fmt: skip
+                          domain=MICROSOFT, block_size=packed.block, gather_axis=0, quantize_axis=1,
+                          bits=4)  # fmt: skip
         scales = g.constant(f"{name}.row_scales", stored.scales.numpy())
         rows = g.node("Gather", [codes, "input_ids"], "/model/embed_tokens/Gather")
         if bytes_per_row != columns:

@@ -98,7 +98,7 @@ def read_manifest(path: Path) -> Manifest:
             sites=SiteTable.from_widths(widths), experts=tuple(body["experts"]), targets=body["targets"],
             files={name: FileEntry(**entry) for name, entry in body["files"].items()},
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise LimeEdgeError(f"{file}: damaged: {error!r}", "copy the bundle again") from None
 
 

@@ -213,6 +213,41 @@ def evaluate(
         terminal.print_table(f"{bundle}", {"": "left", "value": "right"}, rows)
 
 
+BENCH_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge bench smollm2.lime --expert movie --threads 4
+
+ lime-edge bench smollm2.lime --prompt-tokens 512 --gen-tokens 128 --repeat 10 --json
+"""
+
+
+@app.command(epilog=BENCH_EXAMPLES)
+def bench(
+    bundle: BundlePath,
+    expert: ExpertOption = None,
+    target: Target = None,
+    threads: Threads = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the (random) prompt.")] = 128,
+    gen_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time load, prefill, decode and switching; peak memory."""
+    from lime_edge.bench import BenchOptions, bench_bundle, print_report
+    from lime_edge.experts import parse_selection
+
+    selection = None if expert is None else parse_selection(expert)
+    options = BenchOptions(prompt_tokens, gen_tokens, repeat)
+    with terminal.show_steps() as progress:
+        facts = bench_bundle(bundle, target, selection, threads, options, progress)
+    if as_json:
+        terminal.print_json(facts)
+    else:
+        print_report(facts)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the bundle.")] = Path(
@@ -241,7 +276,7 @@ def _open(path: Path, target: str | None, threads: int | None, max_length: int |
 def main() -> None:
     """Entry point: a user's fault is one message on standard error and an exit code, never a trace."""
     try:
-        app()
+        app(prog_name="lime-edge")
     except LimeEdgeError as error:
         terminal.err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -182,14 +182,14 @@ class Session:
             total = len(ids) + self._engine.length
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed",
                                 "shorten the prompt or open the session with a larger max_length")  # fmt: skip
+        first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
         parts = []
         for start in range(0, array.size, CHUNK):
             piece = array[start : start + CHUNK]
-            last = start + CHUNK >= array.size
-            if keep == 0 or last:
-                parts.append(self._engine.feed(piece, keep))
-            else:
-                self._engine.feed(piece, 1)
+            wanted = start + piece.size - max(start, first)
+            rows = self._engine.feed(piece, max(wanted, 1))
+            if wanted > 0:
+                parts.append(rows if array.size <= CHUNK else rows.copy())
         self._ids.extend(ids)
         self._note(len(ids))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -217,9 +217,16 @@ class Session:
         Args:
             input_ids: (S,) token ids. keep: only the last `keep` positions, 0 for all.
         Returns:
-            (S or keep, V) float32.
+            (S or keep, V) float32; with keep=1 overwritten by the next call: copy it to keep it.
         """
         self.reset()
+        return self._feed(input_ids, keep)
+
+    def extend(self, input_ids: Sequence[int], keep: int = 1) -> np.ndarray:
+        """Logits of tokens appended to what the cache holds: (keep or S, V) float32.
+
+        With keep=1 the array is overwritten by the next call: copy it to keep it.
+        """
         return self._feed(input_ids, keep)
 
     def generate(self, prompt: str | Sequence[int], options: GenerationOptions | None = None,

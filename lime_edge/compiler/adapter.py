@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lime_edge.compiler.adapter_checks import CONFIG, WEIGHTS, check_adapter, is_named
+from lime_edge.compiler.layers import routing_for
+from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import Faults, LimeEdgeError
-from lime_edge.experts import check_name
-
-VARIANTS = ("lora", "lora_fa", "dora", "slicefine")
-# field -> (types, required); documented one by one in docs/adapter-format.md
-FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
-    "peft_type": ((str,), True),
-    "variant": ((str,), True),
-    "base_model_name_or_path": ((str, type(None)), False),
-    "base_fingerprint": ((str, type(None)), False),
-    "target_modules": ((list,), True),
-    "r": ((int,), True),
-    "lora_alpha": ((int, float), True),
-    "num_experts": ((int,), True),
-    "expert_names": ((list,), True),
-    "use_shared_lime": ((bool,), False),
-    "routing": ((str,), False),
-    "top_k": ((int,), False),
-    "auto_topk": ((bool,), False),
-    "auto_topk_threshold": ((int, float), False),
-    "soft_topk": ((bool,), False),
-    "soft_topk_temperature": ((int, float), False),
-    "sparse_mode": ((bool,), False),
-    "temperature": ((int, float), False),
-    "gamma_routing": ((int, float), False),
-    "n_gram": ((int,), False),
-    "license": ((str, type(None)), False),
-}
 
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """One site's tensors, float32: A (r, D), B (H, r), experts (E, H), shared (H,) or None, gamma."""
+    """One site's tensors, float32; what its variant does not have is None.
 
-    a: torch.Tensor
-    b: torch.Tensor
+    Attributes:
+        a: (r, D); on an embedding (r, H). SliceFine: None.
+        b: (H, r); on an embedding (H, r) for lora, (V, r) for lora_fa and dora. SliceFine: None.
+        experts: (E, H). shared: (H,), or None. gamma: weight of `shared`.
+        m: (H,), DoRA's magnitude.
+        part_t: SliceFine's trained rows (r, D); on an embedding its trained columns (V, r).
+        embedding: the site is an embedding table (V, H), not a linear layer (H, D).
+    """
+
+    a: torch.Tensor | None
+    b: torch.Tensor | None
     experts: torch.Tensor
     shared: torch.Tensor | None
     gamma: float
+    m: torch.Tensor | None = None
+    part_t: torch.Tensor | None = None
+    embedding: bool = False
 
     def vectors(self) -> torch.Tensor:
         """Every expert with gamma * p_shared added: (E, H) float32."""
@@ -56,10 +46,49 @@ class AdapterSite:
             return self.experts
         return self.experts + self.gamma * self.shared
 
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.experts.shape[1]
+
+    @property
+    def weight_shape(self) -> tuple[int | None, int | None]:
+        """Shape of the backbone's weight: (H, D), or (V, H) of a table; None where any size fits."""
+        source = self.part_t if self.part_t is not None else self.b if self.embedding else self.a
+        size = None if source is None else source.shape[0 if self.embedding else 1]
+        if not self.embedding:
+            return self.width, size
+        lora = self.part_t is None and self.m is None and size == self.width
+        return None if lora else size, self.width
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the site holds, named as in the file; `compiler.reference` takes it so."""
+        named = {"A": self.a, "B": self.b, "m": self.m, "part_T": self.part_t, "LiMEs": self.experts}
+        if self.shared is not None:
+            named |= {"LiME_shared": self.shared, "gamma": torch.tensor([self.gamma])}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def join(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The tensors that `fold.fold_linear` and `fold.fold_embedding` take.
+
+        Args:
+            weight: the backbone's (H, D), or table (V, H). SliceFine: only what part_T leaves is read.
+            bias: (H,), or None.
+        Source: docs/adapter-format.md, "SliceFine".
+        """
+        joined = {name: t for name, t in self.tensors().items() if name in ("A", "B", "m", "part_T")}
+        if self.part_t is None:
+            joined["weight"] = weight
+        else:
+            axis = 1 if self.embedding else 0
+            rank = self.part_t.shape[axis]
+            joined["part_F"] = weight.narrow(axis, rank, weight.shape[axis] - rank)
+        return joined if bias is None else joined | {"bias": bias}
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LiME adapter as read: no maths done yet."""
+    """A LiME adapter as read: no maths done yet. `routing_config` is what its variant applies."""
 
     path: str
     variant: str
@@ -71,11 +100,18 @@ class Adapter:
     base_fingerprint: str | None
     routing: str
     sites: dict[str, AdapterSite] = field(repr=False)
+    routing_config: RoutingConfig = field(default_factory=RoutingConfig)
+    pad_token_id: int | None = None
 
     @property
     def scale(self) -> float:
         """s = alpha / r."""
         return self.alpha / self.rank
+
+    def hyper(self) -> dict[str, object]:
+        """The hyper-parameters under the reference's names, as `compiler.reference` takes them."""
+        named = {"variant": self.variant, "alpha": self.alpha, "pad_token_id": self.pad_token_id}
+        return named | asdict(self.routing_config)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -86,13 +122,23 @@ def read_adapter(path: Path) -> Adapter:
             missing, extra, mis-shaped or non-finite tensors.
     """
     config = _read_config(path)
-    tensors = _read_tensors(path / "adapter_model.safetensors")
-    with Faults(str(path), "docs/adapter-format.md lists every field and tensor") as faults:
-        _check_config(config, faults)
-        faults.raise_any()
-        sites = _collect_sites(config, tensors, faults)
+    return build_adapter(config, _read_tensors(path / WEIGHTS), str(path))
+
+
+def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], where: str) -> Adapter:
+    """Check the two halves of an adapter and put them together.
+
+    Args:
+        config: the fields, see FIELDS. tensors: `SITE.PART` -> tensor. where: named in errors.
+    Raises:
+        LimeEdgeError: as `read_adapter`.
+    """
+    with Faults(where, "docs/adapter-format.md lists every field and tensor") as faults:
+        found = check_adapter(config, tensors, faults)
+    embeddings = config.get("embedding_modules", [])
+    sites = {name: _build_site(parts, is_named(name, embeddings)) for name, parts in found.items()}
     return Adapter(
-        path=str(path),
+        path=where,
         variant=config["variant"],
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -102,11 +148,27 @@ def read_adapter(path: Path) -> Adapter:
         base_fingerprint=config.get("base_fingerprint"),
         routing=config.get("routing", "pinned"),
         sites=sites,
+        routing_config=routing_for(config["variant"], config),
+        pad_token_id=config.get("pad_token_id"),
     )
 
 
-def _read_config(path: Path) -> dict:
-    file = path / "adapter_config.json"
+def write_adapter(path: Path, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
+    """Check an adapter and write its two files into an existing, empty directory.
+
+    Args: as `build_adapter`; tensors keep their dtype.
+    Raises:
+        LimeEdgeError: as `read_adapter`; nothing is written then.
+    """
+    adapter = build_adapter(config, tensors, str(path))
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, path / WEIGHTS,
+              metadata={"format": "pt"})  # fmt: skip
+    return adapter
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
     if not path.is_dir():
         raise LimeEdgeError(f"{path}: no such adapter directory", "pass the folder of adapter_config.json")
     if not file.is_file():
@@ -129,71 +191,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}") from None
 
 
-def _check_config(config: dict, faults: Faults) -> None:
-    for name in sorted(set(config) - set(FIELDS)):
-        faults.add(f"adapter_config.json: unknown field {name!r}")
-    for name, (types, required) in FIELDS.items():
-        if name not in config:
-            if required:
-                faults.add(f"adapter_config.json: field {name!r} is missing")
-        elif not isinstance(config[name], types) or (isinstance(config[name], bool) and bool not in types):
-            wanted = " or ".join(kind.__name__ for kind in types)
-            faults.add(f"adapter_config.json: {name}", wanted, repr(config[name]))
-    faults.raise_any()
-    if config["peft_type"] != "LIME":
-        faults.add("adapter_config.json: peft_type", "LIME", config["peft_type"])
-    if config["variant"] not in VARIANTS:
-        faults.add("adapter_config.json: variant", " or ".join(VARIANTS), config["variant"])
-    if config["r"] < 1:
-        faults.add("adapter_config.json: r", "at least 1", config["r"])
-    names = config["expert_names"]
-    if len(names) != config["num_experts"]:
-        faults.add("adapter_config.json: expert_names", f"{config['num_experts']} names", len(names))
-    if len(set(map(str, names))) != len(names):
-        faults.add("adapter_config.json: expert_names are not unique", found=names)
-    for name in names:
-        problem = check_name(name)
-        if problem:
-            faults.add(f"adapter_config.json: expert_names: {problem}")
-
-
-def _collect_sites(config: dict, tensors: dict[str, torch.Tensor], faults: Faults) -> dict[str, AdapterSite]:
-    parts = ["A", "B", "LiMEs"] + (["LiME_shared", "gamma"] if config.get("use_shared_lime") else [])
-    grouped: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        site, _, part = name.rpartition(".")
-        if part not in parts or not site:
-            faults.add(f"adapter_model.safetensors: unknown tensor {name!r}")
-            continue
-        if not torch.isfinite(tensor).all():
-            faults.add(f"adapter_model.safetensors: {name} holds NaN or infinite values")
-        grouped.setdefault(site, {})[part] = tensor.float()
-    if not grouped:
-        faults.add("adapter_model.safetensors holds no adapter tensors")
-    return {
-        name: site
-        for name, found in grouped.items()
-        if (site := _build_site(name, found, parts, config, faults)) is not None
-    }
-
-
-def _build_site(
-    name: str, found: dict[str, torch.Tensor], parts: list[str], config: dict, faults: Faults
-) -> AdapterSite | None:
-    missing = [part for part in parts if part not in found]
-    for part in missing:
-        faults.add(f"adapter_model.safetensors: {name}.{part} is missing")
-    if missing:
-        return None
-    width, rank, count = found["B"].shape[0], config["r"], config["num_experts"]
-    depth = found["A"].shape[-1]
-    shapes = {"A": (rank, depth), "B": (width, rank), "LiMEs": (count, width)}
-    shapes |= {"LiME_shared": (width,), "gamma": (1,)}
-    wrong = [part for part in parts if tuple(found[part].shape) != shapes[part]]
-    for part in wrong:
-        faults.add(f"adapter_model.safetensors: {name}.{part}", shapes[part], tuple(found[part].shape))
-    if wrong:
-        return None
-    shared = found.get("LiME_shared")
-    gamma = float(found["gamma"]) if "gamma" in found else 0.0
-    return AdapterSite(found["A"], found["B"], found["LiMEs"], shared, gamma)
+def _build_site(parts: Mapping[str, torch.Tensor], embedding: bool) -> AdapterSite:
+    gamma = float(parts["gamma"]) if "gamma" in parts else 0.0
+    return AdapterSite(parts.get("A"), parts.get("B"), parts["LiMEs"], parts.get("LiME_shared"), gamma,
+                       parts.get("m"), parts.get("part_T"), embedding)  # fmt: skip

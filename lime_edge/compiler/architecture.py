@@ -130,7 +130,7 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, scale = _rope_frequencies(config, rope_type, rope, head_dim)
     read = partial(getattr, config)
-    bias = bool(read("attention_bias", False))
+    bias = family != "mistral" and bool(read("attention_bias", False))
     return Decoder(
         family=family, vocab=config.vocab_size, hidden=config.hidden_size,
         intermediate=config.intermediate_size, heads=config.num_attention_heads,

@@ -7,9 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 from lime_edge.compiler.adapter import Adapter, read_adapter
+from lime_edge.compiler.adapter_checks import is_named
+from lime_edge.compiler.architecture import Decoder
 from lime_edge.compiler.backbone import Backbone, read_backbone
 from lime_edge.errors import Faults
 from lime_edge.sites import SiteTable
+
+EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -41,34 +45,40 @@ def read_checkpoint(model: Path, adapter: Path) -> Checkpoint:
     return pair(backbone, read)
 
 
+def list_weights(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """Every module that can be a site, in computation order: name -> shape of its weight."""
+    weights = {EMBEDDING: (decoder.vocab, decoder.hidden)}
+    for layer in range(len(decoder.layers)):
+        weights |= decoder.linears(layer)
+    return weights
+
+
 def pair(backbone: Backbone, adapter: Adapter) -> Checkpoint:
     """Put an adapter on a backbone; sites get the backbone's computation order.
 
     Raises:
         LimeEdgeError: the adapter was made for another model.
     """
-    decoder = backbone.decoder
-    linears: dict[str, tuple[int, int]] = {}
-    for layer in range(len(decoder.layers)):
-        linears |= decoder.linears(layer)
+    weights = list_weights(backbone.decoder)
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
     with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
-        targeted = {n for n in linears if n.rsplit(".", 1)[-1] in adapter.target_modules or n in adapter.target_modules}
+        targeted = {name for name in weights if is_named(name, list(adapter.target_modules))}
         for name in sorted(targeted - adapter.sites.keys()):
             faults.add(f"site {name} is targeted but has no tensors")
         for name, site in adapter.sites.items():
-            if name not in linears:
-                faults.add(f"site {name} is not a linear layer of the model")
+            if name not in weights:
+                faults.add(f"site {name} is neither a linear layer nor the embedding of the model")
                 continue
             if name not in targeted:
                 faults.add(f"site {name} has tensors but target_modules leaves it out")
-            out, depth = linears[name]
-            if (site.b.shape[0], site.a.shape[1]) != (out, depth):
-                found = (site.b.shape[0], site.a.shape[1])
-                faults.add(f"site {name}: (H, D)", (out, depth), found)
-    checkpoint = Checkpoint(
-        backbone, adapter, SiteTable.from_widths((n, linears[n][0]) for n in linears if n in adapter.sites)
-    )
+            if site.embedding != (name == EMBEDDING):
+                found = "an embedding" if site.embedding else "a linear layer"
+                faults.add(f"site {name}: embedding_modules makes it {found}, the model does not")
+            elif any(n not in (None, m) for n, m in zip(site.weight_shape, weights[name], strict=True)):
+                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", weights[name],
+                           site.weight_shape)  # fmt: skip
+    table = SiteTable.from_widths((n, adapter.sites[n].width) for n in weights if n in adapter.sites)
+    checkpoint = Checkpoint(backbone, adapter, table)
     if adapter.base_fingerprint and adapter.base_fingerprint != checkpoint.fingerprint:
         with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
             faults.add("base_fingerprint", adapter.base_fingerprint, checkpoint.fingerprint)

@@ -33,8 +33,8 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.quant not in QUANTS:
             raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}")
-        if self.group < 16 or self.group & (self.group - 1):
-            raise LimeEdgeError(f"--group-size: expected a power of two from 16, found {self.group}")
+        if not 16 <= self.group <= 256 or self.group & (self.group - 1):
+            raise LimeEdgeError(f"--group-size: expected a power of two from 16 to 256, found {self.group}")
         if self.single and self.fold in ("shared", "none"):
             raise LimeEdgeError("--single needs --fold NAME: one expert is folded and no other can be used")
 

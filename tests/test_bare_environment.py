@@ -1,0 +1,60 @@
+"""A device has no torch: the runtime works in an environment that holds the base install and onnxruntime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lime_edge
+
+Make = Callable[..., Path]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of a fresh virtual environment with lime-edge[onnx] installed from a built wheel."""
+    folder = tmp_path_factory.mktemp("bare") / "env"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder / "bin" / "pip", "install", "--quiet", f"{ROOT}[onnx]"], check=True)
+    return folder / "bin"
+
+
+def run(bare: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, [bare / words[0], *words[1:]])), capture_output=True, text=True, cwd="/")
+
+
+def test_nothing_heavy_is_there(bare: Path) -> None:
+    for name in ("torch", "transformers", "onnx", "optimum"):
+        assert run(bare, "python", "-c", f"import {name}").returncode != 0
+    files = [line.split()[0] for line in run(bare, "pip", "list").stdout.splitlines()[2:]]
+    assert "lime-edge" in files
+
+
+def test_it_answers_as_the_workstation_does(bare: Path, tiny_bundle: Make) -> None:
+    bundle = tiny_bundle(quant="int4")
+    session = lime_edge.open(bundle, threads=1)
+    for expert in session.experts:
+        session.use(expert)
+        expected = "".join(session.generate("hello", max_new_tokens=12))
+        words = ("lime-edge", "run", bundle, "hello", "--raw", "-e", expert, "--max-new-tokens", 12, "--threads", 1)
+        done = run(bare, *words)
+        assert (done.returncode, done.stdout) == (0, expected + "\n"), done.stderr
+
+
+def test_every_device_command_runs(bare: Path, tiny_bundle: Make) -> None:
+    bundle = tiny_bundle(quant="int4")
+    for words in (("inspect", bundle), ("experts", "list", bundle), ("bench", bundle, "--prompt-tokens", 4, "--gen-tokens", 4)):
+        done = run(bare, "lime-edge", *words)
+        assert done.returncode == 0, done.stderr
+
+
+def test_exporting_names_the_extra(bare: Path, tmp_path: Path) -> None:
+    done = run(bare, "lime-edge", "export", "x", "--adapter", "y", "-o", tmp_path / "z.lime")
+    assert done.returncode == 4
+    assert "pip install 'lime-edge[export]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,364 @@
+"""The command line as a user meets it: answers, tables, JSON, and one clear error per fault."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lime_edge import cli
+from lime_edge.bundle import Bundle
+from lime_edge.errors import LimeEdgeError
+from lime_edge.experts import Expert, read_expert
+from lime_edge.staging import write_file
+
+Make = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Cli:
+    """Runs the entry point in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *words: object, text: str | None = None) -> Done:
+        self.monkeypatch.setattr(sys, "argv", ["lime-edge", *map(str, words)])
+        if text is not None:
+            self.monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        self.capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = self.capsys.readouterr()
+        return Done(code, out, err)
+
+    def refuse(self, *words: object, code: int = 2) -> str:
+        """Run a command that must fail with that code and one error; returns the error."""
+        done = self(*words)
+        assert done.code == code, done
+        assert done.err.count("error:") == 1, done.err
+        assert "Traceback" not in done.err
+        return " ".join(done.err.split())
+
+
+@pytest.fixture
+def lime(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Cli(capsys, monkeypatch)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Make, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle(quant="int4"), tmp_path / "tiny.lime"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    lines = [{"prompt": "is it good?", "answer": "yes", "labels": ["yes", "no"]}, {"prompt": "say it", "answer": "it"}]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+# what works
+
+
+def test_export_then_run(lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    out = tmp_path / "x.lime"
+    done = lime("export", tiny_model(), "--adapter", tiny_adapter(), "-o", out, "--quant", "int8", "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert facts["quantization"]["quant"] == "int8" and facts["total_bytes"] == Bundle.open(out).total_bytes
+    again = lime("run", out, "hello", "--max-new-tokens", 5)
+    assert again.code == 0 and again.out.endswith("\n")
+    assert lime("run", out, "hello", "--max-new-tokens", 5).out == again.out
+    assert "already exists" in lime.refuse("export", tiny_model(), "--adapter", tiny_adapter(), "-o", out)
+    assert lime("export", tiny_model(), "--adapter", tiny_adapter(), "-o", out, "--force").code == 0
+
+
+def test_run_takes_an_expert_a_blend_and_none(lime: Cli, bundle: Path) -> None:
+    one, two = Bundle.open(bundle).manifest.experts[:2]
+    answers = {
+        e: lime("run", bundle, "hello", "--raw", "-e", e, "--max-new-tokens", 8).out
+        for e in (one, two, f"{one}=0.5,{two}=0.5", "none")
+    }
+    assert len(set(answers.values())) >= 3, answers
+
+
+def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
+    one, two = Bundle.open(bundle).manifest.experts[:2]
+    text = f"hi\n/cache\n/expert {two}\n/cache\nhi\n/cache\n/expert nobody\n/experts\n/what\n/quit\n"
+    done = lime("run", bundle, "-e", one, "--max-new-tokens", 3, "--max-length", 64, text=text)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) >= 2
+    lines = done.err.splitlines()
+    assert lines[0].startswith(f"{one}: ") and lines[1].startswith(f"now {two}")
+    assert lines[2] == "empty" and lines[3].startswith(f"{two}: ")
+    assert "unknown expert 'nobody'" in done.err and "unknown command '/what'" in done.err
+
+
+def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    facts = json.loads(lime("inspect", bundle, "--json").out)
+    assert facts["fingerprint"] == manifest.fingerprint
+    assert [e["name"] for e in facts["experts"]] == list(manifest.experts)
+    assert facts["sum_h"] == sum(site["width"] for site in facts["sites"])
+    text = lime("inspect", bundle, "--sites", "--verify").out
+    for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
+        assert word in text
+
+
+def test_experts_are_listed_blended_added_and_removed(lime: Cli, bundle: Path, tmp_path: Path) -> None:
+    one, two = Bundle.open(bundle).manifest.experts[:2]
+    assert lime("experts", "blend", bundle, f"{one}=0.25,{two}=0.75", "--name", "mix").code == 0
+    mixed = read_expert(bundle / "experts" / "mix.safetensors")
+    first, second = (read_expert(bundle / "experts" / f"{n}.safetensors").vector.astype(np.float64) for n in (one, two))
+    np.testing.assert_allclose(mixed.vector, 0.25 * first + 0.75 * second, rtol=1e-3, atol=1e-4)
+    shutil.copy(bundle / "experts" / "mix.safetensors", tmp_path / "new.safetensors")
+    assert lime("experts", "remove", bundle, "mix").code == 0
+    assert lime("experts", "add", bundle, tmp_path / "new.safetensors", "--name", "again").code == 0
+    names = [row["name"] for row in json.loads(lime("experts", "list", bundle, "--json").out)]
+    assert names == [*Bundle.open(bundle, verify=True).manifest.experts] and names[-1] == "again"
+    assert "again" in lime("experts", "list", bundle).out
+
+
+def test_eval_counts_and_compares(lime: Cli, bundle: Path, data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    done = lime("eval", bundle, "--data", data, "--json", "--against", bundle, "--answers", answers)
+    facts = json.loads(done.out)
+    assert facts["count"] == 2 and facts["accuracy"] in (0.0, 0.5, 1.0)
+    assert facts["same_answers"] == 1.0 and facts["other_accuracy"] == facts["accuracy"]
+    given = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert sum(line["correct"] for line in given) == facts["accuracy"] * 2
+    assert given[0]["given"] in ("yes", "no")
+    assert json.loads(lime("eval", bundle, "--data", data, "--json", "--limit", 1).out)["count"] == 1
+    assert "accuracy" in lime("eval", bundle, "--data", data).out
+
+
+def test_bench_prints_its_schema(lime: Cli, bundle: Path) -> None:
+    words = ("bench", bundle, "--prompt-tokens", 8, "--gen-tokens", 4, "--repeat", 2, "--threads", 1)
+    facts = json.loads(lime(*words, "--json").out)
+    for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "peak_rss_bytes", "load_ms"):
+        assert facts[key] > 0, key
+    assert 0 < facts["switch_us"]["p50"] <= facts["switch_us"]["p95"] <= facts["switch_us"]["p99"]
+    assert "switch p50 / p95 / p99" in lime(*words).out
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("export",), ("run",), ("inspect",), ("experts",), ("experts", "blend"), ("eval",), ("demo",), ("bench",)]
+)
+def test_help_is_there(lime: Cli, words: tuple[str, ...]) -> None:
+    done = lime(*words, "--help")
+    assert done.code == 0 and "Usage: lime-edge" in done.out
+
+
+def test_help_and_run_import_no_torch() -> None:
+    code = "import sys; from lime_edge import cli; sys.argv = ['lime-edge', '--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code += "bad = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# what is refused
+
+
+def test_damaged_bundles_are_refused(lime: Cli, bundle: Path) -> None:
+    graph = bundle / "onnx" / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[: len(whole) // 2])
+    assert "onnx/model.onnx: size in bytes" in lime.refuse("run", bundle, "x")
+    graph.write_bytes(bytes(len(whole)))
+    assert "onnx/model.onnx: sha256" in lime.refuse("inspect", bundle, "--verify")
+    assert "ONNX Runtime cannot load it" in lime.refuse("run", bundle, "x")
+    graph.write_bytes(whole)
+    expert = next((bundle / "experts").iterdir())
+    expert.write_bytes(expert.read_bytes()[:-8])
+    assert f"experts/{expert.name}: size in bytes" in lime.refuse("run", bundle, "x")
+
+
+def test_bad_experts_are_refused(lime: Cli, bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    good = read_expert(bundle / "experts" / f"{manifest.experts[0]}.safetensors")
+    before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    with_nan = good.vector.copy()
+    with_nan[7] = np.nan
+    cases = {
+        "length: expected": Expert("new", good.vector[:-1], good.fingerprint, good.sites_hash),
+        "NaN or infinite": Expert("new", with_nan, good.fingerprint, good.sites_hash),
+        "backbone fingerprint": Expert("new", good.vector, "0" * 64, good.sites_hash),
+        "site table": Expert("new", good.vector, good.fingerprint, "0" * 64),
+        "already": good,
+    }
+    for message, expert in cases.items():
+        (tmp_path / "new.safetensors").write_bytes(expert.to_bytes())
+        error = lime.refuse("experts", "add", bundle, tmp_path / "new.safetensors")
+        assert message in error or (message == "already" and "exists already" in error)
+    (tmp_path / "new.safetensors").write_bytes(good.to_bytes()[:-3])
+    assert "not a readable expert file" in lime.refuse("experts", "add", bundle, tmp_path / "new.safetensors")
+    assert "no such expert file" in lime.refuse("experts", "add", bundle, tmp_path / "none.safetensors")
+    assert before == {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+
+
+def test_unknown_names_are_refused_with_the_known(lime: Cli, bundle: Path, data: Path) -> None:
+    known = ", ".join(Bundle.open(bundle).manifest.experts)
+    for words in (("run", bundle, "x", "-e", "nobody"), ("eval", bundle, "--data", data, "-e", "nobody")):
+        assert f"unknown expert 'nobody' hint: installed experts: {known}" in lime.refuse(*words)
+    assert "sum to 0.5" in lime.refuse("run", bundle, "x", "-e", f"{known.split(',')[0]}=0.5")
+    assert "unknown expert" in lime.refuse("experts", "remove", bundle, "nobody")
+    assert "found 'coreball'" in lime.refuse("run", bundle, "x", "--target", "coreball")
+
+
+def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+    for more, message in (
+        (("--quant", "int3"), "--quant: expected none, int8, int4, found 'int3'"),
+        (("--group-size", 24), "power of two"),
+        (("--fold", "nobody"), "--fold: expected shared, none or an expert's name, found 'nobody'"),
+        (("--single",), "--single needs --fold NAME"),
+        (("--device", "toaster"), "--device: expected cpu"),
+        (("--target", "toaster"), "target: expected onnx"),
+    ):
+        assert message in lime.refuse(*words, *more)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_for_another_model_is_refused(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path
+) -> None:
+    other = tiny_model(hidden_size=32)
+    error = lime.refuse("export", other, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+    assert "does not fit" in error and "(H, D): expected (32, 32), found (64, 64)" in error and "faults" in error
+    adapter = Path(shutil.copytree(tiny_adapter(), tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_fingerprint"] = "0" * 64
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    error = lime.refuse("export", tiny_model(), "--adapter", adapter, "-o", tmp_path / "x.lime")
+    assert "base_fingerprint: expected 0000" in error
+    assert not (tmp_path / "x.lime").exists()
+
+
+def test_all_faults_of_a_model_are_reported_at_once(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    names = sorted(name for name in tensors if name.endswith("proj.weight"))
+    del tensors[names[0]]
+    tensors[names[1]] = tensors[names[1]][:-1]
+    tensors[names[2]] = np.full_like(tensors[names[2]], np.nan)
+    tensors["model.extra.weight"] = np.ones(3, np.float32)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, model / "model.safetensors")
+    error = lime.refuse("export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+    for message in (
+        "4 faults", f"tensor {names[0]} is missing", f"tensor {names[1]}: expected", f"{names[2]} holds NaN",
+        "model.extra.weight is not part of a llama model",
+    ):  # fmt: skip
+        assert message in error
+    (model / "model.safetensors").write_bytes(b"x" * 20)
+    assert "not a readable safetensors file" in lime.refuse(
+        "export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime"
+    )
+    (model / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in lime.refuse(
+        "export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime"
+    )
+
+
+def test_models_we_cannot_build_are_refused(lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    words = ("export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "model_type: expected llama or" in lime.refuse(*words)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert "rope_type: expected default or linear or llama3 or yarn, found dynamic" in lime.refuse(*words)
+    (model / "config.json").write_text("{")
+    assert "not a readable model config" in lime.refuse(*words)
+    assert "no such file or directory" in lime.refuse("export", tmp_path / "no", *words[2:])
+    (tmp_path / "fake.gguf").write_bytes(b"not gguf")
+    assert "not a GGUF file" in lime.refuse("export", tmp_path / "fake.gguf", *words[2:])
+
+
+def test_a_missing_tokenizer_is_refused(lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    (model / "tokenizer.json").unlink()
+    words = ("export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+    assert "tokenizer.json is missing" in lime.refuse(*words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert lime(*words, "--no-tokenizer").code == 0
+    assert "the tokenizer is missing" in lime.refuse("run", tmp_path / "x.lime", "hello")
+
+
+def test_bad_evaluation_data_is_refused(lime: Cli, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "x"}\nnot json\n{"prompt": "x", "answer": "z", "labels": ["a"]}\n')
+    error = lime.refuse("eval", bundle, "--data", file)
+    assert "3 faults" in error and "line 1" in error and "line 2" in error and "one of ['a']" in error
+    file.write_text("")
+    assert "no examples" in lime.refuse("eval", bundle, "--data", file)
+    file.write_text('{"prompt": "x", "answer": "ab", "labels": ["ab", "ab"]}')
+    assert "do not differ in their first token" in lime.refuse("eval", bundle, "--data", file)
+
+
+# storage
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 200 kB."""
+    yield from mount(tmp_path / "disk", "size=200k")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    yield from mount(tmp_path / "disk", "ro")
+
+
+def mount(path: Path, options: str) -> Iterator[Path]:
+    path.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_leaves_nothing(lime: Cli, tiny_model: Make, tiny_adapter: Make, small_disk: Path) -> None:
+    words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", small_disk / "x.lime", "--quant", "none")
+    assert "the disk is full" in lime.refuse(*words, code=5)
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_old_file(small_disk: Path) -> None:
+    (small_disk / "lime.json").write_bytes(b"old")
+    with pytest.raises(LimeEdgeError, match="the disk is full"):
+        write_file(small_disk / "lime.json", bytes(300_000))
+    assert {p.name: p.read_bytes() for p in small_disk.iterdir()} == {"lime.json": b"old"}
+
+
+def test_a_read_only_place_is_refused(lime: Cli, tiny_model: Make, tiny_adapter: Make, read_only: Path) -> None:
+    words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", read_only / "x.lime")
+    assert "the file system is read-only" in lime.refuse(*words, code=5)

@@ -1,0 +1,159 @@
+"""The house: what is packaged, what imports what, and docs that say what the code says."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from lime_edge.cli import app
+from lime_edge.targets import TARGETS
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"lime_edge": "lime_edge", "exporters": "lime_edge.exporters", "runtimes": "lime_edge.runtimes"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HEAVY = {"torch", "transformers", "onnx", "optimum", "gguf", "executorch", "coremltools"}
+
+
+def modules() -> dict[str, Path]:
+    """Module name -> file, for every module of the package."""
+    found = {}
+    for folder, name in FOLDERS.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = [name, *file.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part != "__init__")] = file
+    return found
+
+
+def imports(file: Path, top_level_only: bool) -> set[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    folders = {file.parent for file in modules().values() if file.name == "__init__.py"}
+    names = set()
+    for folder in folders:
+        top, *rest = folder.relative_to(ROOT).parts
+        names.add(".".join([FOLDERS[top], *rest]))
+    assert names == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_every_target_has_both_files() -> None:
+    for module in TARGETS.values():
+        assert (ROOT / "exporters" / f"{module}.py").is_file()
+        assert (ROOT / "runtimes" / f"{module}.py").is_file()
+
+
+def test_a_device_imports_nothing_heavy() -> None:
+    """Everything outside compiler/, exporters/ and export.py leaves torch and friends alone."""
+    for name, file in modules().items():
+        if name.startswith(("lime_edge.compiler", "lime_edge.exporters")) or name == "lime_edge.export":
+            continue
+        own = HEAVY - {"executorch", "coremltools"} if name.startswith("lime_edge.runtimes") else HEAVY
+        heavy = {imported.split(".")[0] for imported in imports(file, top_level_only=False)} & own
+        assert not heavy, f"{name} imports {heavy}"
+
+
+def test_arrows_point_one_way() -> None:
+    for name, file in modules().items():
+        seen = imports(file, top_level_only=False)
+        if name.startswith("lime_edge.exporters"):
+            assert not [m for m in seen if m.startswith("lime_edge.runtimes")], name
+        if name.startswith("lime_edge.runtimes"):
+            assert not [m for m in seen if m.startswith(("lime_edge.exporters", "lime_edge.compiler"))], name
+        if name.startswith("lime_edge.compiler"):
+            assert not [m for m in seen if m.startswith(("lime_edge.exporters", "lime_edge.runtimes"))], name
+
+
+def test_files_hold_one_idea() -> None:
+    for file in modules().values():
+        lines = len(file.read_text().splitlines())
+        assert lines <= 420, f"{file.relative_to(ROOT)} has {lines} lines"
+
+
+def test_public_functions_say_what_they_do() -> None:
+    for name, file in modules().items():
+        tree = ast.parse(file.read_text())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in [inner for outer in (tree, *classes) for inner in outer.body]:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    for document in documents():
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def test_the_file_map_is_complete() -> None:
+    """README's map names every module, so that a reader finds the room by its name."""
+    text = (ROOT / "README.md").read_text()
+    for name, file in modules().items():
+        if file.name != "__init__.py":
+            assert re.search(rf"\b{re.escape(file.name)}\b", text), f"README's file map leaves out {name}"
+
+
+def command_options() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+
+    def walk(command: object, path: str) -> None:
+        options = {o for p in command.params for o in [*p.opts, *p.secondary_opts] if o.startswith("-")}  # type: ignore[attr-defined]
+        found[path] = options | {"--help", "-h"}
+        for name, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{path} {name}")
+
+    walk(typer.main.get_command(app), "lime-edge")
+    return found
+
+
+def test_commands_in_the_docs_exist() -> None:
+    """Every `lime-edge ...` line in a code block names a real command and real options."""
+    known = command_options()
+    checked = 0
+    for document in documents():
+        for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", document.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.split("#")[0].removeprefix("$ ").split()
+                if not words or words[0] != "lime-edge":
+                    continue
+                path, rest = "lime-edge", words[1:]
+                while rest and f"{path} {rest[0]}" in known:
+                    path, rest = f"{path} {rest[0]}", rest[1:]
+                assert path != "lime-edge" or (rest and rest[0].startswith("-")), f"{document.name}: {line}"
+                for word in rest:
+                    if word.startswith("-") and not re.fullmatch(r"-?\d.*", word):
+                        assert word.split("=")[0] in known[path], f"{document.name}: {line}: {word}"
+                checked += 1
+    assert checked >= 5
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for document in documents():
+        for name in re.findall(r"`make ([a-z0-9-]+)`|^make ([a-z0-9-]+)", document.read_text(), re.M):
+            assert (name[0] or name[1]) in targets, f"{document.name}: make {name}"
+
+
+@pytest.mark.parametrize("module", ["lime_edge", "lime_edge.session", "lime_edge.runtimes.onnx", "lime_edge.bench"])
+def test_runtime_modules_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
