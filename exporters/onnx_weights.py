@@ -8,7 +8,7 @@ import numpy as np
 
 from lime_edge.compiler.quantize import QuantizedTensor
 
-INT8_BLOCKS = (32, 16)  # also the block in which activations are quantized: small ones keep accuracy
+INT8_BLOCKS = (64, 32, 16)  # also the block in which activations are quantized: small ones keep accuracy
 
 
 @dataclass(frozen=True)

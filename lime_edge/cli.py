@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lime_edge import __version__, terminal
+from lime_edge import __version__, cli_import, cli_interchange, terminal
 from lime_edge.cli_experts import experts_app
 from lime_edge.errors import LimeEdgeError
 
@@ -24,6 +24,8 @@ app = typer.Typer(
     device is missing, 5 nothing could be written, 1 a bug.""",
 )  # fmt: skip
 app.add_typer(experts_app, name="experts")
+cli_import.register(app)
+cli_interchange.register(experts_app)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -58,6 +60,8 @@ EXPORT_EXAMPLES = """
  lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
 
  lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --keep-int8 none --calibration prompts.jsonl
 """
 
 
@@ -71,6 +75,13 @@ def export(
     group_size: Annotated[
         int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
     ] = None,
+    rounding: Annotated[str, typer.Option(help="gptq (int4, calibrated), search or nearest.")] = "gptq",
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
+    ] = None,
+    keep_int8: Annotated[
+        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down (head: with embedding), or none.")
+    ] = "head,qkv,down",
     fold: Annotated[
         str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
     ] = "shared",
@@ -91,8 +102,9 @@ def export(
         from lime_edge.errors import need
 
         raise need(error.name or "torch", "export") from None
-    compiling = CompileOptions(quant=quant, group=group_size or chosen.group, fold=fold, single=single)
-    options = ExportOptions(targets=tuple(target or ["onnx"]), tokenizer=tokenizer, force=force)
+    kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
+    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
+    options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration)
     with terminal.show_steps() as progress:
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_bundle(output, as_json, sites=False)

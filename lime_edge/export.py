@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from lime_edge import __version__
 from lime_edge.bundle import Manifest, write_bundle
 from lime_edge.compiler.backbone import find_gguf, quiet
 from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.calibrate import (
+    Calibration,
+    built_in_calibration,
+    read_calibration,
+    render_exchange,
+    vocabulary_words,
+)
+from lime_edge.compiler.compile import CompileOptions, choose_rounding, compile_checkpoint
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.devices import Device
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Expert
+from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.targets import check_target, load_exporter
 
@@ -34,11 +43,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write besides how to compile: targets, device defaults, tokenizer, overwriting."""
+    """What to write besides how to compile.
+
+    targets: keys of lime_edge.targets. tokenizer: put it into the bundle. force: replace a bundle.
+    calibration: JSONL of prompts for gptq; the built-in text otherwise.
+    """
 
     targets: tuple[str, ...] = ("onnx",)
     tokenizer: bool = True
     force: bool = False
+    calibration: Path | None = None
 
 
 def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOptions, device: Device,
@@ -59,14 +73,17 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
         if options.tokenizer:
             copy_tokenizer(model, stage / "tokenizer")
         progress("read", 1, 1)
-        compiled = compile_checkpoint(checkpoint, compiling, progress)
+        calibration = find_calibration(checkpoint, compiling, options, stage / "tokenizer")
+        compiled = compile_checkpoint(checkpoint, compiling, calibration, progress)
         targets = {}
         for target in options.targets:
             (stage / target).mkdir()
             facts = load_exporter(target).export(compiled, stage / target, progress)
             targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
         progress("hash", 0, 1)
-        manifest = describe(checkpoint, compiled, targets, device.name)
+        rounding = {"rounding": choose_rounding(compiling, calibration),
+                    "calibration": calibration.source if calibration else None}  # fmt: skip
+        manifest = describe(checkpoint, compiled, targets, device.name, rounding)
         experts = [
             Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
             for name, vector in compiled.experts.items()
@@ -76,15 +93,36 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
     return manifest
 
 
+def find_calibration(checkpoint: Checkpoint, compiling: CompileOptions, options: ExportOptions,
+                     tokenizer: Path) -> Calibration | None:  # fmt: skip
+    """The sequences that gptq looks at: the user's file, else the built-in text; None where not needed.
+
+    Raises:
+        LimeEdgeError: a bad file, or a file and no tokenizer to read it with.
+    """
+    if compiling.quant != "int4" or compiling.rounding != "gptq":
+        return None
+    if not options.tokenizer:
+        if options.calibration:
+            raise LimeEdgeError("--calibration needs the tokenizer", "leave --no-tokenizer out")
+        return None
+    codec = TextCodec(tokenizer)
+    if options.calibration:
+        return read_calibration(options.calibration, codec.encode, checkpoint.adapter.expert_names)
+    template = partial(codec.render_chat, open_turn=False) if codec.can_chat else None
+    words = vocabulary_words(codec.vocabulary())
+    return built_in_calibration(codec.encode, render_exchange(template), words)
+
+
 def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str, dict[str, Any]],
-             device: str) -> Manifest:  # fmt: skip
+             device: str, rounding: dict[str, Any]) -> Manifest:  # fmt: skip
     """The manifest of a compiled model, experts and files still missing."""
     decoder, adapter = compiled.decoder, checkpoint.adapter
     quantized = [t for t in compiled.weights.values() if isinstance(t, QuantizedTensor)]
-    wanted = {"int4": 4, "int8": 8}.get(compiled.quant, 0)
     fallbacks = [
-        name for name, t in compiled.weights.items() if isinstance(t, QuantizedTensor) and t.bits != wanted
-    ]
+        name for name, t in compiled.weights.items()
+        if isinstance(t, QuantizedTensor) and compiled.quant == "int4" and t.codes.shape[1] % compiled.group
+    ]  # fmt: skip
     first = next(iter(compiled.experts.values()))
     return Manifest(
         fingerprint=compiled.fingerprint,
@@ -100,7 +138,7 @@ def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str,
             "base": adapter.base_name,
         },
         quantization={
-            "quant": compiled.quant, "group": compiled.group, "scheme": "symmetric",
+            "quant": compiled.quant, "group": compiled.group, "scheme": "symmetric", **rounding,
             "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized) for bits in (4, 8)},
             "weight_bytes": sum(t.nbytes() for t in quantized), "fallback_int8": fallbacks,
             "weight_hash": compiled.weight_hash(),

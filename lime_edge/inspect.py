@@ -59,4 +59,5 @@ def _quantization(facts: dict[str, Any]) -> str:
     if facts["quant"] == "none":
         return "none (float32)"
     counts = ", ".join(f"{count} {kind}" for kind, count in facts["matrices"].items() if count)
-    return f"{facts['quant']} {facts['scheme']}, group {facts['group']} ({counts} matrices)"
+    how = facts["rounding"] + (f", calibrated on {facts['calibration']} text" if facts["calibration"] else "")
+    return f"{facts['quant']} {facts['scheme']}, group {facts['group']} ({counts} matrices; {how})"

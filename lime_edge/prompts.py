@@ -67,11 +67,15 @@ class TextCodec:
         """Text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt text of a conversation, ready for the assistant's turn.
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's own spelling and its id."""
+        return self._tokenizer.get_vocab()
+
+    def render_chat(self, messages: Sequence[dict[str, str]], open_turn: bool = True) -> str:
+        """The text of a conversation.
 
         Args:
-            messages: {"role": ..., "content": ...} each.
+            messages: {"role": ..., "content": ...} each. open_turn: begin the assistant's turn.
         Raises:
             LimeEdgeError: the model has no chat template, or the template refuses the messages.
         """
@@ -79,7 +83,7 @@ class TextCodec:
             raise LimeEdgeError("this model has no chat template", "pass a complete prompt (--raw)")
         names = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **names)
+            return self._template.render(messages=list(messages), add_generation_prompt=open_turn, **names)
         except jinja2.TemplateError as error:
             raise LimeEdgeError(f"the chat template failed: {error}") from None
 

@@ -218,6 +218,27 @@ def test_a_damaged_state_dict_is_refused_and_nothing_is_left(fault: str, tmp_pat
     assert sorted(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("name", ["llama-dora-ngram", "llama-slicefine"])
+@pytest.mark.parametrize("shape", [None, (), (3,), (3, 3), (2, 2, 2)])
+def test_any_wrong_site_tensor_is_a_fault_and_never_a_crash(name: str, shape: tuple[int, ...] | None,
+                                                            tmp_path: Path) -> None:  # fmt: skip
+    site = "model.layers.0.self_attn.k_proj"
+    source = tmp_path / "checkpoint"
+    whole = copy_fixture(name, source)
+    parts = [key for key in whole if key.startswith(f"{site}.")]
+    assert len(parts) >= 5
+    for key in parts:
+        if shape is None and key.endswith("LiMEs"):
+            continue  # then the module is no site at all: its tensors are strangers in the backbone
+        state = {other: tensor for other, tensor in whole.items() if other != key}
+        if shape is not None:
+            state[key] = torch.zeros(shape)
+        save_file(state, source / "model.safetensors")
+        with pytest.raises(LimeEdgeError, match="k_proj"):
+            import_checkpoint(source, tmp_path / "out", ImportOptions())
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
 def test_prompt_tuning_is_refused_with_the_reason(tmp_path: Path) -> None:
     source = tmp_path / "checkpoint"
     source.mkdir()
@@ -242,7 +263,7 @@ def make_base(directory: Path, bias: bool = False) -> nn.Module:
 
 def make_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, Tensor, Tensor]:
     """A base model, a trained-looking PEFT adapter for it, ids, and peft's own logits."""
-    peft = pytest.importorskip("peft")
+    import peft
     base, directory = tmp_path / "base", tmp_path / "peft"
     model = make_base(base, options.pop("base_bias", False))
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]} | options
@@ -321,3 +342,10 @@ def test_what_the_format_cannot_carry_is_refused(options: dict[str, Any], wanted
     with pytest.raises(LimeEdgeError, match=wanted):
         import_checkpoint(directory, tmp_path / "out", ImportOptions(model=base))
     assert not (tmp_path / "out").exists()
+
+
+def test_our_own_adapter_needs_no_import(tmp_path: Path) -> None:
+    starter = Path(__file__).parent.parent / "examples/starter_adapter/adapter"
+    with pytest.raises(LimeEdgeError, match="expected LORA, found LIME") as error:
+        import_checkpoint(starter, tmp_path / "out", ImportOptions())
+    assert "already" in error.value.hint

@@ -82,7 +82,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, P
 
 
 def load_peft(base: Path, directory: Path) -> torch.Tensor:
-    peft = pytest.importorskip("peft")
+    import peft
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), directory)
     with torch.no_grad():
         return model.eval()(IDS).logits
@@ -117,9 +117,8 @@ def test_forgetting_the_expert_would_be_noticed(family: tuple[str, Path, Path, A
 @pytest.mark.parametrize("name", ["llama-lora-auto", "llama-lora-sparse", "llama-lora_fa", "qwen2-lora-soft"])
 def test_fixtures_through_peft_give_the_pinned_logits(name: str, tmp_path: Path) -> None:
     """From the authors' checkpoint through our adapter to `peft`, against the authors' own logits."""
+    import peft
     from safetensors.torch import load_file
-
-    peft = pytest.importorskip("peft")
     expected = load_file(FIXTURES / name / "expected.safetensors")
     import_checkpoint(FIXTURES / name, tmp_path / "in", ImportOptions())
     for expert in range(4):
@@ -145,7 +144,7 @@ def pair_rows(rows: int, heads: int) -> list[int]:
 def test_gguf_holds_a_and_b_in_the_rows_of_its_architecture(
     family: tuple[str, Path, Path, Adapter], tmp_path: Path
 ) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
     name, base, directory, adapter = family
     export_expert(directory, BLEND, "gguf", tmp_path / "mix.gguf", base)
     reader = gguf.GGUFReader(tmp_path / "mix.gguf")
@@ -206,7 +205,7 @@ def write_gguf_model(path: Path, base: Path, adapter: dict[str, np.ndarray], alp
 @pytest.mark.parametrize("apply", [True, False])
 def test_gguf_adapter_merged_into_a_gguf_model_gives_our_logits(apply: bool, tmp_path: Path) -> None:
     """Merge in GGUF's row order, then let transformers' own GGUF reader undo the order."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
     model = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", model, tuple(GGUF_NAMES))
     export_expert(tmp_path / "adapter", "blue", "gguf", tmp_path / "blue.gguf", tmp_path / "base")
@@ -248,9 +247,8 @@ def test_encoders_go_to_peft_only(tmp_path: Path) -> None:
     export_expert(adapter, "expert_2", "peft", tmp_path / "lora")
     with pytest.raises(LimeEdgeError, match="model_type"):
         export_expert(adapter, "expert_2", "gguf", tmp_path / "x.gguf", base)
+    import peft
     from safetensors.torch import load_file
-
-    peft = pytest.importorskip("peft")
     expected = load_file(FIXTURES / "bert-lora-cls/expected.safetensors")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     with torch.no_grad():

@@ -221,7 +221,7 @@ def test_grams_are_taken_with_the_expert_active(folded: CompiledModel) -> None:
     assert (one - other).norm() > 0.01 * one.norm()
 
 
-@pytest.mark.parametrize(("kinds", "share"), [((), 0.95), (("qkv", "down"), 0.8)])
+@pytest.mark.parametrize(("kinds", "share"), [(("head",), 0.95), (("head", "qkv", "down"), 0.8)])
 def test_gptq_model_is_nearer_to_float_than_search(
     folded: CompiledModel, kinds: tuple[str, ...], share: float
 ) -> None:
@@ -251,7 +251,8 @@ def test_sensitive_matrices_stay_int8(folded: CompiledModel) -> None:
     for layer in range(len(folded.decoder.layers)):
         for group in folded.groups(layer).values():  # one product, so one width of codes
             assert len({chosen[f"{name}.weight"] for name in group.names}) == 1
-    narrow = quantize_model(folded, 4, 32, "search", int8_kinds=())
+    assert {t.bits for t in quantize_model(folded, 4, 32, "search", int8_kinds=()).values()} == {4}
+    narrow = quantize_model(folded, 4, 32, "search", int8_kinds=("head",))
     assert {name for name, t in narrow.items() if t.bits == 8} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert {t.bits for t in quantize_model(folded, 8, 32, "gptq").values()} == {8}
 

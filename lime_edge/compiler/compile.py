@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lime_edge.compiler.calibrate import Calibration
 from lime_edge.compiler.checkpoint import Checkpoint
 from lime_edge.compiler.compiled import Branch, CompiledModel
 from lime_edge.compiler.fold import fold_linear
-from lime_edge.compiler.quantize import INT4_GROUP, QuantizedTensor, quantize
+from lime_edge.compiler.quantize import INT4_GROUP
+from lime_edge.compiler.rounding import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
 from lime_edge.errors import LimeEdgeError
 
 QUANTS = {"none": 0, "int8": 8, "int4": 4}
@@ -23,16 +25,24 @@ class CompileOptions:
 
     quant: "int4", "int8" or "none". group: elements per int4 scale along the input axis.
     fold: "shared", "none" or an expert's name. single: emit that fold without branches.
+    rounding: "nearest", "search" or "gptq". int8_kinds: what an int4 model keeps at
+    int8: some of KINDS.
     """
 
     quant: str = "int4"
     group: int = INT4_GROUP
     fold: str = "shared"
     single: bool = False
+    rounding: str = "gptq"
+    int8_kinds: tuple[str, ...] = INT8_KINDS
 
     def __post_init__(self) -> None:
         if self.quant not in QUANTS:
             raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}")
+        if self.rounding not in ROUNDINGS:
+            raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {self.rounding!r}")
+        if unknown := [kind for kind in self.int8_kinds if kind not in KINDS]:
+            raise LimeEdgeError(f"--keep-int8: expected none or some of {', '.join(KINDS)}, found {', '.join(unknown)}")
         if not 16 <= self.group <= 256 or self.group & (self.group - 1):
             raise LimeEdgeError(f"--group-size: expected a power of two from 16 to 256, found {self.group}")
         if self.single and self.fold in ("shared", "none"):
@@ -40,34 +50,51 @@ class CompileOptions:
 
 
 def compile_checkpoint(
-    checkpoint: Checkpoint, options: CompileOptions, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    options: CompileOptions,
+    calibration: Calibration | None = None,
+    progress: Progress = lambda *_: None,
 ) -> CompiledModel:
     """Compile for every target at once.
 
     Args:
+        calibration: what shows "gptq" the layers' inputs; without it int4 falls back to "search".
         progress: called with (step, done, total).
     Raises:
         LimeEdgeError: unknown expert in --fold, a variant that cannot be folded.
     """
+    model = fold_checkpoint(checkpoint, options, progress)
+    if bits := QUANTS[options.quant]:
+        rounding = choose_rounding(options, calibration)
+        weights = quantize_model(model, bits, options.group, rounding, calibration, progress, options.int8_kinds)
+        model = replace(model, weights=weights)
+    if options.single:
+        model = replace(model, branches={}, experts={options.fold: model.experts[options.fold]}, single=options.fold)
+    return model
+
+
+def choose_rounding(options: CompileOptions, calibration: Calibration | None) -> str:
+    """The rounding that is used: "gptq" needs calibration, and int8 has no use for it."""
+    needs = options.rounding == "gptq" and options.quant == "int4"
+    return "search" if options.rounding == "gptq" and not (needs and calibration) else options.rounding
+
+
+def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: Progress) -> CompiledModel:
+    """The folded model with all its experts and branches, weights still float32."""
     adapter, backbone = checkpoint.adapter, checkpoint.backbone
     if adapter.variant not in ("lora", "lora_fa"):
-        raise LimeEdgeError(f"{adapter.path}: variant {adapter.variant!r} cannot be exported yet")
+        raise LimeEdgeError(f"{adapter.path}: variant {adapter.variant!r} cannot be exported yet",
+                            "LoRA and LoRA-FA can")  # fmt: skip
+    if embeddings := [name for name, site in adapter.sites.items() if site.embedding]:
+        raise LimeEdgeError(f"{adapter.path}: embedding site {embeddings[0]} cannot be exported yet",
+                            "linear sites can")  # fmt: skip
     experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
     reference = reference_vector(options.fold, experts)
     weights, vectors, branches = _fold(checkpoint, reference, progress)
-    quantized: dict[str, QuantizedTensor | torch.Tensor] = dict(weights)
-    if bits := QUANTS[options.quant]:
-        for index, (name, weight) in enumerate(weights.items()):
-            progress("quantize", index, len(weights))
-            quantized[name] = quantize(weight, bits, options.group)
-        progress("quantize", len(weights), len(weights))
-    single = options.fold if options.single else None
     return CompiledModel(
-        decoder=backbone.decoder, weights=quantized, vectors=vectors,
-        branches={} if single else branches, sites=checkpoint.sites, reference=reference,
-        experts={single: experts[single]} if single else experts,
-        fingerprint=checkpoint.fingerprint, fold=options.fold, single=single,
-        quant=options.quant, group=options.group,
+        decoder=backbone.decoder, weights=dict(weights), vectors=vectors, branches=branches,
+        sites=checkpoint.sites, reference=reference, experts=experts, fingerprint=checkpoint.fingerprint,
+        fold=options.fold, single=None, quant=options.quant, group=options.group,
     )  # fmt: skip
 
 
@@ -114,7 +141,7 @@ def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -
         progress("fold", index, len(checkpoint.sites))
         part, key = adapter.sites[site.name], f"{site.name}.weight"
         p_ref = reference[site.offset : site.offset + site.width]
-        tensors = {"weight": weights[key], "A": part.a, "B": part.b}
+        tensors = part.join(weights[key], vectors.get(f"{site.name}.bias"))
         folded = fold_linear(adapter.variant, tensors, p_ref, adapter.scale)
         assert folded.branch_a is not None and folded.branch_b is not None
         weights[key] = folded.weight

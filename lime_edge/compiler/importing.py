@@ -118,10 +118,9 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
     with Faults(str(source), "hyper-parameters come from --hyper FILE.json and --set KEY=VALUE") as faults:
         _refuse_prompts(hyper, state, faults)
         check_hyper(hyper, faults)
-        backbone, sites = split_state(state)
-        if not sites:
-            faults.add("no module of the state dict has LiMEs: this is not a LiME checkpoint")
+        _check_splittable(state, faults)
         faults.raise_any()
+        backbone, sites = split_state(state)
         variant = hyper["variant"]
         _check_state(hyper, sites, faults)
         faults.raise_any()
@@ -222,6 +221,29 @@ def _refuse_prompts(hyper: Mapping[str, Any], state: Mapping[str, torch.Tensor],
         faults.raise_any()
 
 
+def _check_splittable(state: Mapping[str, torch.Tensor], faults: Faults) -> None:
+    """Note what would keep the state dict from being split into backbone and sites."""
+    sites = [key.removesuffix(".LiMEs") for key in state if key.endswith(".LiMEs")]
+    if not sites:
+        faults.add("no module of the state dict has LiMEs: this is not a LiME checkpoint")
+    for site in sites:
+        matrices = {part: state.get(f"{site}.{part}") for part in ("A", "B", "LiMEs", "part_T", "part_F")}
+        flat = [part for part, tensor in matrices.items() if tensor is not None and tensor.ndim != 2]
+        for part in flat:
+            faults.add(f"{site}.{part}", "two axes", tuple(state[f"{site}.{part}"].shape))
+        top, rest = matrices["part_T"], matrices["part_F"]
+        if top is None and rest is None or flat:
+            continue
+        if top is None or rest is None:
+            faults.add(f"{site}: part_T and part_F come together")
+            continue
+        width = state[f"{site}.LiMEs"].shape[1]
+        (t, d), (f, e) = top.shape, rest.shape
+        if not (d == e and t + f == width or t == f and d + e == width and t + f != width):
+            faults.add(f"{site}: part_T and part_F must be the rows (or columns) of one weight with "
+                       f"H = {width}", found=f"{tuple(top.shape)} and {tuple(rest.shape)}")  # fmt: skip
+
+
 def _check_state(hyper: Mapping[str, Any], sites: Mapping[str, Mapping[str, torch.Tensor]], faults: Faults) -> None:
     variant = hyper["variant"]
     slicefine = variant == "slicefine"
@@ -232,9 +254,7 @@ def _check_state(hyper: Mapping[str, Any], sites: Mapping[str, Mapping[str, torc
             faults.add(f"{name}.{part} is missing (variant {variant})")
         for part in sorted(found.keys() - wanted - optional):
             faults.add(f"{name}.{part} is not a tensor of variant {variant}")
-        if found["LiMEs"].ndim != 2:
-            faults.add(f"{name}.LiMEs", "(E, H)", tuple(found["LiMEs"].shape))
-        elif found["LiMEs"].shape[0] != hyper.get("num_experts", found["LiMEs"].shape[0]):
+        if found["LiMEs"].shape[0] != hyper.get("num_experts", found["LiMEs"].shape[0]):
             faults.add(f"{name}.LiMEs: num_experts", hyper["num_experts"], found["LiMEs"].shape[0])
         shared = "LiME_shared" in found
         if shared != hyper.get("use_shared_LiME", shared):

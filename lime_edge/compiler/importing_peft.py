@@ -54,6 +54,11 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
     Source: PEFT checkpoint format (huggingface.co/docs/peft, "PEFT checkpoint format").
     """
     config = read_json(source / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        known = config.get("peft_type") == "LIME"
+        hint = "this is a LiME adapter already: use it as it is" if known else "only PEFT's LoRA and DoRA are read"
+        problem = f"{source}/adapter_config.json: peft_type: expected LORA, found {config.get('peft_type')}"
+        raise LimeEdgeError(problem, hint)
     base = None if options.model is None else read_backbone(options.model)
     dora = bool(config.get("use_dora"))
     hyper = {"variant": "dora" if dora else "lora", **read_hyper(source, options)}
@@ -91,8 +96,6 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
 
 
 def _check_options(config: Mapping[str, Any], faults: Faults) -> None:
-    if config.get("peft_type") != "LORA":
-        faults.add("adapter_config.json: peft_type", "LORA", config.get("peft_type"))
     for name, neutral in NEUTRAL.items():
         if name in config and config[name] not in neutral:
             faults.add(f"adapter_config.json: {name} cannot be carried over", neutral[0], config[name])

@@ -12,7 +12,8 @@ from lime_edge.compiler.quantize import QuantizedTensor, group_for, quantize, se
 from lime_edge.errors import LimeEdgeError
 
 ROUNDINGS = ("nearest", "search", "gptq")
-INT8_KINDS = ("qkv", "down")  # groups of linears that an int4 model keeps at int8, see `bits_by_name`
+KINDS = ("head", "qkv", "o", "gate_up", "down")  # head: the embedding and the head
+INT8_KINDS = ("head", "qkv", "down")  # what an int4 model keeps at int8, see `bits_by_name`
 DAMPING = 0.1  # few calibration tokens must not be trusted too much
 Progress = Callable[[str, int, int], None]
 
@@ -33,7 +34,7 @@ def quantize_model(
             "gptq": int4 codes of least error on the layer's calibration outputs.
         calibration: token sequences that show the layers their inputs; only "gptq" reads it.
         progress: called with (step, done, total).
-        int8_kinds: of "qkv", "o", "gate_up" and "down", those that stay int8 in an int4 model.
+        int8_kinds: of KINDS, those that stay int8 in an int4 model.
     Returns:
         tensor name -> quantized matrix, in the order of `model.weights`.
     Raises:
@@ -66,12 +67,12 @@ def bits_by_name(
 ) -> dict[str, int]:
     """Tensor name -> bits, before the fallback of odd widths.
 
-    At 4 bits the table and the head keep 8, and so do the groups of `int8_kinds`. What that buys on
+    At 4 bits the groups of `int8_kinds` keep 8. What that buys, the head being among them, on
     SmolLM2-135M with a LiME adapter, gptq (400 prompts; same greedy answer as float32, packed size):
     qkv and the outer eighths of `down` 94.8%, 98 MB; qkv and all of `down` 96.8%, 107 MB.
     `down` reads the widest input, for which calibration is shortest, and holds the loudest columns.
     """
-    chosen = {name: 8 for name in model.weights}
+    chosen = {name: 8 if "head" in int8_kinds else bits for name in model.weights}
     for layer in range(len(model.decoder.layers)):
         for kind, group in model.groups(layer).items():
             chosen |= {f"{name}.weight": 8 if kind in int8_kinds else bits for name in group.names}
