@@ -15,36 +15,43 @@ from lime_edge import __version__
 from lime_edge.compiler.compiled import CompiledModel, Group
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import Faults
+from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx_weights import pack_weight
 
 FILE = "model.onnx"
+ROUTED_FILE = "routed.onnx"
 HEAD_MULTIPLE = 16  # GroupQueryAttention with rotation; Source: onnxruntime's error message, 1.31.1
 Progress = Callable[[str, int, int], None]
 
 
 def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[str, Any]:
-    """Write model.onnx and model.onnx.data.
+    """Write model.onnx and model.onnx.data; for a routed checkpoint also routed.onnx on the same data.
+
+    Two graphs, because routing costs: a pinned expert must not pay for it, and both read one weight file.
 
     Args:
         model: compiled; its integers are only re-packed. directory: exists, empty.
         progress: called with (step, done, total).
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
-    Raises:
-        LimeEdgeError: sizes that ONNX Runtime's fused operators do not take.
     """
     check_sizes(model)
+    metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
     graph = Graph(directory / f"{FILE}.data")
     graph.data_path.touch()
-    writer = DecoderWriter(model, graph)
-    writer.write(progress)
-    metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
+    DecoderWriter(model, graph, PinnedExperts(model, graph) if model.branches else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
-    return {
+    facts = {
         "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": bool(model.branches),
         "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
     }  # fmt: skip
+    if model.routing is not None and model.branches:
+        routed = graph.share_data()
+        DecoderWriter(model, routed, RoutedExperts(model, routed, model.routing)).write(progress)
+        routed.save(directory / ROUTED_FILE, __version__, metadata)
+        facts |= {"routed": f"onnx/{ROUTED_FILE}", "routed_nodes": len(routed.nodes)}
+    return facts
 
 
 def check_sizes(model: CompiledModel) -> None:
@@ -61,15 +68,17 @@ def check_sizes(model: CompiledModel) -> None:
 class DecoderWriter:
     """Writes a CompiledModel's decoder into a Graph, layer by layer."""
 
-    def __init__(self, model: CompiledModel, graph: Graph):
-        self.model, self.graph, self.config = model, graph, model.decoder
-        self.experts: dict[int, str] = {}  # site offset -> name of the slice of the expert input
+    def __init__(self, model: CompiledModel, graph: Graph, experts: PinnedExperts | RoutedExperts | None):
+        self.model, self.graph, self.config, self.experts = model, graph, model.decoder, experts
 
     def write(self, progress: Progress) -> None:
         """Write everything: inputs, embedding, layers, head."""
         total = len(self.config.layers)
         self._declare_inputs()
-        self._split_expert()
+        if self.experts is not None:
+            groups = [group for layer in range(total) for group in self.model.groups(layer).values()]
+            branches = [self.model.group_branch(group) for group in groups]
+            self.experts.declare([branch for branch in branches if branch is not None])
         stream = self._embed()
         update = ""
         for index in range(total):
@@ -85,7 +94,7 @@ class DecoderWriter:
         g.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         for index in range(len(c.layers)):
             for kind in ("key", "value"):
-                shape = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
+                shape: list[int | str] = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
                 g.input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, shape)
         cos, sin = c.rope_tables(c.context)
         g.constant("cos_cache", cos.numpy())
@@ -95,40 +104,9 @@ class DecoderWriter:
         count = g.node("ReduceSum", ["attention_mask", axis], "/mask/ReduceSum", keepdims=0)
         count = g.node("Sub", [count, one], "/mask/Sub")
         g.node("Cast", [count], "/mask/Cast", ["seqlens_k"], to=TensorProto.INT32)
-        shape = g.node("Shape", ["attention_mask"], "/mask/Shape", start=1, end=2)
-        shape = g.node("Squeeze", [shape], "/mask/Squeeze")
-        g.node("Cast", [shape], "/mask/CastTotal", ["total_sequence_length_i32"], to=TensorProto.INT32)
-
-    def _split_expert(self) -> None:
-        """Cut the flat input once: one piece per run of sites that one branch multiplies together."""
-        g, model = self.graph, self.model
-        if not model.branches:
-            return
-        g.input("expert", TensorProto.FLOAT, [model.sites.total])
-        g.initializers.append(onnx.numpy_helper.from_array(np.zeros(model.sites.total, np.float32), "expert"))
-        runs = [
-            run
-            for layer in range(len(self.config.layers))
-            for group in model.groups(layer).values()
-            for run in self._runs(group)
-        ]
-        runs.sort()
-        sizes = g.constant("expert_sizes", np.array([width for _, width in runs], np.int64))
-        self.experts = {offset: f"expert_{offset}" for offset, _ in runs}
-        names = [self.experts[offset] for offset, _ in runs]
-        if len(runs) == 1:
-            g.node("Identity", ["expert"], "/expert/Identity", names)
-        else:
-            g.node("Split", ["expert", sizes], "/expert/Split", names, axis=0)
-
-    def _runs(self, group: Group) -> list[tuple[int, int]]:
-        """(offset, width) of consecutive sites of a group, merged where the group has no gap."""
-        branch = self.model.group_branch(group)
-        if branch is None:
-            return []
-        if all(offset is not None for offset, _ in branch.parts):
-            return [(branch.parts[0][0] or 0, group.width)]
-        return [(offset, width) for offset, width in branch.parts if offset is not None]
+        total = g.node("Shape", ["attention_mask"], "/mask/Shape", start=1, end=2)
+        total = g.node("Squeeze", [total], "/mask/Squeeze")
+        g.node("Cast", [total], "/mask/CastTotal", ["total_sequence_length_i32"], to=TensorProto.INT32)
 
     def _embed(self) -> str:
         g, name = self.graph, "model.embed_tokens.weight"
@@ -233,32 +211,24 @@ class DecoderWriter:
         return g.node("Reshape", [x, merge], f"{path}/Merge")
 
     def _project(self, group: Group, x: str, path: str) -> str:
-        """y = W'x + b (+ d * (B A x)) for a group of linears on one input."""
-        y = self._matmul([f"{name}.weight" for name in group.names], self.model.group_bias(group), x, path)
+        """A group of linears on one input, with what the expert does to them (see decoder.Projection)."""
+        names, bias = [f"{name}.weight" for name in group.names], self.model.group_bias(group)
         branch = self.model.group_branch(group)
-        if branch is None:
-            return y
+        if branch is None or self.experts is None:
+            return self._matmul(names, bias, x, path)
         g = self.graph
+        if branch.a is None or branch.b is None:
+            y = self._matmul(names, None, x, path)
+            y = g.node("Mul", [y, self.experts.multiply(branch, y, y, path)], f"{path}/lime/Mul")
+            if bias is None:
+                return y
+            return g.node("Add", [y, g.constant(f"{path}.bias", bias.numpy())], f"{path}/lime/Bias")
+        y = self._matmul(names, bias, x, path)
         a = g.constant(f"{path}.lime_a", branch.a.T.numpy())
         b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
         delta = g.node("MatMul", [g.node("MatMul", [x, a], f"{path}/lime/A"), b], f"{path}/lime/B")
-        scaled = g.node("Mul", [delta, self._residual(group, path)], f"{path}/lime/Mul")
+        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, delta, path)], f"{path}/lime/Mul")
         return g.node("Add", [y, scaled], f"{path}/lime/Add")
-
-    def _residual(self, group: Group, path: str) -> str:
-        """The group's stretch of the expert input, zeros where a member is no site."""
-        g = self.graph
-        runs = self._runs(group)
-        if len(runs) == 1 and runs[0][1] == group.width:
-            return self.experts[runs[0][0]]
-        branch = self.model.group_branch(group)
-        assert branch is not None
-        pieces = [
-            g.constant(f"{path}/lime/zeros_{i}", np.zeros(width, np.float32)) if offset is None
-            else self.experts[offset]
-            for i, (offset, width) in enumerate(branch.parts)
-        ]  # fmt: skip
-        return g.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
 
     def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str, share: str = "") -> str:
         """One product for several stacked weights; `share` names codes already in the file."""

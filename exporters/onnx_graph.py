@@ -36,7 +36,13 @@ class Graph:
     initializers: list[TensorProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    shared: dict[str, TensorProto] = field(default_factory=dict)
     _end: int = 0
+
+    def share_data(self) -> Graph:
+        """An empty graph whose constants of the same names are those of this one's external file."""
+        external = {t.name: t for t in self.initializers if t.data_location == TensorProto.EXTERNAL}
+        return Graph(self.data_path, shared=external, _end=self._end)
 
     def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None,
              domain: str = "", **attributes: object) -> str:  # fmt: skip
@@ -50,6 +56,9 @@ class Graph:
         array = np.ascontiguousarray(array)
         if array.nbytes <= INLINE_BYTES:
             self.initializers.append(onnx.numpy_helper.from_array(array, name))
+            return name
+        if name in self.shared:
+            self.initializers.append(self.shared[name])
             return name
         offset = self._append(array)
         self.initializers.append(_external(name, array.dtype, array.shape, self.data_path.name, offset, array.nbytes))
@@ -88,7 +97,7 @@ class Graph:
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
         with self.data_path.open("ab") as file:
             file.write(b"\0" * (offset - self._end))
-            file.write(memoryview(array).cast("B"))
+            file.write(array.tobytes())
         self._end = offset + array.nbytes
         return offset
 

@@ -57,7 +57,8 @@ def bench_bundle(path: Path, target: str | None, selection: Selection, threads: 
     ttft = float(np.median(firsts))
     return {
         "schema": SCHEMA, "bundle": str(path), "target": session.target, "provider": session.provider,
-        "expert": describe_selection(selection), "threads": threads, "quant": session.bundle.manifest.quantization["quant"],
+        "expert": describe_selection(selection), "threads": threads,
+        "quant": session.bundle.manifest.quantization["quant"],
         "prompt_tokens": options.prompt_tokens, "gen_tokens": options.gen_tokens, "repeat": options.repeat,
         "load_ms": loaded * 1e3, "ttft_ms": ttft * 1e3,
         "prefill_tokens_per_s": options.prompt_tokens / ttft,

@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bundle's first by default.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
 ExpertOption = Annotated[
-    str | None, typer.Option("--expert", "-e", help="NAME, none, or a blend NAME=WEIGHT,NAME=WEIGHT.")
+    str | None, typer.Option("--expert", "-e", help="NAME, none, routed, or a blend NAME=WEIGHT,NAME=WEIGHT.")
 ]
 
 
@@ -80,7 +80,7 @@ def export(
         Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
     ] = None,
     keep_int8: Annotated[
-        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down (head: with embedding), or none.")
+        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down (head: and embedding), or none.")
     ] = "head,qkv,down",
     fold: Annotated[
         str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")

@@ -34,9 +34,9 @@ def check_name(name: object) -> str | None:
 
 
 def parse_selection(text: str) -> Selection:
-    """Read a selection as typed: NAME, none, or a blend NAME=WEIGHT,NAME=WEIGHT."""
-    if text.lower() == "none":
-        return None
+    """Read a selection as typed: NAME, none, routed, or a blend NAME=WEIGHT,NAME=WEIGHT."""
+    if text.lower() in RESERVED:
+        return None if text.lower() == "none" else text.lower()
     if "=" not in text:
         return text
     blend: dict[str, float] = {}

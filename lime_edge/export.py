@@ -15,7 +15,6 @@ import numpy as np
 from lime_edge import __version__
 from lime_edge.bundle import Manifest, write_bundle
 from lime_edge.compiler.backbone import find_gguf, quiet
-from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
 from lime_edge.compiler.calibrate import (
     Calibration,
     built_in_calibration,
@@ -23,6 +22,7 @@ from lime_edge.compiler.calibrate import (
     render_exchange,
     vocabulary_words,
 )
+from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, choose_rounding, compile_checkpoint
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.compiler.quantize import QuantizedTensor
@@ -73,23 +73,33 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
         if options.tokenizer:
             copy_tokenizer(model, stage / "tokenizer")
         progress("read", 1, 1)
-        calibration = find_calibration(checkpoint, compiling, options, stage / "tokenizer")
-        compiled = compile_checkpoint(checkpoint, compiling, calibration, progress)
-        targets = {}
-        for target in options.targets:
-            (stage / target).mkdir()
-            facts = load_exporter(target).export(compiled, stage / target, progress)
-            targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
-        progress("hash", 0, 1)
-        rounding = {"rounding": choose_rounding(compiling, calibration),
-                    "calibration": calibration.source if calibration else None}  # fmt: skip
-        manifest = describe(checkpoint, compiled, targets, device.name, rounding)
-        experts = [
-            Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
-            for name, vector in compiled.experts.items()
-        ]
-        manifest = write_bundle(stage, manifest, experts, compiled.reference.numpy())
-        progress("hash", 1, 1)
+        return fill_bundle(checkpoint, stage, compiling, device, options, progress)
+
+
+def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, device: Device,
+                options: ExportOptions, progress: Progress = lambda *_: None) -> Manifest:  # fmt: skip
+    """Compile a checkpoint that is already read and complete its staged bundle.
+
+    Args:
+        stage: the temporary directory; its tokenizer/ is there, unless options.tokenizer is False.
+    """
+    calibration = find_calibration(checkpoint, compiling, options, stage / "tokenizer")
+    compiled = compile_checkpoint(checkpoint, compiling, calibration, progress)
+    targets = {}
+    for target in options.targets:
+        (stage / target).mkdir()
+        facts = load_exporter(target).export(compiled, stage / target, progress)
+        targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
+    progress("hash", 0, 1)
+    rounding = {"rounding": choose_rounding(compiling, calibration),
+                "calibration": calibration.source if calibration else None}  # fmt: skip
+    manifest = describe(checkpoint, compiled, targets, device.name, rounding)
+    experts = [
+        Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
+        for name, vector in compiled.experts.items()
+    ]
+    manifest = write_bundle(stage, manifest, experts, compiled.reference.numpy())
+    progress("hash", 1, 1)
     return manifest
 
 

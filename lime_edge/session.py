@@ -15,6 +15,8 @@ from lime_edge.experts import ExpertBank, Selection, describe_selection, read_ex
 from lime_edge.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.prompts import TextCodec
 
+ROUTED = "routed"
+ALWAYS_ON = ("dora", "slicefine")  # no p gives the original layer back
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 
@@ -42,6 +44,9 @@ class Engine(Protocol):
     def set_expert(self, residual: np.ndarray) -> None:
         """Use d (sum_H,) float32 from the next call on."""
 
+    def set_routed(self) -> None:
+        """Weigh the bundle's own experts per token from the next call on."""
+
     def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
         """Append ids (S,) int64 to the cache; logits (keep or S, V) float32 of the last positions."""
 
@@ -60,6 +65,9 @@ class Segment:
 class Session:
     """An opened bundle on one target.
 
+    "routed" mixes the experts of the checkpoint: that bank is frozen in the artifact, and experts
+    installed later are pinned or blended, never routed to. A routed prompt is run in one call.
+
     A cache belongs to the expert that filled it. `use` starts a new cache when the selection
     changes, unless keep_cache=True; `cache` tells who filled what. `generate` starts a new sequence
     unless keep_cache=True, which keeps the longest common prefix.
@@ -74,6 +82,7 @@ class Session:
         self._ids: list[int] = []
         self._segments: list[Segment] = []
         self._single: str | None = bundle.manifest.adapter.get("single")
+        self._variant: str = bundle.manifest.adapter.get("variant", "lora")
         self._selection: Selection = None
         first = self._single or (bank.names[0] if bank.names else None)
         self._apply(first)
@@ -99,12 +108,13 @@ class Session:
         """Switch the expert; nothing is reloaded.
 
         Args:
-            selection: an expert's name, {name: weight} summing to 1, or None for the original
-                backbone.
+            selection: an expert's name, {name: weight} summing to 1, None for the original backbone,
+                or "routed": the experts of the checkpoint weighed per token and site.
             keep_cache: keep what another expert wrote into the cache (then it is a mixture, and
                 `cache` says so); otherwise the cache starts anew.
         Raises:
-            LimeEdgeError: unknown name, bad weights, or a single-expert bundle.
+            LimeEdgeError: unknown name, bad weights, a single-expert bundle, a bundle without routing,
+                or None for a variant that cannot be switched off.
         """
         self._apply(selection)
         if not keep_cache and any(s.selection != describe_selection(selection) for s in self._segments):
@@ -116,8 +126,11 @@ class Session:
                 asked = describe_selection(selection)
                 raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
                                     "export it without --single")  # fmt: skip
-        elif selection == "routed":
-            raise LimeEdgeError("this bundle has no routed graph", "pick an expert, a blend or none")
+        elif selection == ROUTED:
+            self._engine.set_routed()
+        elif selection is None and self._variant in ALWAYS_ON:
+            raise LimeEdgeError(f"a {self._variant} adapter cannot be switched off: no expert vector gives the "
+                                "original layer", "pick an expert, or use the original model")  # fmt: skip
         else:
             self._engine.set_expert(self._bank.residual(selection))
         self._selection = dict(selection) if isinstance(selection, Mapping) else selection
@@ -182,14 +195,20 @@ class Session:
             total = len(ids) + self._engine.length
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed",
                                 "shorten the prompt or open the session with a larger max_length")  # fmt: skip
+        chunk = CHUNK
+        if self._selection == ROUTED:
+            if self._engine.length and array.size > 1:
+                raise LimeEdgeError(f"routed: {array.size} tokens after a cache of {self._engine.length}",
+                                    "a routed prompt is run in one call, then token by token")  # fmt: skip
+            chunk = array.size
         first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
         parts = []
-        for start in range(0, array.size, CHUNK):
-            piece = array[start : start + CHUNK]
+        for start in range(0, array.size, chunk):
+            piece = array[start : start + chunk]
             wanted = start + piece.size - max(start, first)
             rows = self._engine.feed(piece, max(wanted, 1))
             if wanted > 0:
-                parts.append(rows if array.size <= CHUNK else rows.copy())
+                parts.append(rows if array.size <= chunk else rows.copy())
         self._ids.extend(ids)
         self._note(len(ids))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -255,7 +274,8 @@ class Session:
         options = options or GenerationOptions()
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_ids(ids)
-        shared = self._shared_prefix(ids) if keep_cache else 0
+        keeps = keep_cache and self._selection != ROUTED  # routing must see the whole prompt in one call
+        shared = self._shared_prefix(ids) if keeps else 0
         self._rewind(shared)
         eos = self.bundle.manifest.model.get("eos", ())
         room = self._engine.capacity - len(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,11 @@ def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEngine:
 
 
 class OnnxEngine:
-    """A loaded graph with its cache buffers; implements lime_edge.session.Engine."""
+    """A loaded graph with its cache buffers; implements lime_edge.session.Engine.
+
+    A routed bundle has a second graph over the same weight file: it is loaded at the first
+    `set_routed`, and shares the cache buffers.
+    """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts, model = bundle.manifest.targets["onnx"], bundle.manifest.model
@@ -37,40 +42,49 @@ class OnnxEngine:
             raise LimeEdgeError(f"max_length: expected 1..{model['context']}, found {self.capacity}")
         self.length = 0
         providers = choose_providers(options.providers or tuple(facts["providers"]))
-        self._session = _load(bundle, facts, providers, options.threads or facts.get("threads"))
-        self.provider = self._session.get_providers()[0]
-        self._binding = self._session.io_binding()
-        self._takes_expert = bool(facts["expert_input"])
+        threads = options.threads or facts.get("threads")
+        self._load = partial(_load, bundle, providers=providers, threads=threads)
+        self._caches = make_caches(model, self.capacity)
         self._vocab = model["vocab"]
-        self._caches = self._bind_cache(model)
         self._mask = np.ones((1, self.capacity), np.int64)
         self._keep = np.ones(1, np.int64)
         self._token = np.zeros((1, 1), np.int64)
         self._row = np.empty((1, 1, self._vocab), np.float32)
         self._prompt = self._token
-        self._residual: np.ndarray | None = None
         self._bound = {"token": _wrap(self._token), "row": _wrap(self._row)}
-        self._binding.bind_ortvalue_input("logits_to_keep", _wrap(self._keep))
+        self._residual: np.ndarray | None = None
+        self._takes_expert, self._routed_file = bool(facts["expert_input"]), facts.get("routed")
+        self._pinned = self._bind(self._load(facts["file"]))
+        self._routed: tuple[ort.InferenceSession, ort.IOBinding] | None = None
+        self._active = self._pinned
+        self.provider = self._pinned[0].get_providers()[0]
 
-    def _bind_cache(self, model: dict[str, Any]) -> list[np.ndarray]:
-        """One buffer per layer and kind, bound as past and as present: attention writes in place."""
-        shape = (1, model["kv_heads"], self.capacity, model["head_dim"])
-        buffers = []
-        for layer in range(model["layers"]):
-            for kind in ("key", "value"):
-                buffer = np.zeros(shape, np.float32)  # untouched pages cost nothing
-                value = _wrap(buffer)
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", value)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", value)
-                buffers.append(buffer)
-        return buffers
+    def _bind(self, session: ort.InferenceSession) -> tuple[ort.InferenceSession, ort.IOBinding]:
+        """Bind what never changes: the cache, as past and as present: attention writes in place."""
+        binding = session.io_binding()
+        for name, buffer in self._caches.items():
+            value = _wrap(buffer)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_ortvalue_input("logits_to_keep", _wrap(self._keep))
+        return session, binding
 
     def set_expert(self, residual: np.ndarray) -> None:
         """Rebind the expert input to another buffer (sum_H,) float32; it must not change while bound."""
+        self._active = self._pinned
         if not self._takes_expert or residual is self._residual:
             return
         self._residual = residual
-        self._binding.bind_ortvalue_input("expert", _wrap(residual))
+        self._pinned[1].bind_ortvalue_input("expert", _wrap(residual))
+
+    def set_routed(self) -> None:
+        """Weigh the frozen bank per token from now on; the first time loads the routed graph."""
+        if self._routed is None:
+            if self._routed_file is None:
+                raise LimeEdgeError("this bundle has no routed graph",
+                                    "export an adapter that was trained with routing")  # fmt: skip
+            self._routed = self._bind(self._load(self._routed_file))
+        self._active = self._routed
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens; the buffers are overwritten later."""
@@ -79,24 +93,31 @@ class OnnxEngine:
     def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
         """Run S tokens after those in the cache. ids: (S,) int64. Returns (keep or S, V) float32.
 
-        With keep=1 the result is a buffer that the next call overwrites.
+        A single row is a buffer that the next call overwrites.
         """
+        session, binding = self._active
         total = self.length + ids.size
-        mask = _wrap(self._mask[:, :total])
-        self._binding.bind_ortvalue_input("attention_mask", mask)
+        binding.bind_ortvalue_input("attention_mask", _wrap(self._mask[:, :total]))
         if ids.size == 1:
             self._token[0, 0] = ids[0]
-            self._binding.bind_ortvalue_input("input_ids", self._bound["token"])
+            binding.bind_ortvalue_input("input_ids", self._bound["token"])
         else:
             self._prompt = np.ascontiguousarray(ids[None])  # held: the binding does not own it
-            self._binding.bind_ortvalue_input("input_ids", _wrap(self._prompt))
+            binding.bind_ortvalue_input("input_ids", _wrap(self._prompt))
         rows = min(keep, ids.size) if keep else ids.size
         self._keep[0] = rows
         logits = self._row if rows == 1 else np.empty((1, rows, self._vocab), np.float32)
-        self._binding.bind_ortvalue_output("logits", self._bound["row"] if rows == 1 else _wrap(logits))
-        self._session.run_with_iobinding(self._binding)
+        binding.bind_ortvalue_output("logits", self._bound["row"] if rows == 1 else _wrap(logits))
+        session.run_with_iobinding(binding)
         self.length = total
         return logits[0]
+
+
+def make_caches(model: dict[str, Any], capacity: int) -> dict[str, np.ndarray]:
+    """One buffer per layer and kind, "LAYER.key" and "LAYER.value": (1, kv_heads, capacity, head_dim) float32."""
+    shape = (1, model["kv_heads"], capacity, model["head_dim"])
+    names = [f"{layer}.{kind}" for layer in range(model["layers"]) for kind in ("key", "value")]
+    return {name: np.zeros(shape, np.float32) for name in names}  # untouched pages cost nothing
 
 
 def _wrap(array: np.ndarray) -> ort.OrtValue:
@@ -118,14 +139,15 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _load(bundle: Bundle, facts: dict[str, Any], providers: list[str], threads: int | None) -> ort.InferenceSession:
+def _load(bundle: Bundle, name: str, providers: list[str], threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    file = bundle.path / facts["file"]
+    file = bundle.path / name
     try:
         return ort.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no public base
         first = str(error).splitlines()[0]
-        raise LimeEdgeError(f"{file}: ONNX Runtime cannot load it: {first}", "lime-edge verify compares the hashes") from None
+        hint = "lime-edge inspect BUNDLE --verify compares the hashes"
+        raise LimeEdgeError(f"{file}: ONNX Runtime cannot load it: {first}", hint) from None

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import lime_edge
+from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.importing import ImportOptions, import_checkpoint
 from lime_edge.compiler.layers import LimeLayer, Mode, routing_for
 from lime_edge.compiler.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
 from lime_edge.compiler.reference import UnfoldedModel, read_alpha, split_state
+from lime_edge.devices import find_device
 from lime_edge.errors import LimeEdgeError
+from lime_edge.export import ExportOptions, export_bundle
+from lime_edge.generate import GenerationOptions
 
 LAYER_LIMIT = 1e-5
 TORCH_MODEL_LIMIT = 1e-4
+EXPORTED_MODEL_LIMIT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,45 @@ def check_torch(directory: Path) -> Iterator[Check]:
         yield from guard(f"models/{path.name}", check_torch_model(path))
 
 
+class OnnxEngine(Engine):
+    """Import the authors' checkpoint, export it in float32, run the bundle's session."""
+
+    def __init__(self, fixture: ModelFixture, folder: Path):
+        imported = folder / "imported"
+        import_checkpoint(fixture.directory, imported, ImportOptions())
+        options = ExportOptions(tokenizer=False)
+        export_bundle(imported / "backbone", imported / "adapter", folder / "x.lime", CompileOptions(quant="none"),
+                      find_device("cpu"), options)  # fmt: skip
+        self.session = lime_edge.open(folder / "x.lime", threads=1)
+
+    def _use(self, mode: Mode) -> None:
+        names = self.session.experts
+        self.session.use(mode if isinstance(mode, str) else names[mode] if isinstance(mode, int) else None)
+
+    def logits(self, mode: Mode, inputs: Mapping[str, Tensor]) -> Tensor:
+        self._use(mode)
+        return torch.stack([torch.from_numpy(self.session.logits(row.tolist()).copy()) for row in inputs["input_ids"]])
+
+    def generate(self, mode: Mode, inputs: Mapping[str, Tensor], new_tokens: int) -> Tensor:
+        self._use(mode)
+        options = GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True)
+        rows = [row.tolist() + list(self.session.generate_ids(row.tolist(), options)) for row in inputs["input_ids"]]
+        return torch.tensor(rows)
+
+
+def check_onnx_model(path: Path) -> Iterator[Check]:
+    """Compare one model fixture with its exported bundle."""
+    fixture = read_model(path)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from check_model(fixture, OnnxEngine(fixture, Path(folder)), EXPORTED_MODEL_LIMIT)
+
+
+def check_onnx(directory: Path) -> Iterator[Check]:
+    """All models, exported to ONNX in float32."""
+    for path in list_models(directory):
+        yield from guard(f"models/{path.name}", check_onnx_model(path))
+
+
 def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:
     """Run one fixture's checks; whatever they raise is its failure, and the next fixture still runs."""
     try:
@@ -214,7 +261,7 @@ def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:
         yield Check(name, "run", float("inf"), 0, f"{type(fault).__name__}: {fault}")
 
 
-TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {"torch": check_torch}
+TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {"torch": check_torch, "onnx": check_onnx}
 
 
 def describe(check: Check) -> dict[str, Any]:

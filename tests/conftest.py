@@ -1,6 +1,7 @@
 """Fixtures of the test-suite: tiny models, adapters and bundles, each made once per run.
 
-torch is imported inside the fixtures: the runtime's tests also run where there is none.
+torch is imported when something is made: the runtime's tests also run where there is none, with bundles made
+beforehand (see prebuilt.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prebuilt import prebuilt_directory, serve_prebuilt
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on busy cores wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,9 +46,10 @@ def _remember(root: Path, make: Callable[..., Path]) -> Make:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """tiny_model(family="llama", **config_changes): a model directory, see `models.make_model`."""
-    from models import make_model
 
     def make(directory: Path, family: str = "llama", **changes: Any) -> Path:
+        from models import make_model
+
         return make_model(directory, family, **changes)
 
     return _remember(tmp_path_factory.mktemp("models"), make)
@@ -55,9 +58,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make) -> Make:
     """tiny_adapter(model=None, **options): an adapter directory, see `models.make_adapter`."""
-    from models import make_adapter
 
     def make(directory: Path, model: Path | None = None, **options: Any) -> Path:
+        from models import make_adapter
+
         return make_adapter(directory, model or tiny_model(), **options)
 
     return _remember(tmp_path_factory.mktemp("adapters"), make)
@@ -69,11 +73,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
 
     Without `quant` it is a float32 bundle. It is shared: a test that writes to it copies it first.
     """
-    from lime_edge.compiler.compile import CompileOptions
-    from lime_edge.devices import find_device
-    from lime_edge.export import ExportOptions, export_bundle
+    if directory := prebuilt_directory():
+        return serve_prebuilt(directory)
 
     def make(directory: Path, model: Path | None = None, adapter: Path | None = None, **options: Any) -> Path:
+        from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.devices import find_device
+        from lime_edge.export import ExportOptions, export_bundle
+
         model = model or tiny_model()
         compiling = CompileOptions(**({"quant": "none"} | options))
         output = directory.with_suffix(".lime")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
-from transformers.models.llama import LlamaConfig
 
 import lime_edge
 from lime_edge import terminal
@@ -31,6 +30,7 @@ from lime_edge.devices import find_device
 from lime_edge.evaluate import read_examples
 from lime_edge.experts import Selection
 from lime_edge.export import ExportOptions, export_bundle
+from lime_edge.generate import GenerationOptions
 from lime_edge.session import Session
 
 STARTER = Path("examples/starter_adapter")
@@ -105,7 +105,7 @@ def compare_text(session: Session, reference: UnfoldedModel, prompts: list[tuple
         session.use(name)
         reference.use(to_indices(name, session.experts))
         ids = session.codec.encode(prompt)
-        options = lime_edge.generate.GenerationOptions(max_new_tokens=16, ignore_eos=True)
+        options = GenerationOptions(max_new_tokens=16, ignore_eos=True)
         ours = list(session.generate_ids(ids, options))
         with torch.no_grad():
             theirs = reference.generate(torch.tensor([ids]), 16)[0].tolist()
@@ -122,7 +122,8 @@ def main() -> None:
     model = find_backbone()
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
-        adapters = {"starter": STARTER / "adapter", "N(1, 0.5)": randomize(STARTER / "adapter", Path(folder) / "random")}
+        randomized = randomize(STARTER / "adapter", Path(folder) / "random")
+        adapters = {"starter": STARTER / "adapter", "N(1, 0.5)": randomized}
         examples = {task: read_examples(STARTER / "eval" / f"{task}.jsonl") for task in
                     ("intent", "movie", "negate", "inflect")}  # fmt: skip
         for label, adapter in adapters.items():

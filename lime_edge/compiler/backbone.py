@@ -36,7 +36,7 @@ class Backbone:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.numpy()).cast("B"))
+            digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
 

@@ -10,10 +10,11 @@ import torch
 from lime_edge.compiler.calibrate import Calibration
 from lime_edge.compiler.checkpoint import Checkpoint
 from lime_edge.compiler.compiled import Branch, CompiledModel
-from lime_edge.compiler.fold import fold_linear
+from lime_edge.compiler.fold import fold_linear, fold_reference
 from lime_edge.compiler.quantize import INT4_GROUP
 from lime_edge.compiler.rounding import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
 from lime_edge.errors import LimeEdgeError
+from lime_edge.sites import SiteTable
 
 QUANTS = {"none": 0, "int8": 8, "int4": 4}
 Progress = Callable[[str, int, int], None]
@@ -69,7 +70,8 @@ def compile_checkpoint(
         weights = quantize_model(model, bits, options.group, rounding, calibration, progress, options.int8_kinds)
         model = replace(model, weights=weights)
     if options.single:
-        model = replace(model, branches={}, experts={options.fold: model.experts[options.fold]}, single=options.fold)
+        experts = {options.fold: model.experts[options.fold]}
+        model = replace(model, branches={}, experts=experts, single=options.fold, routing=None)
     return model
 
 
@@ -82,20 +84,33 @@ def choose_rounding(options: CompileOptions, calibration: Calibration | None) ->
 def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: Progress) -> CompiledModel:
     """The folded model with all its experts and branches, weights still float32."""
     adapter, backbone = checkpoint.adapter, checkpoint.backbone
-    if adapter.variant not in ("lora", "lora_fa"):
-        raise LimeEdgeError(f"{adapter.path}: variant {adapter.variant!r} cannot be exported yet",
-                            "LoRA and LoRA-FA can")  # fmt: skip
     if embeddings := [name for name, site in adapter.sites.items() if site.embedding]:
         raise LimeEdgeError(f"{adapter.path}: embedding site {embeddings[0]} cannot be exported yet",
                             "linear sites can")  # fmt: skip
     experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
-    reference = reference_vector(options.fold, experts)
+    reference = fold_reference(adapter.variant, reference_vector(options.fold, experts))
     weights, vectors, branches = _fold(checkpoint, reference, progress)
+    fold = options.fold
+    if adapter.variant == "slicefine":  # nothing folds, but one expert alone can be multiplied in
+        fold = options.fold if options.single else "none"
+        if options.single:
+            scale_rows(weights, branches, checkpoint.sites, experts[options.fold].float())
     return CompiledModel(
         decoder=backbone.decoder, weights=dict(weights), vectors=vectors, branches=branches,
         sites=checkpoint.sites, reference=reference, experts=experts, fingerprint=checkpoint.fingerprint,
-        fold=options.fold, single=None, quant=options.quant, group=options.group,
+        fold=fold, single=None, quant=options.quant, group=options.group, variant=adapter.variant,
+        routing=None if adapter.routing == "pinned" else adapter.routing_config,
     )  # fmt: skip
+
+
+def scale_rows(weights: dict[str, torch.Tensor], branches: dict[str, Branch], sites: SiteTable,
+               vector: torch.Tensor) -> None:  # fmt: skip
+    """Multiply SliceFine's rows by one expert, in place: that expert needs no multiplication at run time."""
+    for site in sites:
+        rows, key = branches[site.name].rows, f"{site.name}.weight"
+        scale = torch.ones(site.width)
+        scale[:rows] = vector[site.offset : site.offset + rows]
+        weights[key] = weights[key] * scale[:, None]
 
 
 def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -143,8 +158,9 @@ def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -
         p_ref = reference[site.offset : site.offset + site.width]
         tensors = part.join(weights[key], vectors.get(f"{site.name}.bias"))
         folded = fold_linear(adapter.variant, tensors, p_ref, adapter.scale)
-        assert folded.branch_a is not None and folded.branch_b is not None
         weights[key] = folded.weight
-        branches[site.name] = Branch(folded.branch_a, folded.branch_b)
+        if folded.bias is not None:
+            vectors[f"{site.name}.bias"] = folded.bias
+        branches[site.name] = Branch(folded.branch_a, folded.branch_b, folded.modulated_rows)
     progress("fold", len(checkpoint.sites), len(checkpoint.sites))
     return weights, vectors, branches

@@ -9,15 +9,21 @@ import torch
 
 from lime_edge.compiler.architecture import Decoder
 from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.sites import SiteTable
+from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.sites import Site, SiteTable
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The residual branch of one site: y += d * (B A x). a (r, D), b (H, r), float32, scale inside b."""
+    """What the expert multiplies at one site.
 
-    a: torch.Tensor
-    b: torch.Tensor
+    LoRA, LoRA-FA, DoRA: y += d * (B A x), with a (r, D), b (H, r) float32, scale inside b.
+    SliceFine: a and b are None; the first `rows` rows of W'x are multiplied by d before the bias.
+    """
+
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,24 @@ class Group:
 
 
 @dataclass(frozen=True)
-class GroupBranch:
-    """One branch for a whole group: a (R, D) stacked, b (N, R) block-diagonal with zero rows between.
+class Part:
+    """One member of a group: its site (None: not adapted), output width, and SliceFine's rows."""
 
-    parts: per member either (site offset, width) in the flat expert vector, or (None, width) where
-    the member is no site.
+    site: Site | None
+    width: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class GroupBranch:
+    """The branches of a group as one: a (R, D) stacked, b (N, R) block-diagonal with zero rows between.
+
+    a and b are None for SliceFine.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    parts: tuple[tuple[int | None, int], ...]
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,8 @@ class CompiledModel:
 
     weights: matrices by tensor name, QuantizedTensor or float32; vectors: norms and biases, float32;
     branches: by site name, empty for a single-expert model; reference: p_ref (sum_H,) float32;
-    experts: stored full vectors (sum_H,), already rounded to their storage dtype.
+    experts: stored full vectors (sum_H,), already rounded to their storage dtype; routing: how the
+    experts are weighed in routed mode, None where they are not.
     """
 
     decoder: Decoder
@@ -70,6 +85,8 @@ class CompiledModel:
     single: str | None
     quant: str
     group: int
+    variant: str = "lora"
+    routing: RoutingConfig | None = None
 
     def weight(self, name: str) -> torch.Tensor:
         """A matrix as float32, dequantized where it is quantized."""
@@ -97,21 +114,29 @@ class CompiledModel:
     def group_branch(self, group: Group) -> GroupBranch | None:
         """The branches of a group's sites as one, or None when no member is a branching site."""
         members = [self.branches.get(name) for name in group.names]
-        present = [branch for branch in members if branch is not None]
-        if not present:
+        if all(branch is None for branch in members):
             return None
-        rank = sum(branch.a.shape[0] for branch in present)
-        b = torch.zeros(group.width, rank)
+        parts = tuple(
+            Part(self.sites.find(name) if branch else None, width, branch.rows if branch else 0)
+            for name, width, branch in zip(group.names, group.widths, members, strict=True)
+        )
+        stacks = [branch.a for branch in members if branch is not None and branch.a is not None]
+        if not stacks:
+            return GroupBranch(None, None, parts)
+        b = torch.zeros(group.width, sum(a.shape[0] for a in stacks))
         row = column = 0
-        parts: list[tuple[int | None, int]] = []
-        for name, width, branch in zip(group.names, group.widths, members, strict=True):
-            site = self.sites.find(name)
-            parts.append((site.offset if branch is not None and site else None, width))
-            if branch is not None:
+        for width, branch in zip(group.widths, members, strict=True):
+            if branch is not None and branch.b is not None:
                 b[row : row + width, column : column + branch.b.shape[1]] = branch.b
                 column += branch.b.shape[1]
             row += width
-        return GroupBranch(torch.cat([branch.a for branch in present]), b, tuple(parts))
+        return GroupBranch(torch.cat(stacks), b, parts)
+
+    def bank(self, site: Site) -> torch.Tensor:
+        """Every expert's residual at a site, d_e = p_e - p_ref: (E, H) float32, in expert order."""
+        stop = site.offset + site.width
+        rows = [vector[site.offset : stop].float() for vector in self.experts.values()]
+        return torch.stack(rows) - self.reference[site.offset : stop]
 
     def group_bias(self, group: Group) -> torch.Tensor | None:
         """Biases of a group concatenated (zeros for members without), or None."""
@@ -131,5 +156,5 @@ class CompiledModel:
             parts = (stored.codes, stored.scales) if isinstance(stored, QuantizedTensor) else (stored,)
             digest.update(name.encode())
             for part in parts:
-                digest.update(memoryview(part.contiguous().numpy()).cast("B"))
+                digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lime_edge.compiler.architecture import Decoder
-from lime_edge.compiler.compiled import CompiledModel, Group
+from lime_edge.compiler.compiled import CompiledModel, Group, Part
+from lime_edge.compiler.fold import recover_routing
+from lime_edge.compiler.routing import route
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -42,32 +45,73 @@ class Cache:
 
 
 class Projection(nn.Module):
-    """A group of linears on one input, with the residual branch: y = W'x + b + d * (B A x)."""
+    """A group of linears on one input, with what the expert does to them.
+
+    LoRA, LoRA-FA, DoRA: y = W'x + b + d * (B A x). SliceFine: y = s * W'x + b, s = d on the first rows.
+    Routed: d is made per token from the site's own activations.
+    """
 
     def __init__(self, model: CompiledModel, group: Group):
         super().__init__()
-        weight = torch.cat([model.weight(f"{name}.weight") for name in group.names])
-        self.weight = nn.Buffer(weight)
+        self.weight = nn.Buffer(torch.cat([model.weight(f"{name}.weight") for name in group.names]))
         bias = model.group_bias(group)
         self.bias = None if bias is None else nn.Buffer(bias)
         branch = model.group_branch(group)
         self.parts = branch.parts if branch else ()
-        self.a = nn.Buffer(branch.a) if branch else None
-        self.b = nn.Buffer(branch.b) if branch else None
+        self.a = nn.Buffer(branch.a) if branch and branch.a is not None else None
+        self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
+        self.variant, self.routing = model.variant, model.routing
+        if self.routing is not None:
+            sites = [part.site for part in self.parts if part.site is not None]
+            self.banks = nn.ParameterList([nn.Parameter(model.bank(site), False) for site in sites])
+            ends = [(site.offset, site.offset + site.width) for site in sites]
+            self.references = nn.ParameterList([nn.Parameter(model.reference[i:j], False) for i, j in ends])
 
-    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        """x: (B, S, D); expert: flat residual (sum_H,). Returns (B, S, N)."""
-        y = F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, expert: Tensor | None) -> Tensor:
+        """x: (B, S, D); expert: flat residual (sum_H,), or None to route. Returns (B, S, N)."""
+        y = F.linear(x, self.weight)
+        if not self.parts:
+            return y if self.bias is None else y + self.bias
         if self.a is None or self.b is None:
-            return y
-        return y + self._residual(expert) * F.linear(F.linear(x, self.a), self.b)
+            y = y * (self._route(y, y) if expert is None else self._pick(expert))
+            return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        delta = F.linear(F.linear(x, self.a), self.b)
+        return y + (self._route(y, delta) if expert is None else self._pick(expert)) * delta
 
-    def _residual(self, expert: Tensor) -> Tensor:
-        pieces = [
-            expert.new_zeros(width) if offset is None else expert[offset : offset + width]
-            for offset, width in self.parts
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _pick(self, expert: Tensor) -> Tensor:
+        """The group's stretch of a flat residual, (N,)."""
+        pieces = []
+        for part in self.parts:
+            offset = part.site.offset if part.site else 0
+            vector = expert[offset : offset + part.width] if part.site else None
+            pieces.append(self._widen(vector, part, expert))
+        return torch.cat(pieces)
+
+    def _widen(self, vector: Tensor | None, part: Part, like: Tensor) -> Tensor:
+        """A member's multiplier: its residual, or what leaves the output as it is where it has none."""
+        if self.a is not None:
+            return like.new_zeros(part.width) if vector is None else vector
+        ones = like.new_ones(part.width - part.rows)
+        return ones if vector is None else torch.cat([vector[..., : part.rows], ones.expand(*vector.shape[:-1], -1)], -1)
+
+    def _route(self, y: Tensor, delta: Tensor) -> Tensor:
+        """The group's residual per token, (B, S, N). y: before the residual (SliceFine: before the bias)."""
+        assert self.routing is not None
+        pieces, row, index = [], 0, 0
+        for part in self.parts:
+            stop = row + part.width
+            if part.site is None:
+                pieces.append(self._widen(None, part, y).expand(*y.shape[:2], -1))
+            else:
+                bank, reference = self.banks[index], self.references[index]
+                frozen, adapted = recover_routing(
+                    self.variant, y[..., row:stop], delta[..., row:stop], reference, bank.shape[0]
+                )
+                pieces.append(self._widen(route(frozen, adapted, self.routing) @ bank, part, y))
+                index += 1
+            row = stop
+        return torch.cat(pieces, dim=-1)
 
 
 class Norm(nn.Module):
@@ -110,7 +154,7 @@ class Block(nn.Module):
             self.q_norm = Norm(model.vectors[f"{prefix}self_attn.q_norm.weight"], eps)
             self.k_norm = Norm(model.vectors[f"{prefix}self_attn.k_norm.weight"], eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, expert: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, expert: Tensor | None) -> Tensor:
         """x: (B, S, hidden) -> the same shape."""
         x = x + self.o(self.attend(self.qkv(self.input_norm(x), expert), cos, sin, cache), expert)
         gate, up = self.gate_up(self.post_norm(x), expert).chunk(2, dim=-1)
@@ -161,12 +205,12 @@ class DecoderModule(nn.Module):
         self.head = self.embedding if tied else nn.Buffer(model.weight(model.head_name))
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, expert: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, expert: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Logits for every position.
 
         Args:
             input_ids: (B, S) int64. expert: flat residual d = p - p_ref (sum_H,), same dtype as the
-                module. cache: filled and extended in place; None for a call of its own.
+                module; None routes (one sequence, no padding). cache: filled and extended in place; None for a call of its own.
         Returns:
             (B, S, vocab).
         """
@@ -179,7 +223,7 @@ class DecoderModule(nn.Module):
         return F.linear(self.norm(x), self.head)
 
     @torch.no_grad()
-    def greedy(self, input_ids: Tensor, expert: Tensor, count: int, eos: tuple[int, ...] = ()) -> list[int]:
+    def greedy(self, input_ids: Tensor, expert: Tensor | None, count: int, eos: tuple[int, ...] = ()) -> list[int]:
         """Greedy tokens with the cache: the prompt in one call, then one token a call."""
         cache = Cache()
         logits = self(input_ids, expert, cache)

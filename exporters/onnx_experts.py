@@ -1,0 +1,235 @@
+"""What multiplies a branch: a slice of the expert input (pinned), or weights made on the spot (routed)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+
+from lime_edge.compiler.compiled import CompiledModel, GroupBranch, Part
+from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.exporters.onnx_graph import Graph
+
+SMALLEST_SCALE = 1e-6  # guards as in compiler.routing
+SMALLEST_SUM = 1e-9
+
+
+class PinnedExperts:
+    """One flat input (sum_H,), cut once for the whole graph."""
+
+    def __init__(self, model: CompiledModel, graph: Graph):
+        self.model, self.graph = model, graph
+        self.pieces: dict[tuple[int, int], str] = {}
+
+    def declare(self, branches: list[GroupBranch]) -> None:
+        """Declare the input and cut it. branches: of every group of the model."""
+        graph, total = self.graph, self.model.sites.total
+        graph.input("expert", TensorProto.FLOAT, [total])
+        neutral = np.full(total, 1.0 if self.model.variant == "slicefine" else 0.0, np.float32)
+        graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
+        sizes, names, end = [], [], 0
+        for offset, width in sorted(run for branch in branches for run in find_runs(branch)):
+            if offset > end:
+                sizes.append(offset - end)
+                names.append(f"expert_unused_{end}")
+            self.pieces[offset, width] = f"expert_{offset}"
+            sizes.append(width)
+            names.append(f"expert_{offset}")
+            end = offset + width
+        if end < total:
+            sizes.append(total - end)
+            names.append(f"expert_unused_{end}")
+        if len(names) == 1:
+            graph.node("Identity", ["expert"], "/expert/Identity", names)
+        else:
+            cuts = graph.constant("expert_sizes", np.array(sizes, np.int64))
+            graph.node("Split", ["expert", cuts], "/expert/Split", names, axis=0)
+
+    def multiply(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
+        """The group's multiplier (N,)."""
+        graph, runs = self.graph, find_runs(branch)
+        if len(runs) == 1 and runs[0][1] == sum(part.width for part in branch.parts):
+            return self.pieces[runs[0]]
+        names: list[str] = []
+        for index, part in enumerate(branch.parts):
+            adapted = 0 if part.site is None else adapted_width(part)
+            if part.site is not None:
+                names.append(self.pieces[part.site.offset, adapted])
+            if rest := part.width - adapted:
+                fill = np.full(rest, 1.0 if branch.a is None else 0.0, np.float32)
+                names.append(graph.constant(f"{path}/lime/fill_{index}", fill))
+        return names[0] if len(names) == 1 else graph.node("Concat", names, f"{path}/lime/Concat", axis=0)
+
+
+def adapted_width(part: Part) -> int:
+    """How many of a site's outputs the expert multiplies: SliceFine's rows, else all."""
+    return part.rows or part.width
+
+
+def find_runs(branch: GroupBranch) -> list[tuple[int, int]]:
+    """(offset, width) of the stretches of the flat input that a group reads; one where there is no gap."""
+    runs = [(part.site.offset, adapted_width(part)) for part in branch.parts if part.site is not None]
+    if len(runs) == len(branch.parts) and all(part.rows in (0, part.width) for part in branch.parts):
+        return [(runs[0][0], sum(width for _, width in runs))]
+    return runs
+
+
+class RoutedExperts:
+    """Zero-parameter routing of every group's sites together: (B, S, G, E) weights, then the bank."""
+
+    def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
+        self.model, self.graph, self.config = model, graph, config
+        self.count = len(model.experts)
+
+    def declare(self, branches: list[GroupBranch]) -> None:
+        """Constants, and with windows the token whose routing each token takes."""
+        graph = self.graph
+        graph.constant("routing/tiny", np.array(SMALLEST_SCALE, np.float32))
+        graph.constant("routing/tiny_sum", np.array(SMALLEST_SUM, np.float32))
+        graph.constant("routing/last_axis", np.array([-1], np.int64))
+        graph.constant("routing/call_axes", np.array([0, 1, 3], np.int64))
+        if self.config.n_gram > 1:
+            self._find_anchors(self.config.n_gram)
+
+    def _find_anchors(self, window: int) -> None:
+        """min(floor(t / n) n + n - 1, T - 1) for every token t of the call. Source: routing.find_anchors."""
+        graph = self.graph
+        names = {k: graph.constant(f"routing/{k}", np.array(v, np.int64))
+                 for k, v in (("zero", 0), ("step", 1), ("n", window), ("n_less_one", window - 1))}  # fmt: skip
+        shape = graph.node("Shape", ["input_ids"], "/routing/Shape", start=1, end=2)
+        tokens = graph.node("Squeeze", [shape], "/routing/Tokens")
+        position = graph.node("Range", [names["zero"], tokens, names["step"]], "/routing/Range")
+        index = graph.node("Div", [position, names["n"]], "/routing/Div")
+        start = graph.node("Mul", [index, names["n"]], "/routing/Mul")
+        end = graph.node("Add", [start, names["n_less_one"]], "/routing/End")
+        last = graph.node("Sub", [tokens, names["step"]], "/routing/Last")
+        graph.node("Min", [end, last], "/routing/Min", ["routing_anchors"])
+
+    def multiply(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
+        """The group's multiplier per token, (B, S, N). y: before the residual (SliceFine: before the bias)."""
+        graph, path = self.graph, f"{path}/route"
+        weights = self._select(self._softmax(self._logits(branch, y, delta, path), path), path)
+        flat = graph.constant(f"{path}/flat", np.array([0, 0, -1], np.int64))
+        weights = graph.node("Reshape", [weights, flat], f"{path}/Flat")
+        bank = graph.constant(f"{path}/bank", self._stack_banks(branch).numpy())
+        chosen = graph.node("MatMul", [weights, bank], f"{path}/Bank")
+        if branch.a is not None:
+            return chosen
+        ones = graph.constant(f"{path}/ones", np.concatenate([_ones_where_fixed(part) for part in branch.parts]))
+        return graph.node("Add", [chosen, ones], f"{path}/Fixed")
+
+    def _stack_banks(self, branch: GroupBranch) -> torch.Tensor:
+        """(G * E, N): every site's residuals in its own rows and columns."""
+        sites = [part for part in branch.parts if part.site is not None]
+        bank = torch.zeros(len(sites) * self.count, sum(part.width for part in branch.parts))
+        row = column = 0
+        for part in branch.parts:
+            if part.site is not None:
+                width = adapted_width(part)
+                bank[row : row + self.count, column : column + width] = self.model.bank(part.site)[:, :width]
+                row += self.count
+            column += part.width
+        return bank
+
+    def _logits(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
+        """l / T = ((1-g) frozen / max|frozen| + g delta / max|delta|) / T, (B, S, G, E). Source: routing.py."""
+        graph, config = self.graph, self.config
+        columns, starts = [], 0
+        for part in branch.parts:
+            if part.site is not None:
+                columns.extend(range(starts, starts + self.count))
+            starts += part.width
+        index = graph.constant(f"{path}/columns", np.array(columns, np.int64))
+        frozen = graph.node("Gather", [y, index], f"{path}/Frozen", axis=2)
+        share = 1.0 if branch.a is None else 1.0 - config.gamma_routing
+        if branch.a is None:
+            return self._relative(frozen, share, f"{path}/frozen")
+        adapted = graph.node("Gather", [delta, index], f"{path}/Adapted", axis=2)
+        factor = self._recovery(branch)
+        if factor.any():
+            scaled = graph.node("Mul", [adapted, graph.constant(f"{path}/p_ref", factor)], f"{path}/Folded")
+            frozen = graph.node("Add", [frozen, scaled], f"{path}/Recover")
+        first = self._relative(frozen, share, f"{path}/frozen")
+        second = self._relative(adapted, config.gamma_routing, f"{path}/adapted")
+        return graph.node("Add", [first, second], f"{path}/Logits")
+
+    def _recovery(self, branch: GroupBranch) -> np.ndarray:
+        """What of delta is added to get the output that routing reads: -p_ref, for DoRA 1 - p_ref."""
+        kept = 1.0 if self.model.variant == "dora" else 0.0
+        starts = [part.site.offset for part in branch.parts if part.site is not None]
+        rows = [kept - self.model.reference[start : start + self.count].numpy() for start in starts]
+        return np.concatenate(rows).astype(np.float32)
+
+    def _relative(self, x: str, share: float, path: str) -> str:
+        """share / T * x / max|x| per site over the whole call: (B, S, G*E) -> (B, S, G, E)."""
+        graph, config = self.graph, self.config
+        if config.n_gram > 1:
+            x = graph.node("Gather", [x, "routing_anchors"], f"{path}/Anchor", axis=1)
+        split = graph.constant(f"{path}/split", np.array([0, 0, -1, self.count], np.int64))
+        x = graph.node("Reshape", [x, split], f"{path}/Split")
+        top = graph.node("ReduceMax", [graph.node("Abs", [x], f"{path}/Abs"), "routing/call_axes"], f"{path}/Max")
+        top = graph.node("Max", [top, "routing/tiny"], f"{path}/Guard")
+        scale = graph.constant(f"{path}/share", np.array(share / max(config.temperature, SMALLEST_SCALE), np.float32))
+        return graph.node("Mul", [x, graph.node("Div", [scale, top], f"{path}/Scale")], f"{path}/Relative")
+
+    def _softmax(self, logits: str, path: str) -> str:
+        return self.graph.node("Softmax", [logits], f"{path}/Softmax", axis=-1)
+
+    def _select(self, probs: str, path: str) -> str:
+        """The configured selection over the last axis. Source: routing.select."""
+        config, graph = self.config, self.graph
+        if config.sparse_mode and config.auto_topk:
+            values, indices = self._top(probs, min(2 * config.top_k, self.count), path)
+            limit = self._threshold(values, path)
+            kept = graph.node("GreaterOrEqual", [values, limit], f"{path}/Reaches")
+            kept = graph.node("Cast", [kept], f"{path}/Kept", to=TensorProto.FLOAT)
+            return self._scatter(probs, indices, graph.node("Mul", [values, kept], f"{path}/Keep"), path)
+        if config.sparse_mode or not (config.auto_topk or config.soft_topk):
+            values, indices = self._top(probs, config.top_k, path)
+            return self._scatter(probs, indices, values, path)
+        if config.auto_topk:
+            return self._gate(probs, self._threshold(probs, path), path)
+        values, _ = self._top(probs, config.top_k, path)
+        kth = graph.constant(f"{path}/kth", np.array([config.top_k - 1], np.int64))
+        return self._gate(probs, graph.node("Gather", [values, kth], f"{path}/Kth", axis=-1), path)
+
+    def _threshold(self, values: str, path: str) -> str:
+        """theta * the largest."""
+        top = self.graph.node("ReduceMax", [values, "routing/last_axis"], f"{path}/Largest")
+        theta = self.graph.constant(f"{path}/theta", np.array(self.config.auto_topk_threshold, np.float32))
+        return self.graph.node("Mul", [top, theta], f"{path}/Threshold")
+
+    def _top(self, probs: str, k: int, path: str) -> tuple[str, str]:
+        count = self.graph.constant(f"{path}/k", np.array([k], np.int64))
+        names = [f"{path}/TopK/values", f"{path}/TopK/indices"]
+        self.graph.node("TopK", [probs, count], f"{path}/TopK", names, axis=-1)
+        return names[0], names[1]
+
+    def _scatter(self, probs: str, indices: str, values: str, path: str) -> str:
+        """Values renormalised, at their places; zeros elsewhere."""
+        graph = self.graph
+        total = graph.node("ReduceSum", [values, "routing/last_axis"], f"{path}/Sum")
+        total = graph.node("Max", [total, "routing/tiny_sum"], f"{path}/GuardSum")
+        values = graph.node("Div", [values, total], f"{path}/Renormalise")
+        zeros = graph.node("Sub", [probs, probs], f"{path}/Zeros")
+        return graph.node("ScatterElements", [zeros, indices, values], f"{path}/Scatter", axis=-1)
+
+    def _gate(self, probs: str, threshold: str, path: str) -> str:
+        """w sigmoid((w - threshold) / temperature), renormalised."""
+        graph = self.graph
+        above = graph.node("Sub", [probs, threshold], f"{path}/Above")
+        heat = graph.constant(f"{path}/heat", np.array(self.config.soft_topk_temperature, np.float32))
+        gate = graph.node("Sigmoid", [graph.node("Div", [above, heat], f"{path}/Heat")], f"{path}/Sigmoid")
+        gated = graph.node("Mul", [probs, gate], f"{path}/Gate")
+        total = graph.node("ReduceSum", [gated, "routing/last_axis"], f"{path}/Sum")
+        total = graph.node("Add", [total, "routing/tiny_sum"], f"{path}/GuardSum")
+        return graph.node("Div", [gated, total], f"{path}/Renormalise")
+
+
+def _ones_where_fixed(part: Part) -> np.ndarray:
+    """(width,) 1 where SliceFine's multiplier is not the expert's."""
+    ones = np.ones(part.width, np.float32)
+    if part.site is not None:
+        ones[: part.rows] = 0.0
+    return ones

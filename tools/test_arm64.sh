@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# The runtime's tests on arm64, emulated: a Debian bookworm root with the real aarch64 wheels and no torch.
+#
+#   sudo tools/test_arm64.sh [PYTEST ARGUMENT ...]     builds what build/arm64/ lacks, then runs the tests
+#
+# The first run makes the root (debootstrap) and the virtual environment in it; later ones reuse both, and only
+# install this project's wheel anew. `rm -rf build/arm64` starts over. Bundles and what torch says about them are
+# made on the host by tools/prebuild_bundles.py, because there is no torch in the root.
+#
+#   HOST_PYTHON     a Python with lime-edge[onnx,export] installed (default: .venv/bin/python, which `make test` makes)
+#   DEBIAN_MIRROR   where debootstrap fetches Debian (default: the mirror in this machine's apt sources)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+SUITE=bookworm
+WORK=$PWD/build/arm64
+ROOT=$WORK/root
+HOST_PYTHON=${HOST_PYTHON:-.venv/bin/python}
+BINFMT=/proc/sys/fs/binfmt_misc
+
+# What runs there. Every other file of tests/ needs torch, transformers or the exporter, or checks the sources.
+FILES=(test_experts.py test_bundle.py test_generate.py test_session.py test_golden.py test_examples.py test_cli.py)
+# Tests of test_cli.py that run the exporter, which is not part of a device.
+EXPORTER_TESTS=(
+    test_export_then_run
+    test_bad_export_options_are_refused
+    test_an_adapter_for_another_model_is_refused
+)
+
+say() { printf '== %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit "${2:-4}"; }
+
+check_host() {
+    [ "$(id -u)" = 0 ] || die "mounting and chroot need root: sudo tools/test_arm64.sh"
+    local missing=()
+    command -v debootstrap >/dev/null || missing+=(debootstrap)
+    command -v qemu-aarch64-static >/dev/null || missing+=(qemu-user-static)
+    [ ${#missing[@]} = 0 ] || die "not installed: ${missing[*]}; apt-get install ${missing[*]}"
+    command -v "$HOST_PYTHON" >/dev/null || die "$HOST_PYTHON: no such Python; run 'make test' first or set HOST_PYTHON"
+}
+
+# Mounts live in a mount namespace of this script's own: they end with it, however it ends.
+enter_namespace() {
+    [ -n "${LIME_EDGE_NAMESPACE:-}" ] && return
+    LIME_EDGE_NAMESPACE=1 exec unshare --mount --propagation private "$0" "$@"
+}
+MOUNTED=()
+mount_on() { mount "${@:2}" "$1"; MOUNTED+=("$1"); }
+unmount() {
+    local index
+    for ((index = ${#MOUNTED[@]} - 1; index >= 0; index--)); do
+        umount "${MOUNTED[index]}" || umount --lazy "${MOUNTED[index]}" || true
+    done
+    MOUNTED=()
+}
+trap unmount EXIT
+
+# Flag F: the kernel keeps qemu open, so the root needs no copy of it. Registering outlasts this script, as the
+# package's own registration does.
+register_qemu() {
+    [ -e $BINFMT/register ] || mount_on $BINFMT -t binfmt_misc binfmt_misc
+    if [ ! -e $BINFMT/qemu-aarch64 ]; then
+        say "register qemu-aarch64-static for arm64 programs"
+        local magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+        local mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
+        echo ":qemu-aarch64:M::$magic:$mask:$(command -v qemu-aarch64-static):F" >$BINFMT/register
+    fi
+    grep -q '^flags:.*F' $BINFMT/qemu-aarch64 ||
+        die "qemu-aarch64 is registered without flag F; echo -1 > $BINFMT/qemu-aarch64 and run this again"
+}
+
+find_mirror() {
+    [ -n "${DEBIAN_MIRROR:-}" ] && echo "$DEBIAN_MIRROR" && return
+    apt-get indextargets --format '$(LABEL) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' 2>/dev/null |
+        awk '$1 == "Debian" && $2 == "main" { print $3; exit }'
+}
+
+# A root that is half built has another name, so that it is never mistaken for a whole one.
+build_root() {
+    [ -d "$ROOT" ] && say "root: $ROOT (kept from an earlier run)" && return
+    local mirror
+    mirror=$(find_mirror)
+    [ -n "$mirror" ] || die "no Debian mirror in the apt sources of this machine: set DEBIAN_MIRROR to one"
+    say "debootstrap $SUITE arm64 into $ROOT (minutes; log: $WORK/debootstrap.log)"
+    rm -rf "$ROOT.part"
+    debootstrap --arch=arm64 --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
+        $SUITE "$ROOT.part" "$mirror" >"$WORK/debootstrap.log" 2>&1 ||
+        die "debootstrap failed: $(tail -n 3 "$WORK/debootstrap.log")"
+    mv "$ROOT.part" "$ROOT"
+}
+
+mount_root() {
+    mount_on "$ROOT/proc" -t proc proc
+    mount_on "$ROOT/sys" -t sysfs -o ro sysfs
+    mount_on "$ROOT/dev" --bind /dev
+    mount_on "$ROOT/tmp" -t tmpfs -o size=2g tmpfs
+    # What pip needs to reach the package index from inside as this machine does from outside.
+    cp -L /etc/resolv.conf "$ROOT/etc/resolv.conf"
+    cp -L /etc/ssl/certs/ca-certificates.crt "$ROOT/etc/ssl/certs/ca-certificates.crt"
+}
+
+in_root() {
+    local variable keep=()
+    for variable in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_INDEX_URL PIP_EXTRA_INDEX_URL; do
+        [ -n "${!variable:-}" ] && keep+=("$variable=${!variable}")
+    done
+    chroot "$ROOT" /usr/bin/env -i PATH=/venv/bin:/usr/bin:/bin HOME=/root LC_ALL=C.UTF-8 OMP_NUM_THREADS=1 \
+        "${keep[@]}" "$@"
+}
+
+install_packages() {
+    say "build this project's wheel"
+    rm -rf "$WORK/source" "$WORK/wheel"
+    mkdir -p "$WORK/source"
+    cp -r pyproject.toml README.md LICENSE lime_edge exporters runtimes "$WORK/source"
+    "$HOST_PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$WORK/wheel" "$WORK/source"
+    [ -x "$ROOT/venv/bin/pip" ] || { say "make /venv in the root"; in_root python3 -m venv /venv; }
+    say "install the wheel with its [onnx] extra, pytest and psutil from the package index"
+    rm -rf "$ROOT/wheel" && cp -r "$WORK/wheel" "$ROOT/wheel"
+    local wheel
+    wheel=$(basename "$WORK"/wheel/*.whl)
+    in_root pip uninstall --quiet --yes lime-edge
+    in_root pip install --quiet --only-binary :all: "/wheel/$wheel[onnx]" 'pytest>=8' psutil
+    in_root pip list --format freeze | tee "$WORK/packages.txt"
+    ! grep -qiE '^(torch|transformers|onnx)=' "$WORK/packages.txt" || die "torch, transformers or onnx came along" 3
+}
+
+copy_tests() {
+    say "prebuild bundles and golden values on the host"
+    rm -rf "$ROOT/project"
+    mkdir -p "$ROOT/project"
+    OMP_NUM_THREADS=1 "$HOST_PYTHON" tools/prebuild_bundles.py "$ROOT/project/prebuilt"
+    cp -r tests examples pyproject.toml "$ROOT/project"
+}
+
+run_tests() {
+    local name deselect=() files=()
+    for name in "${EXPORTER_TESTS[@]}"; do
+        grep -q "^def $name(" tests/test_cli.py || die "tests/test_cli.py has no $name: correct EXPORTER_TESTS" 3
+        deselect+=(--deselect "tests/test_cli.py::$name")
+    done
+    for name in "${FILES[@]}"; do files+=("tests/$name"); done
+    say "run on $(in_root uname -m): ${files[*]}"
+    say "left out, because they run the exporter: ${EXPORTER_TESTS[*]}"
+    in_root LIME_EDGE_PREBUILT=/project/prebuilt \
+        sh -c 'cd /project && exec python -m pytest -rs --durations=5 "$@"' sh "${files[@]}" "${deselect[@]}" "$@"
+}
+
+check_host
+enter_namespace "$@"
+mkdir -p "$WORK"
+register_qemu
+build_root
+mount_root
+install_packages
+copy_tests
+run_tests "$@"
