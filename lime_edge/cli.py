@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lime_edge import __version__, cli_import, cli_interchange, terminal
+from lime_edge import __version__, cli_import, cli_interchange, cli_profile, terminal
 from lime_edge.cli_experts import experts_app
 from lime_edge.errors import LimeEdgeError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(experts_app, name="experts")
 cli_import.register(app)
 cli_interchange.register(experts_app)
+cli_profile.register(experts_app)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -80,7 +81,7 @@ def export(
         Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
     ] = None,
     keep_int8: Annotated[
-        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down (head: and embedding), or none.")
+        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
     ] = "head,qkv,down",
     fold: Annotated[
         str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")

@@ -19,6 +19,9 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lime_edge.compiler.adapter_checks import name_selection
+from lime_edge.compiler.routing import RoutingConfig
+
 VOCAB = 300
 CONTEXT = 64
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -138,12 +141,14 @@ def write_tokenizer(directory: Path, vocab: int) -> None:
 
 
 def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = ATTENTION, rank: int = 4,
-                 experts: int = 4, shared: bool = False, spread: float = 0.5, seed: int = 0) -> Path:  # fmt: skip
+                 experts: int = 4, shared: bool = False, spread: float = 0.5, seed: int = 0,
+                 variant: str = "lora", routing: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
     """Write a random LiME adapter for a model: its experts are N(1, spread) and its branch is loud.
 
     Args:
         directory: made. model_dir: a directory of `make_model`. targets: module names or their last parts.
-        shared: add a shared vector and its gamma.
+        shared: add a shared vector and its gamma. variant: lora, lora_fa, dora or slicefine.
+        routing: hyper-parameters of routing; None makes an adapter whose experts are pinned only.
     Returns:
         The directory.
     """
@@ -158,18 +163,23 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
         if not key.endswith(".weight") or not {name, name.rsplit(".", 1)[-1]} & set(targets):
             continue
         width, depth = weight.shape
-        tensors[f"{name}.A"] = draw(rank, depth) / depth**0.5
-        tensors[f"{name}.B"] = 0.15 * draw(width, rank)
+        if variant == "slicefine":
+            tensors[f"{name}.part_T"] = weight[:rank] + 0.3 * draw(rank, depth) / depth**0.5
+        else:
+            tensors[f"{name}.A"] = draw(rank, depth) / depth**0.5
+            tensors[f"{name}.B"] = 0.15 * draw(width, rank)
+        if variant == "dora":
+            tensors[f"{name}.m"] = weight.norm(dim=1) * (1.0 + 0.2 * draw(width))
         tensors[f"{name}.LiMEs"] = 1.0 + spread * draw(experts, width)
         if shared:
             tensors[f"{name}.LiME_shared"] = draw(width)
             tensors[f"{name}.gamma"] = torch.tensor([0.3])
     config = {
-        "peft_type": "LIME", "variant": "lora", "base_model_name_or_path": model_dir.name,
+        "peft_type": "LIME", "variant": variant, "base_model_name_or_path": model_dir.name,
         "target_modules": list(targets), "r": rank, "lora_alpha": 2.0 * rank, "num_experts": experts,
         "expert_names": [f"expert{index}" for index in range(experts)], "use_shared_lime": shared,
-        "routing": "pinned",
-    }  # fmt: skip
+        "routing": "pinned" if routing is None else name_selection(RoutingConfig(**routing)),
+    } | dict(routing or {})  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -183,7 +193,7 @@ def load_sites(adapter: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
         name, part = key.rsplit(".", 1)
         sites.setdefault(name, {})[part] = tensor
-    return sites, {"variant": config["variant"], "alpha": config["lora_alpha"]}
+    return sites, {**config, "alpha": config["lora_alpha"]}
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

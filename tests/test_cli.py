@@ -165,9 +165,13 @@ def test_bench_prints_its_schema(lime: Cli, bundle: Path) -> None:
     assert "switch p50 / p95 / p99" in lime(*words).out
 
 
-@pytest.mark.parametrize(
-    "words", ["", "export", "import", "run", "inspect", "experts", "experts blend", "experts export", "eval", "demo", "bench"]
-)
+COMMANDS = (
+    "", "export", "import", "run", "inspect", "eval", "demo", "bench", "experts", "experts blend", "experts export",
+    "experts profile",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS)
 def test_help_is_there(lime: Cli, words: str) -> None:
     done = lime(*words.split(), "--help")
     assert done.code == 0 and "Usage: lime-edge" in done.out
@@ -176,7 +180,8 @@ def test_help_is_there(lime: Cli, words: str) -> None:
 def test_help_and_run_import_no_torch() -> None:
     code = "import sys; from lime_edge import cli; sys.argv = ['lime-edge', '--help']\n"
     code += "try: cli.main()\nexcept SystemExit: pass\n"
-    code += "bad = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    code += "bad = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
+    code += "sys.exit(str(bad) if bad else 0)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -150,7 +150,7 @@ def test_gaps_between_sites(targets: tuple[str, ...], quant: str, tiny_model: Ma
             wanted = wanted_logits(model, adapter, selection)
             assert_close(session.logits(ids_of(LENGTH)), wanted, f"{targets}, {selection}")
     else:
-        compiled = compile_again(model, adapter, quant)
+        compiled = compile_again(model, adapter, quant=quant)
         assert_integers_equal(bundle, compiled, f"{targets}")
 
 

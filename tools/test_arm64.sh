@@ -55,8 +55,8 @@ unmount() {
 }
 trap unmount EXIT
 
-# Flag F: the kernel keeps qemu open, so the root needs no copy of it. Registering outlasts this script, as the
-# package's own registration does.
+# Flag F: the kernel keeps qemu open, so the root needs no copy of it. Where binfmt_misc was mounted already, what is
+# registered stays registered, as after installing the package on a machine with systemd.
 register_qemu() {
     [ -e $BINFMT/register ] || mount_on $BINFMT -t binfmt_misc binfmt_misc
     if [ ! -e $BINFMT/qemu-aarch64 ]; then
@@ -119,8 +119,8 @@ install_packages() {
     rm -rf "$ROOT/wheel" && cp -r "$WORK/wheel" "$ROOT/wheel"
     local wheel
     wheel=$(basename "$WORK"/wheel/*.whl)
-    in_root pip uninstall --quiet --yes lime-edge
     in_root pip install --quiet --only-binary :all: "/wheel/$wheel[onnx]" 'pytest>=8' psutil
+    in_root pip install --quiet --force-reinstall --no-deps "/wheel/$wheel" # the version may be the same
     in_root pip list --format freeze | tee "$WORK/packages.txt"
     ! grep -qiE '^(torch|transformers|onnx)=' "$WORK/packages.txt" || die "torch, transformers or onnx came along" 3
 }

@@ -13,6 +13,7 @@ from lime_edge.compiler.architecture import Decoder
 from lime_edge.compiler.compiled import CompiledModel, Group, Part
 from lime_edge.compiler.fold import recover_routing
 from lime_edge.compiler.routing import route
+from lime_edge.sites import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -61,6 +62,7 @@ class Projection(nn.Module):
         self.a = nn.Buffer(branch.a) if branch and branch.a is not None else None
         self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
         self.variant, self.routing = model.variant, model.routing
+        self.observe: Callable[[Site, Tensor], None] | None = None  # told a site's weights (B, S, E)
         if self.routing is not None:
             sites = [part.site for part in self.parts if part.site is not None]
             self.banks = nn.ParameterList([nn.Parameter(model.bank(site), False) for site in sites])
@@ -93,7 +95,9 @@ class Projection(nn.Module):
         if self.a is not None:
             return like.new_zeros(part.width) if vector is None else vector
         ones = like.new_ones(part.width - part.rows)
-        return ones if vector is None else torch.cat([vector[..., : part.rows], ones.expand(*vector.shape[:-1], -1)], -1)
+        if vector is None:
+            return ones
+        return torch.cat([vector[..., : part.rows], ones.expand(*vector.shape[:-1], -1)], dim=-1)
 
     def _route(self, y: Tensor, delta: Tensor) -> Tensor:
         """The group's residual per token, (B, S, N). y: before the residual (SliceFine: before the bias)."""
@@ -108,7 +112,10 @@ class Projection(nn.Module):
                 frozen, adapted = recover_routing(
                     self.variant, y[..., row:stop], delta[..., row:stop], reference, bank.shape[0]
                 )
-                pieces.append(self._widen(route(frozen, adapted, self.routing) @ bank, part, y))
+                weights = route(frozen, adapted, self.routing)
+                if self.observe is not None:
+                    self.observe(part.site, weights)
+                pieces.append(self._widen(weights @ bank, part, y))
                 index += 1
             row = stop
         return torch.cat(pieces, dim=-1)
@@ -210,7 +217,8 @@ class DecoderModule(nn.Module):
 
         Args:
             input_ids: (B, S) int64. expert: flat residual d = p - p_ref (sum_H,), same dtype as the
-                module; None routes (one sequence, no padding). cache: filled and extended in place; None for a call of its own.
+                module; None routes (one sequence, no padding). cache: filled and extended in place;
+                None for a call of its own.
         Returns:
             (B, S, vocab).
         """

@@ -1,0 +1,207 @@
+"""Every variant and every selection, exported: pinned and routed equal the unfolded reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import ALL_LINEARS, draw_ids, load_model, load_sites
+
+import lime_edge
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.decoder import Cache, DecoderModule
+from lime_edge.compiler.layers import Mode
+from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.errors import LimeEdgeError
+from lime_edge.generate import GenerationOptions
+from lime_edge.session import Session
+
+Make = Callable[..., Path]
+VARIANTS = ("lora", "lora_fa", "dora", "slicefine")
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "soft": {"top_k": 2},
+    "hard": {"top_k": 3, "soft_topk": False, "temperature": 0.5},
+    "auto": {"auto_topk": True, "auto_topk_threshold": 0.6, "soft_topk_temperature": 0.2, "gamma_routing": 0.7},
+    "sparse-1": {"top_k": 1, "sparse_mode": True},
+    "sparse-2": {"top_k": 2, "sparse_mode": True, "n_gram": 2},
+    "sparse-auto": {"top_k": 2, "sparse_mode": True, "auto_topk": True, "temperature": 0.3},
+    "windows": {"top_k": 2, "n_gram": 3, "gamma_routing": 0.0},
+    "adapted": {"top_k": 2, "gamma_routing": 1.0},
+}
+IDS = draw_ids(13, seed=5)[0].tolist()
+NEW = 8
+
+
+def build(tiny_model: Make, tiny_adapter: Make, **changes: Any) -> tuple[Path, Path]:
+    model = tiny_model("qwen2")
+    return model, tiny_adapter(model, **({"rank": 6, "experts": 5, "shared": True} | changes))
+
+
+def unfold(model: Path, adapter: Path) -> UnfoldedModel:
+    return UnfoldedModel(load_model(model), *load_sites(adapter))
+
+
+def assert_close(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
+    worst = float((np.abs(found - wanted) / (1e-4 + 1e-4 * np.abs(wanted))).max())
+    assert worst <= 1, f"{what}: error is {worst:.3g} times the tolerance"
+
+
+def check_session(session: Session, reference: UnfoldedModel, what: str) -> None:
+    """Routed prompt, then token by token; every expert and a blend pinned; and what routing changes."""
+    names = session.experts
+    modes: dict[Any, Mode] = {"routed": "routed", names[0]: 0, names[3]: 3}
+    seen = []
+    for selection, mode in modes.items():
+        session.use(selection)
+        reference.use(mode)
+        wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+        assert_close(session.logits(IDS), wanted, f"{what}, {selection}")
+        seen.append(wanted)
+        tokens = reference.generate(torch.tensor([IDS]), NEW)[0].tolist()[len(IDS) :]
+        found = list(session.generate_ids(IDS, GenerationOptions(NEW, ignore_eos=True)))
+        assert found == tokens, f"{what}, {selection}"
+    assert np.abs(seen[0] - seen[1]).max() > 0.01, "routing must matter, or this proves nothing"
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exported_variants(
+    variant: str, routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS[routing])
+    reference = unfold(model, adapter)
+    check_session(lime_edge.open(tiny_bundle(model, adapter), threads=1), reference, f"{variant}, {routing}")
+
+
+@pytest.mark.parametrize("fold", ["none", "expert1"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folds_do_not_matter(variant: str, fold: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["auto"])
+    session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+    check_session(session, unfold(model, adapter), f"{variant}, fold {fold}")
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ALL_LINEARS])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gaps_between_sites(
+    variant: str, targets: tuple[str, ...], tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"], targets=targets)
+    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    check_session(session, unfold(model, adapter), f"{variant}, {targets}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_oracle_routes_too(variant: str, tiny_model: Make, tiny_adapter: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["windows"])
+    compiled = compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none"))
+    module, reference, cache = DecoderModule(compiled), unfold(model, adapter), Cache()
+    reference.use("routed")
+    wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+    assert_close(module(torch.tensor([IDS]), None, cache)[0].numpy(), wanted, f"{variant}, torch")
+    tokens = reference.generate(torch.tensor([IDS]), NEW)[0].tolist()[len(IDS) :]
+    assert module.greedy(torch.tensor([IDS]), None, NEW) == tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_single_expert(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"])
+    session = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    reference = unfold(model, adapter)
+    reference.use(2)
+    wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+    assert_close(session.logits(IDS), wanted, f"{variant}, single")
+    with pytest.raises(LimeEdgeError, match="--single"):
+        session.use("routed")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blends_and_none(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant)
+    session, reference = lime_edge.open(tiny_bundle(model, adapter), threads=1), unfold(model, adapter)
+    session.use({"expert0": 0.7, "expert4": 0.3})
+    reference.use({0: 0.7, 4: 0.3})
+    wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+    assert_close(session.logits(IDS), wanted, f"{variant}, blend")
+    if variant in ("dora", "slicefine"):
+        with pytest.raises(LimeEdgeError, match=f"a {variant} adapter cannot be switched off"):
+            session.use(None)
+    else:
+        session.use(None)
+        original = load_model(model)(torch.tensor([IDS])).logits[0].detach().numpy()
+        assert_close(session.logits(IDS), original, f"{variant}, none")
+    with pytest.raises(LimeEdgeError, match="no routed graph"):
+        session.use("routed")
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantized_routing_is_near(
+    quant: str, variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """As near as quantized pinned experts are: routing adds no error of its own."""
+    model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"])
+    session, reference = lime_edge.open(tiny_bundle(model, adapter, quant=quant), threads=1), unfold(model, adapter)
+    errors = {}
+    for selection, mode in (("expert0", 0), ("routed", "routed")):
+        session.use(selection)
+        reference.use(mode)  # type: ignore[arg-type]
+        wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+        errors[selection] = float(np.sqrt(np.mean((session.logits(IDS) - wanted) ** 2)) / wanted.std())
+    assert errors["routed"] < max(2.5 * errors["expert0"], 0.05), errors
+
+
+def test_a_routed_prompt_is_not_chunked(
+    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["soft"])
+    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    session.use("routed")
+    whole = session.logits(IDS)
+    monkeypatch.setattr("lime_edge.session.CHUNK", 4)
+    assert np.array_equal(session.logits(IDS), whole)
+    with pytest.raises(LimeEdgeError, match="routed: 2 tokens after a cache of 13"):
+        session.extend([5, 6])
+    session.extend([5])
+    first = list(session.generate_ids(IDS, GenerationOptions(3, ignore_eos=True)))
+    again = list(session.generate_ids(IDS, GenerationOptions(3, ignore_eos=True), keep_cache=True))
+    assert first == again  # nothing is kept: the whole prompt is routed anew
+
+
+def test_routed_and_pinned_do_not_disturb_each_other(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["auto"])
+    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    wanted = {}
+    for selection in ("routed", "expert1", "expert2"):
+        session.use(selection)
+        wanted[selection] = session.logits(IDS).copy()
+    for selection in ("expert1", "routed", "expert2", "routed", "expert1"):
+        session.use(selection)
+        assert session.cache == ()
+        assert np.array_equal(session.logits(IDS), wanted[selection]), selection
+
+
+def test_installed_experts_are_never_routed_to(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["soft"])
+    path = tiny_bundle(model, adapter)
+    session = lime_edge.open(path, threads=1)
+    session.use("routed")
+    before = session.logits(IDS).copy()
+    session.install(path / "experts" / "expert1.safetensors", name="later")
+    assert np.array_equal(session.logits(IDS), before)
+
+
+def test_both_graphs_share_one_weight_file(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["auto"])
+    plain, _ = build(tiny_model, tiny_adapter)
+    files = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.files
+    alone = Bundle.open(tiny_bundle(plain, tiny_adapter(plain, rank=6, experts=5, shared=True), quant="int8")).manifest
+    assert {"onnx/model.onnx", "onnx/routed.onnx", "onnx/model.onnx.data"} <= set(files)
+    extra = files["onnx/model.onnx.data"].size - alone.files["onnx/model.onnx.data"].size
+    assert extra < 0.5 * alone.files["onnx/model.onnx.data"].size, "only the bank is new"
