@@ -76,9 +76,7 @@ class DecoderWriter:
         total = len(self.config.layers)
         self._declare_inputs()
         if self.experts is not None:
-            groups = [group for layer in range(total) for group in self.model.groups(layer).values()]
-            branches = [self.model.group_branch(group) for group in groups]
-            self.experts.declare([branch for branch in branches if branch is not None])
+            self.experts.declare(self.model.all_branches())
         stream = self._embed()
         update = ""
         for index in range(total):
@@ -109,6 +107,20 @@ class DecoderWriter:
         g.node("Cast", [total], "/mask/CastTotal", ["total_sequence_length_i32"], to=TensorProto.INT32)
 
     def _embed(self) -> str:
+        """Token embeddings, with what the expert does to them (see decoder.Embedding)."""
+        g, path, y = self.graph, "/model/embed_tokens", self._look_up()
+        branch = self.model.group_branch(self.model.embedding_group)
+        if branch is None or self.experts is None:
+            return y
+        if branch.a is None or branch.b is None:
+            return g.node("Mul", [y, self.experts.multiply(branch, y, y, path)], f"{path}/lime/Mul")
+        table = g.constant(f"{path}.lime_a", branch.a.numpy())
+        b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
+        delta = g.node("MatMul", [g.node("Gather", [table, "input_ids"], f"{path}/lime/A"), b], f"{path}/lime/B")
+        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, delta, path)], f"{path}/lime/Mul")
+        return g.node("Add", [y, scaled], f"{path}/lime/Add")
+
+    def _look_up(self) -> str:
         g, name = self.graph, "model.embed_tokens.weight"
         stored = self.model.weights[name]
         if not isinstance(stored, QuantizedTensor):

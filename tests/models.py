@@ -31,6 +31,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EMBEDDING = "model.embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 TINY: dict[str, Any] = {
@@ -163,6 +164,9 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
         if not key.endswith(".weight") or not {name, name.rsplit(".", 1)[-1]} & set(targets):
             continue
         width, depth = weight.shape
+        if name == EMBEDDING:
+            tensors |= draw_embedding(weight, rank, experts, spread, shared, variant, random)
+            continue
         if variant == "slicefine":
             tensors[f"{name}.part_T"] = weight[:rank] + 0.3 * draw(rank, depth) / depth**0.5
         else:
@@ -180,10 +184,33 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
         "expert_names": [f"expert{index}" for index in range(experts)], "use_shared_lime": shared,
         "routing": "pinned" if routing is None else name_selection(RoutingConfig(**routing)),
     } | dict(routing or {})  # fmt: skip
+    if "embed_tokens" in targets:
+        config["embedding_modules"] = ["embed_tokens"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def draw_embedding(weight: Tensor, rank: int, experts: int, spread: float, shared: bool, variant: str,
+                   random: torch.Generator) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a site on the embedding table (V, H)."""
+    vocab, width = weight.shape
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    parts = {"LiMEs": 1.0 + spread * draw(experts, width)}
+    if variant == "slicefine":
+        parts["part_T"] = weight[:, :rank] + 0.3 * draw(vocab, rank)
+    else:
+        parts["A"] = draw(rank, width) / width**0.5
+        parts["B"] = 0.15 * draw(width if variant == "lora" else vocab, rank)
+    if variant == "dora":
+        parts["m"] = weight.norm(dim=0) * (1.0 + 0.2 * draw(width))
+    if shared:
+        parts |= {"LiME_shared": draw(width), "gamma": torch.tensor([0.3])}
+    return {f"{EMBEDDING}.{name}": tensor for name, tensor in parts.items()}
 
 
 def load_sites(adapter: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

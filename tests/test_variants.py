@@ -87,6 +87,25 @@ def test_folds_do_not_matter(variant: str, fold: str, tiny_model: Make, tiny_ada
     check_session(session, unfold(model, adapter), f"{variant}, fold {fold}")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embedding_sites(
+    variant: str, tied: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """The table folds; a tied head keeps the old one."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    targets = ("embed_tokens", "q_proj", "o_proj")
+    adapter = tiny_adapter(model, variant=variant, routing=ROUTINGS["auto"], targets=targets, rank=6, shared=True)
+    for fold in ("shared", "expert1"):
+        session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+        check_session(session, unfold(model, adapter), f"{variant}, tied {tied}, fold {fold}")
+    session = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    reference = unfold(model, adapter)
+    reference.use(2)
+    wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
+    assert_close(session.logits(IDS), wanted, f"{variant}, single")
+
+
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ALL_LINEARS])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gaps_between_sites(

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from models import make_adapter, make_model  # noqa: E402
 from prebuilt import BUNDLES, name_of, write_golden  # noqa: E402
 
+from lime_edge.compiler.backbone import quiet  # noqa: E402
 from lime_edge.compiler.compile import CompileOptions  # noqa: E402
 from lime_edge.devices import find_device  # noqa: E402
 from lime_edge.export import ExportOptions, export_bundle  # noqa: E402
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="made if it is not there; bundles in it are replaced")
     directory: Path = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         model = make_model(Path(folder) / "model", "llama")
         adapter = make_adapter(Path(folder) / "adapter", model)
         for options in BUNDLES:

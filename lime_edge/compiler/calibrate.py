@@ -217,8 +217,8 @@ def run_blocks(module: DecoderModule, ids: torch.Tensor, expert: torch.Tensor) -
 
     Causal attention keeps padding from the positions before it, so no mask is needed.
     """
-    cos, sin = (table.to(module.embedding) for table in module.config.rope_tables(ids.shape[1]))
-    cache, x = Cache(), module.embedding[ids]
+    cos, sin = (table.to(module.embedding.table) for table in module.config.rope_tables(ids.shape[1]))
+    cache, x = Cache(), module.embedding(ids, expert)
     for block in module.blocks:
         x = block(x, cos, sin, cache, expert)
     return x

@@ -9,8 +9,8 @@ import torch
 
 from lime_edge.compiler.calibrate import Calibration
 from lime_edge.compiler.checkpoint import Checkpoint
-from lime_edge.compiler.compiled import Branch, CompiledModel
-from lime_edge.compiler.fold import fold_linear, fold_reference
+from lime_edge.compiler.compiled import EMBEDDING, Branch, CompiledModel
+from lime_edge.compiler.fold import fold_embedding, fold_linear, fold_reference
 from lime_edge.compiler.quantize import INT4_GROUP
 from lime_edge.compiler.rounding import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
 from lime_edge.errors import LimeEdgeError
@@ -84,9 +84,11 @@ def choose_rounding(options: CompileOptions, calibration: Calibration | None) ->
 def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: Progress) -> CompiledModel:
     """The folded model with all its experts and branches, weights still float32."""
     adapter, backbone = checkpoint.adapter, checkpoint.backbone
-    if embeddings := [name for name, site in adapter.sites.items() if site.embedding]:
-        raise LimeEdgeError(f"{adapter.path}: embedding site {embeddings[0]} cannot be exported yet",
-                            "linear sites can")  # fmt: skip
+    if EMBEDDING in adapter.sites and adapter.pad_token_id is not None and (
+        adapter.variant == "slicefine" or adapter.routing != "pinned"
+    ):
+        raise LimeEdgeError(f"{adapter.path}: an embedding site that leaves pad_token_id alone cannot be exported "
+                            "with SliceFine or with routing", "remove pad_token_id from the adapter")  # fmt: skip
     experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
     reference = fold_reference(adapter.variant, reference_vector(options.fold, experts))
     weights, vectors, branches = _fold(checkpoint, reference, progress)
@@ -110,7 +112,7 @@ def scale_rows(weights: dict[str, torch.Tensor], branches: dict[str, Branch], si
         rows, key = branches[site.name].rows, f"{site.name}.weight"
         scale = torch.ones(site.width)
         scale[:rows] = vector[site.offset : site.offset + rows]
-        weights[key] = weights[key] * scale[:, None]
+        weights[key] = weights[key] * (scale if site.name == EMBEDDING else scale[:, None])
 
 
 def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -156,6 +158,15 @@ def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -
         progress("fold", index, len(checkpoint.sites))
         part, key = adapter.sites[site.name], f"{site.name}.weight"
         p_ref = reference[site.offset : site.offset + site.width]
+        if part.embedding:
+            if checkpoint.backbone.decoder.tied:  # the head keeps the old table
+                weights["lm_head.weight"] = weights[key]
+            table = fold_embedding(
+                adapter.variant, part.join(weights[key]), p_ref, adapter.scale, adapter.pad_token_id
+            )
+            weights[key] = table.table
+            branches[site.name] = Branch(table.branch_table, table.branch_b, table.modulated_columns)
+            continue
         tensors = part.join(weights[key], vectors.get(f"{site.name}.bias"))
         folded = fold_linear(adapter.variant, tensors, p_ref, adapter.scale)
         weights[key] = folded.weight

@@ -13,11 +13,15 @@ from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.sites import Site, SiteTable
 
 
+EMBEDDING = "model.embed_tokens"
+
+
 @dataclass(frozen=True)
 class Branch:
     """What the expert multiplies at one site.
 
-    LoRA, LoRA-FA, DoRA: y += d * (B A x), with a (r, D), b (H, r) float32, scale inside b.
+    LoRA, LoRA-FA, DoRA: y += d * (B A x), with a (r, D), b (H, r) float32, scale inside b. On the
+    embedding a is a table (V, r) that is looked up.
     SliceFine: a and b are None; the first `rows` rows of W'x are multiplied by d before the bias.
     """
 
@@ -96,7 +100,20 @@ class CompiledModel:
     @property
     def head_name(self) -> str:
         """The tensor that makes logits: the embedding table when tied and not quantized apart."""
-        return "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
+        return "lm_head.weight" if "lm_head.weight" in self.weights else f"{EMBEDDING}.weight"
+
+    @property
+    def embedding_group(self) -> Group:
+        """The token table as a group of one."""
+        return Group((EMBEDDING,), (self.decoder.hidden,))
+
+    def all_branches(self) -> list[GroupBranch]:
+        """Every group's branch, in computation order; groups without one are left out."""
+        groups = [self.embedding_group]
+        for layer in range(len(self.decoder.layers)):
+            groups.extend(self.groups(layer).values())
+        branches = [self.group_branch(group) for group in groups]
+        return [branch for branch in branches if branch is not None]
 
     def groups(self, layer: int) -> dict[str, Group]:
         """The four groups of a layer: qkv, o, gate_up, down."""
@@ -123,7 +140,8 @@ class CompiledModel:
         stacks = [branch.a for branch in members if branch is not None and branch.a is not None]
         if not stacks:
             return GroupBranch(None, None, parts)
-        b = torch.zeros(group.width, sum(a.shape[0] for a in stacks))
+        ranks = [branch.b.shape[1] for branch in members if branch is not None and branch.b is not None]
+        b = torch.zeros(group.width, sum(ranks))
         row = column = 0
         for width, branch in zip(group.widths, members, strict=True):
             if branch is not None and branch.b is not None:

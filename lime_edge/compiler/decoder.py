@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lime_edge.compiler.architecture import Decoder
-from lime_edge.compiler.compiled import CompiledModel, Group, Part
-from lime_edge.compiler.fold import recover_routing
-from lime_edge.compiler.routing import route
-from lime_edge.sites import Site
+from lime_edge.compiler.compiled import EMBEDDING, CompiledModel, Group
+from lime_edge.compiler.multiplier import Multiplier
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -49,76 +47,50 @@ class Projection(nn.Module):
     """A group of linears on one input, with what the expert does to them.
 
     LoRA, LoRA-FA, DoRA: y = W'x + b + d * (B A x). SliceFine: y = s * W'x + b, s = d on the first rows.
-    Routed: d is made per token from the site's own activations.
     """
 
     def __init__(self, model: CompiledModel, group: Group):
         super().__init__()
         self.weight = nn.Buffer(torch.cat([model.weight(f"{name}.weight") for name in group.names]))
-        bias = model.group_bias(group)
+        bias, branch = model.group_bias(group), model.group_branch(group)
         self.bias = None if bias is None else nn.Buffer(bias)
-        branch = model.group_branch(group)
-        self.parts = branch.parts if branch else ()
+        self.multiplier = Multiplier(model, branch) if branch else None
         self.a = nn.Buffer(branch.a) if branch and branch.a is not None else None
         self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
-        self.variant, self.routing = model.variant, model.routing
-        self.observe: Callable[[Site, Tensor], None] | None = None  # told a site's weights (B, S, E)
-        if self.routing is not None:
-            sites = [part.site for part in self.parts if part.site is not None]
-            self.banks = nn.ParameterList([nn.Parameter(model.bank(site), False) for site in sites])
-            ends = [(site.offset, site.offset + site.width) for site in sites]
-            self.references = nn.ParameterList([nn.Parameter(model.reference[i:j], False) for i, j in ends])
 
     def forward(self, x: Tensor, expert: Tensor | None) -> Tensor:
         """x: (B, S, D); expert: flat residual (sum_H,), or None to route. Returns (B, S, N)."""
-        y = F.linear(x, self.weight)
-        if not self.parts:
+        if self.multiplier is not None and (self.a is None or self.b is None):
+            y = F.linear(x, self.weight)
+            y = y * self.multiplier(y, y, expert)
             return y if self.bias is None else y + self.bias
-        if self.a is None or self.b is None:
-            y = y * (self._route(y, y) if expert is None else self._pick(expert))
-            return y if self.bias is None else y + self.bias
-        y = y if self.bias is None else y + self.bias
+        y = F.linear(x, self.weight, self.bias)
+        if self.multiplier is None or self.a is None or self.b is None:
+            return y
         delta = F.linear(F.linear(x, self.a), self.b)
-        return y + (self._route(y, delta) if expert is None else self._pick(expert)) * delta
+        return y + self.multiplier(y, delta, expert) * delta
 
-    def _pick(self, expert: Tensor) -> Tensor:
-        """The group's stretch of a flat residual, (N,)."""
-        pieces = []
-        for part in self.parts:
-            offset = part.site.offset if part.site else 0
-            vector = expert[offset : offset + part.width] if part.site else None
-            pieces.append(self._widen(vector, part, expert))
-        return torch.cat(pieces)
 
-    def _widen(self, vector: Tensor | None, part: Part, like: Tensor) -> Tensor:
-        """A member's multiplier: its residual, or what leaves the output as it is where it has none."""
-        if self.a is not None:
-            return like.new_zeros(part.width) if vector is None else vector
-        ones = like.new_ones(part.width - part.rows)
-        if vector is None:
-            return ones
-        return torch.cat([vector[..., : part.rows], ones.expand(*vector.shape[:-1], -1)], dim=-1)
+class Embedding(nn.Module):
+    """The token table, with what the expert does to it: y = T'[id] + d * (B A[id])."""
 
-    def _route(self, y: Tensor, delta: Tensor) -> Tensor:
-        """The group's residual per token, (B, S, N). y: before the residual (SliceFine: before the bias)."""
-        assert self.routing is not None
-        pieces, row, index = [], 0, 0
-        for part in self.parts:
-            stop = row + part.width
-            if part.site is None:
-                pieces.append(self._widen(None, part, y).expand(*y.shape[:2], -1))
-            else:
-                bank, reference = self.banks[index], self.references[index]
-                frozen, adapted = recover_routing(
-                    self.variant, y[..., row:stop], delta[..., row:stop], reference, bank.shape[0]
-                )
-                weights = route(frozen, adapted, self.routing)
-                if self.observe is not None:
-                    self.observe(part.site, weights)
-                pieces.append(self._widen(weights @ bank, part, y))
-                index += 1
-            row = stop
-        return torch.cat(pieces, dim=-1)
+    def __init__(self, model: CompiledModel):
+        super().__init__()
+        branch = model.group_branch(model.embedding_group)
+        self.table = nn.Buffer(model.weight(f"{EMBEDDING}.weight"))
+        self.multiplier = Multiplier(model, branch) if branch else None
+        self.a = nn.Buffer(branch.a) if branch and branch.a is not None else None
+        self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
+
+    def forward(self, ids: Tensor, expert: Tensor | None) -> Tensor:
+        """ids: (B, S) int64. Returns (B, S, hidden)."""
+        y = self.table[ids]
+        if self.multiplier is None:
+            return y
+        if self.a is None or self.b is None:
+            return y * self.multiplier(y, y, expert)
+        delta = F.linear(self.a[ids], self.b)
+        return y + self.multiplier(y, delta, expert) * delta
 
 
 class Norm(nn.Module):
@@ -205,11 +177,11 @@ class DecoderModule(nn.Module):
     def __init__(self, model: CompiledModel):
         super().__init__()
         self.config: Decoder = model.decoder
-        self.embedding = nn.Buffer(model.weight("model.embed_tokens.weight"))
+        self.embedding = Embedding(model)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
         self.norm = Norm(model.vectors["model.norm.weight"], self.config.norm_eps)
-        tied = model.head_name == "model.embed_tokens.weight"
-        self.head = self.embedding if tied else nn.Buffer(model.weight(model.head_name))
+        tied = model.head_name == f"{EMBEDDING}.weight"
+        self.head = self.embedding.table if tied else nn.Buffer(model.weight(model.head_name))
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, expert: Tensor | None, cache: Cache | None = None) -> Tensor:
@@ -224,8 +196,8 @@ class DecoderModule(nn.Module):
         """
         cache = Cache() if cache is None else cache
         past, length = cache.length, input_ids.shape[1]
-        cos, sin = (t[past:].to(self.embedding) for t in self.config.rope_tables(past + length))
-        x = self.embedding[input_ids]
+        cos, sin = (t[past:].to(self.embedding.table) for t in self.config.rope_tables(past + length))
+        x = self.embedding(input_ids, expert)
         for block in self.blocks:
             x = block(x, cos, sin, cache, expert)
         return F.linear(self.norm(x), self.head)

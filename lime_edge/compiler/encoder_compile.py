@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_edge.compiler.checkpoint import Checkpoint
-from lime_edge.compiler.compile import QUANTS, CompileOptions, reference_vector, stored_experts
+from lime_edge.compiler.compile import CompileOptions, reference_vector, stored_experts
 from lime_edge.compiler.encoder import EncoderCheckpoint, Input, Layer, Pooling, make_sample
 from lime_edge.compiler.encoder_layers import CompiledLayer, Product, SiteParts, Stored, Table
 from lime_edge.compiler.fold import fold_embedding, fold_linear, fold_reference
@@ -43,6 +43,7 @@ class EncoderModule(nn.Module):
     def __init__(self, model: nn.Module, inputs: tuple[Input, ...], sites: SiteTable, pooling: Pooling | None):
         super().__init__()
         self.model, self.inputs, self.sites, self.pooling = model, inputs, sites, pooling
+        self.adapted = any(layer.parts is not None for layer in self.layers.values())
         self.outputs: tuple[str, ...] = ()
         self.outputs = tuple(self.compute(make_sample(inputs), torch.zeros(sites.total)))
 
@@ -67,11 +68,8 @@ class EncoderModule(nn.Module):
         Args:
             inputs: by name, see `Input`. residual: (sum_H,) float32; not read when routed.
         """
-        pieces = {
-            f"{site.name}.residual": residual[site.offset : site.offset + site.width]
-            for site in self.sites
-            if "residual" in dict(self.model.get_submodule(site.name).named_buffers(recurse=False))
-        }
+        pieces = {f"{site.name}.residual": piece for site, piece in zip(self.sites, residual.split(
+            [site.width for site in self.sites]), strict=True)} if self.adapted else {}
         output = torch.func.functional_call(self.model, pieces, (), dict(inputs))
         found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         if self.pooling is not None:
@@ -275,7 +273,7 @@ def _quantize_layers(checkpoint: EncoderCheckpoint, module: EncoderModule, exper
     bits = {}
     for name, layer in layers.items():
         low = options.quant == "int4" and name_kind(name, layer, sources.count(layer.source)) not in options.int8_kinds
-        bits[name] = group_for(layer.shape[1], 4 if low else QUANTS[options.quant], options.group)[0]
+        bits[name] = group_for(layer.shape[1], 4 if low else 8, options.group)[0]
     grams: dict[int, Tensor] = {}
     if options.rounding == "gptq" and calibration is not None:
         wanted = {layers[name].source: name for name, count in bits.items() if count == 4 and not layers[name].embedding}

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.decoder import Cache, DecoderModule, Projection
+from lime_edge.compiler.decoder import Cache, DecoderModule
+from lime_edge.compiler.multiplier import Multiplier
 from lime_edge.errors import LimeEdgeError
 from lime_edge.sites import Site
 
 
 def average_routing(
-    model: CompiledModel, sequences: Sequence[tuple[list[int], list[int]]], progress: Callable[[int], None] = lambda _: None
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    model: CompiledModel,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, torch.Tensor]:
     """Mean routing weights of every site over all tokens of all sequences.
 
     Args:
@@ -35,7 +38,7 @@ def average_routing(
         totals[site.name] += weights.double().sum((0, 1))
 
     for part in module.modules():
-        if isinstance(part, Projection):
+        if isinstance(part, Multiplier):
             part.observe = add
     for done, (prompt, answer) in enumerate(sequences, 1):
         cache = Cache()
