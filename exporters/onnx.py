@@ -17,6 +17,7 @@ from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import Faults
 from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx_prompt import declare_expert, prepend_virtual
 from lime_edge.exporters.onnx_weights import pack_weight
 
 FILE = "model.onnx"
@@ -40,13 +41,14 @@ def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[st
     metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
     graph = Graph(directory / f"{FILE}.data")
     graph.data_path.touch()
-    DecoderWriter(model, graph, PinnedExperts(model, graph) if model.branches else None).write(progress)
+    DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
     facts = {
-        "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": bool(model.branches),
+        "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": model.swaps,
+        "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
         "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
     }  # fmt: skip
-    if model.routing is not None and model.branches:
+    if model.routing is not None and model.swaps:
         routed = graph.share_data()
         DecoderWriter(model, routed, RoutedExperts(model, routed, model.routing)).write(progress)
         routed.save(directory / ROUTED_FILE, __version__, metadata)
@@ -76,8 +78,15 @@ class DecoderWriter:
         total = len(self.config.layers)
         self._declare_inputs()
         if self.experts is not None:
-            self.experts.declare(self.model.all_branches())
+            branches = self.model.all_branches()
+            if branches or isinstance(self.experts, RoutedExperts):
+                self.experts.declare(branches)
+            else:
+                declare_expert(self.model, self.graph)
         stream = self._embed()
+        if self.model.virtual is not None:
+            routed = self.experts if isinstance(self.experts, RoutedExperts) else None
+            stream = prepend_virtual(self.model, self.graph, stream, routed)
         update = ""
         for index in range(total):
             progress("write onnx", index, total)

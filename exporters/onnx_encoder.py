@@ -32,6 +32,7 @@ from lime_edge.exporters.onnx_graph import ALIGNMENT, INLINE_BYTES, MICROSOFT, O
 from lime_edge.exporters.onnx_weights import pack_weight
 
 FILE, ROUTED, EXPERT = "model.onnx", "routed.onnx", "expert"
+PREFIX = "module.model."  # where the tracer finds the transformers model
 ACCURACY_LEVEL = 4  # MatMulNBits computes with int8 activations in blocks, as in the decoders' graph
 Progress = Callable[[str, int, int], None]
 
@@ -171,7 +172,8 @@ def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert:
     """Trace the module into one graph file; returns its number of nodes."""
     model = _trace(module, takes_expert)
     graph = model.graph
-    for name, value in list(graph.initializers.items()):
+    for value in list(graph.initializers.values()):
+        name = value.name = str(value.name).removeprefix(PREFIX).replace(".product.", ".")
         array = _clear(value).const_value
         assert array is not None
         if array.nbytes > INLINE_BYTES:

@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto
 
 from lime_edge.compiler.compiled import CompiledModel, GroupBranch, Part
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.compiler.routing import RoutingConfig, find_anchors
 from lime_edge.exporters.onnx_graph import Graph
 
 SMALLEST_SCALE = 1e-6  # guards as in compiler.routing
@@ -119,6 +119,20 @@ class RoutedExperts:
         ones = graph.constant(f"{path}/ones", np.concatenate([_ones_where_fixed(part) for part in branch.parts]))
         return graph.node("Add", [chosen, ones], f"{path}/Fixed")
 
+    def weigh(self, frozen: str, adapted: str, path: str) -> str:
+        """Weights (B, V, E) of virtual tokens from their first E columns, (B, V, E) and (1, V, E)."""
+        graph, path = self.graph, f"{path}/route"
+        assert self.model.virtual is not None
+        anchors = find_anchors(self.model.virtual.base.shape[0], self.config.n_gram, None, torch.device("cpu"))
+        if self.config.n_gram > 1:
+            index = graph.constant(f"{path}/anchors", anchors.numpy())
+            frozen = graph.node("Gather", [frozen, index], f"{path}/FrozenAnchors", axis=1)
+            adapted = graph.node("Gather", [adapted, index], f"{path}/AdaptedAnchors", axis=1)
+        first = self._relative(frozen, 1.0 - self.config.gamma_routing, f"{path}/frozen", windows=False)
+        second = self._relative(adapted, self.config.gamma_routing, f"{path}/adapted", windows=False)
+        weights = self._select(self._softmax(graph.node("Add", [first, second], f"{path}/Logits"), path), path)
+        return graph.node("Squeeze", [weights, graph.constant(f"{path}/sites", np.array([2], np.int64))], f"{path}/One")
+
     def _stack_banks(self, branch: GroupBranch) -> torch.Tensor:
         """(G * E, N): every site's residuals in its own rows and columns."""
         sites = [part for part in branch.parts if part.site is not None]
@@ -161,10 +175,10 @@ class RoutedExperts:
         rows = [kept - self.model.reference[start : start + self.count].numpy() for start in starts]
         return np.concatenate(rows).astype(np.float32)
 
-    def _relative(self, x: str, share: float, path: str) -> str:
+    def _relative(self, x: str, share: float, path: str, windows: bool = True) -> str:
         """share / T * x / max|x| per site over the whole call: (B, S, G*E) -> (B, S, G, E)."""
         graph, config = self.graph, self.config
-        if config.n_gram > 1:
+        if config.n_gram > 1 and windows:
             x = graph.node("Gather", [x, "routing_anchors"], f"{path}/Anchor", axis=1)
         split = graph.constant(f"{path}/split", np.array([0, 0, -1, self.count], np.int64))
         x = graph.node("Reshape", [x, split], f"{path}/Split")

@@ -16,7 +16,7 @@ from lime_edge.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.prompts import TextCodec
 
 ROUTED = "routed"
-ALWAYS_ON = ("dora", "slicefine")  # no p gives the original layer back
+ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # no p gives the original layer back
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 

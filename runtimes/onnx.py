@@ -41,12 +41,16 @@ class OnnxEngine:
         if not 1 <= self.capacity <= model["context"]:
             raise LimeEdgeError(f"max_length: expected 1..{model['context']}, found {self.capacity}")
         self.length = 0
+        self._virtual = int(facts.get("virtual_tokens", 0))  # in the cache before everything else
+        self._virtual_ids = np.arange(self._virtual, dtype=np.int64)[None]
+        if self.capacity + self._virtual > model["context"]:
+            self.capacity = model["context"] - self._virtual
         providers = choose_providers(options.providers or tuple(facts["providers"]))
         threads = options.threads or facts.get("threads")
         self._load = partial(_load, bundle, providers=providers, threads=threads)
-        self._caches = make_caches(model, self.capacity)
+        self._caches = make_caches(model, self.capacity + self._virtual)
         self._vocab = model["vocab"]
-        self._mask = np.ones((1, self.capacity), np.int64)
+        self._mask = np.ones((1, self.capacity + self._virtual), np.int64)
         self._keep = np.ones(1, np.int64)
         self._token = np.zeros((1, 1), np.int64)
         self._row = np.empty((1, 1, self._vocab), np.float32)
@@ -97,7 +101,10 @@ class OnnxEngine:
         """
         session, binding = self._active
         total = self.length + ids.size
-        binding.bind_ortvalue_input("attention_mask", _wrap(self._mask[:, :total]))
+        binding.bind_ortvalue_input("attention_mask", _wrap(self._mask[:, : total + self._virtual]))
+        if self._virtual:
+            count = 0 if self.length else self._virtual  # virtual tokens go before the first call's
+            binding.bind_ortvalue_input("virtual_ids", _wrap(self._virtual_ids[:, :count]))
         if ids.size == 1:
             self._token[0, 0] = ids[0]
             binding.bind_ortvalue_input("input_ids", self._bound["token"])

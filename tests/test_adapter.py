@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lime_edge.compiler.adapter import build_adapter, read_adapter, write_adapter
-from lime_edge.compiler.adapter_checks import FIELDS, PARTS, SELECTIONS, VARIANTS, name_selection
+from lime_edge.compiler.adapter_checks import FIELDS, PARTS, SELECTIONS, name_selection
 from lime_edge.compiler.fold import evaluate, fold_linear, fold_reference
 from lime_edge.compiler.importing import KNOWN, TRAINING
-from lime_edge.compiler.layers import LimeLayer, routing_for
+from lime_edge.compiler.layers import VARIANTS, LimeLayer, routing_for
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 
@@ -216,7 +216,8 @@ def test_documented_fields_are_the_fields_in_code() -> None:
 
 def test_documented_parts_are_the_parts_in_code() -> None:
     found = {row[0].strip("`"): row[3] for row in read_table("## Tensors of adapter_model.safetensors")}
-    assert found.keys() == {*(part for parts in PARTS.values() for part in parts), "LiMEs", "LiME_shared", "gamma"}
+    assert found.keys() == {*(part for parts in PARTS.values() for part in parts), "LiMEs", "LiME_shared", "gamma",
+                            "input_proj"}  # fmt: skip
     for variant, parts in PARTS.items():
         for part in {part for parts in PARTS.values() for part in parts}:
             assert (part in parts) == (variant in found[part].split(", ")), (variant, part)

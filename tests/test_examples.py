@@ -172,7 +172,7 @@ def read_vector(file: Path, tensor: str) -> np.ndarray:
     return np.frombuffer(data[8 + length + start : 8 + length + end], kind).astype(np.float32)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["android: caches that grow", "ios: one buffer"])
+@pytest.mark.parametrize("shared", [False, True], ids=["caches that grow", "one buffer"])
 def test_the_phones_recipe(shared: bool, bundle: Path) -> None:
     model = json.loads((bundle / "lime.json").read_text())["model"]
     engine = onnxruntime.InferenceSession(bundle / "onnx/model.onnx", providers=["CPUExecutionProvider"])

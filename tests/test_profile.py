@@ -81,7 +81,8 @@ def test_profile_lands_in_the_bundle_and_is_compared(
     opened = Bundle.open(bundle, verify=True)
     assert 1 <= used <= len(opened.manifest.experts) - 1 and opened.manifest.experts[-1] == "task"
     rows = compare_profile(bundle, EXAMPLES, "task", lambda *_: None)
-    assert [row["selection"] for row in rows][:2] == ["routed", "task"] and len(rows) == 1 + len(opened.manifest.experts)
+    assert [row["selection"] for row in rows][:2] == ["routed", "task"]
+    assert len(rows) == 1 + len(opened.manifest.experts)
     losses = {row["selection"]: row["loss"] for row in rows}
     assert abs(losses["task"] - losses["routed"]) < np.mean([abs(losses[n] - losses["routed"]) for n in
                                                              opened.manifest.experts[:-1]])  # fmt: skip

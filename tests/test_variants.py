@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from models import ALL_LINEARS, draw_ids, load_model, load_sites
+from safetensors.torch import load_file, save_file
 
 import lime_edge
 from lime_edge.bundle import Bundle
+from lime_edge.compiler.adapter_checks import name_selection
 from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.decoder import Cache, DecoderModule
-from lime_edge.compiler.layers import Mode
+from lime_edge.compiler.layers import Mode, fix_weights, routing_for
+from lime_edge.compiler.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
 from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 from lime_edge.generate import GenerationOptions
 from lime_edge.session import Session
@@ -224,3 +229,96 @@ def test_both_graphs_share_one_weight_file(tiny_model: Make, tiny_adapter: Make,
     assert {"onnx/model.onnx", "onnx/routed.onnx", "onnx/model.onnx.data"} <= set(files)
     extra = files["onnx/model.onnx.data"].size - alone.files["onnx/model.onnx.data"].size
     assert extra < 0.5 * alone.files["onnx/model.onnx.data"].size, "only the bank is new"
+
+
+# prompt tuning
+
+
+def make_prompt_adapter(directory: Path, model: Path, **changes: Any) -> Path:
+    """A prompt tuning adapter: 5 virtual tokens, 4 experts, loud enough to hear."""
+    random = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    tensors = {
+        "prompt_base": draw(5, width), "prompt_delta": draw(5, width), "LiMEs": 1 + 0.5 * draw(4, width),
+        "LiME_shared": draw(width), "gamma": torch.tensor([0.3]), "input_proj": draw(width, width) / width**0.5,
+    }  # fmt: skip
+    config = {
+        "peft_type": "LIME", "variant": "prompt_tuning", "target_modules": ["prompt"], "r": 5, "lora_alpha": 1.0,
+        "num_experts": 4, "expert_names": [f"expert{i}" for i in range(4)], "use_shared_lime": True,
+    } | changes  # fmt: skip
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"prompt.{name}": tensor for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    return directory
+
+
+def prompt_logits(model: Path, adapter: Path, mode: Mode) -> np.ndarray:
+    """`transformers` fed with embeddings: the virtual tokens of `prompt_tuning`, then the prompt's."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    own = {n.removeprefix("prompt."): t for n, t in load_file(adapter / "adapter_model.safetensors").items()}
+    own["input_proj.weight"] = own.pop("input_proj")
+    theirs = load_model(model)
+    embeds = theirs.get_input_embeddings()(torch.tensor([IDS])).detach()
+    routing = routing_for("prompt_tuning", config)
+    if mode != "routed":
+        weights = fix_weights(mode, 4)
+        assert weights is not None
+    elif config["input_conditioned"]:
+        weights = route_conditioned(own, routing, config["input_conditioning_mode"], embeds, None)
+    else:
+        weights = route_static(own, routing)
+    whole, _ = prepend_prompt(compute_prompt(own, weights), embeds, None)
+    with torch.no_grad():
+        return theirs(inputs_embeds=whole).logits[0, 5:].numpy()
+
+
+@pytest.mark.parametrize("conditioning", ["static", "mean", "first", "last", "attention"])
+@pytest.mark.parametrize("routing", ["sparse-2", "auto", "soft", "windows"])
+def test_prompt_tuning(
+    conditioning: str, routing: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make
+) -> None:
+    model = tiny_model("llama")
+    hyper = {"sparse_mode": False} | ROUTINGS[routing]
+    name = name_selection(RoutingConfig(**hyper))
+    how = {"input_conditioned": conditioning != "static"}
+    how |= {"input_conditioning_mode": conditioning} if conditioning != "static" else {}
+    adapter = make_prompt_adapter(tmp_path / "adapter", model, routing=name, **hyper, **how)
+    compiled = compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none"))
+    module, outputs = DecoderModule(compiled), []
+    for fold in ("shared", "expert1"):
+        session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+        for selection, mode in (("routed", "routed"), ("expert0", 0), ("expert3", 3)):
+            session.use(selection)
+            wanted = prompt_logits(model, adapter, mode)  # type: ignore[arg-type]
+            assert_close(session.logits(IDS), wanted, f"{conditioning}, {routing}, {fold}, {selection}")
+            outputs.append(wanted)
+        one_by_one = [session.logits(IDS[:5])[-1].copy(), *(session.extend([t])[-1].copy() for t in IDS[5:])]
+        assert_close(np.stack(one_by_one), wanted[4:], f"{conditioning}, {routing}, token by token")
+    assert_close(module(torch.tensor([IDS]), None)[0].numpy(), outputs[0], f"{conditioning}, {routing}, torch")
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.01 and np.abs(outputs[1] - outputs[2]).max() > 0.01
+
+
+def test_prompt_tuning_sessions(tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
+    """The virtual tokens take cache, survive a kept prefix, and cannot be switched off."""
+    model = tiny_model("llama")
+    adapter = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
+    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    assert session.max_length == 64 - 5
+    with pytest.raises(LimeEdgeError, match="cannot be switched off"):
+        session.use(None)
+    session.use({"expert0": 0.5, "expert2": 0.5})
+    assert_close(session.logits(IDS), prompt_logits(model, adapter, {0: 0.5, 2: 0.5}), "blend")
+    options = GenerationOptions(4, ignore_eos=True)
+    first = list(session.generate_ids(IDS, options))
+    longer = IDS + first[:2]
+    kept = list(session.generate_ids(longer, options, keep_cache=True))
+    assert kept[:2] == first[2:4] and kept == list(session.generate_ids(longer, options))
+    single = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    assert_close(single.logits(IDS), prompt_logits(model, adapter, 2), "single")
+    wrong = tiny_model("llama", hidden_size=32)
+    with pytest.raises(LimeEdgeError, match="site prompt: H: expected 32, found 64"):
+        tiny_bundle(wrong, adapter)

@@ -76,9 +76,11 @@ class Setting:
     @property
     def distance(self) -> int:
         """How many options differ from the default: the nearest are measured first."""
-        named = self.fold not in ("shared", "none")
-        differs = (named, self.fold != "shared", self.group != 32, self.keep != "default", self.rounding != "gptq")
-        return sum(differs) if self.quant == "int4" else (self.fold != "shared") + (self.rounding == "nearest")
+        if self.quant != "int4":
+            rare = self.fold not in ("shared", "none") or (self.rounding == "nearest" and self.fold != "shared")
+            return (self.fold != "shared" or self.rounding == "nearest") + rare
+        differs = (self.fold != "shared", self.group != 32, self.keep != "default", self.rounding != "gptq")
+        return sum(differs)
 
 
 def list_settings(adapter: str) -> list[Setting]:

@@ -28,6 +28,7 @@ class AdapterSite:
         experts: (E, H). shared: (H,), or None. gamma: weight of `shared`.
         m: (H,), DoRA's magnitude.
         part_t: SliceFine's trained rows (r, D); on an embedding its trained columns (V, r).
+        prompt_base, prompt_delta: virtual tokens (V, H) of prompt tuning. input_proj: (H, H), or None.
         embedding: the site is an embedding table (V, H), not a linear layer (H, D).
     """
 
@@ -39,6 +40,9 @@ class AdapterSite:
     m: torch.Tensor | None = None
     part_t: torch.Tensor | None = None
     embedding: bool = False
+    prompt_base: torch.Tensor | None = None
+    prompt_delta: torch.Tensor | None = None
+    input_proj: torch.Tensor | None = None
 
     def vectors(self) -> torch.Tensor:
         """Every expert with gamma * p_shared added: (E, H) float32."""
@@ -102,6 +106,7 @@ class Adapter:
     sites: dict[str, AdapterSite] = field(repr=False)
     routing_config: RoutingConfig = field(default_factory=RoutingConfig)
     pad_token_id: int | None = None
+    conditioning: str | None = None  # prompt tuning: how its routing reads the input; None: it does not
 
     @property
     def scale(self) -> float:
@@ -150,6 +155,7 @@ def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], w
         sites=sites,
         routing_config=routing_for(config["variant"], config),
         pad_token_id=config.get("pad_token_id"),
+        conditioning=config.get("input_conditioning_mode", "mean") if config.get("input_conditioned", True) else None,
     )
 
 
@@ -194,4 +200,5 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def _build_site(parts: Mapping[str, torch.Tensor], embedding: bool) -> AdapterSite:
     gamma = float(parts["gamma"]) if "gamma" in parts else 0.0
     return AdapterSite(parts.get("A"), parts.get("B"), parts["LiMEs"], parts.get("LiME_shared"), gamma,
-                       parts.get("m"), parts.get("part_T"), embedding)  # fmt: skip
+                       parts.get("m"), parts.get("part_T"), embedding, parts.get("prompt_base"),
+                       parts.get("prompt_delta"), parts.get("input_proj"))  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lime_edge.compiler.layers import routing_for
+from lime_edge.compiler.prompt_tuning import CONDITIONING
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.experts import check_name
@@ -20,7 +21,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "lora_fa": ("A", "B"),
     "dora": ("A", "B", "m"),
     "slicefine": ("part_T",),
+    "prompt_tuning": ("prompt_base", "prompt_delta"),
 }
+PROMPT = "prompt"  # the one site of prompt tuning: the virtual tokens before the model
 VARIANTS = tuple(PARTS)
 SELECTIONS = ("soft_topk", "hard_topk", "auto_topk", "sparse_topk", "sparse_auto_topk")
 # field -> (types, required); documented one by one in docs/adapter-format.md
@@ -47,6 +50,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "temperature": ((int, float), False),
     "gamma_routing": ((int, float), False),
     "n_gram": ((int,), False),
+    "input_conditioned": ((bool,), False),
+    "input_conditioning_mode": ((str,), False),
     "training": ((dict, type(None)), False),
     "license": ((str, type(None)), False),
 }
@@ -135,6 +140,9 @@ def _check_values(config: dict[str, Any], faults: Faults) -> None:
         problem = check_name(name)
         if problem:
             faults.add(f"{CONFIG}: expert_names: {problem}")
+    mode = config.get("input_conditioning_mode", "mean")
+    if mode not in CONDITIONING:
+        faults.add(f"{CONFIG}: input_conditioning_mode", " or ".join(CONDITIONING), repr(mode))
     _check_routing(config, faults)
 
 
@@ -157,6 +165,7 @@ def _check_tensors(
 ) -> dict[str, dict[str, torch.Tensor]]:
     parts = [*PARTS[config["variant"]], "LiMEs"]
     parts += ["LiME_shared", "gamma"] if config.get("use_shared_lime") else []
+    parts += ["input_proj"] if any(name == f"{PROMPT}.input_proj" for name in tensors) else []
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in sorted(tensors.items()):
         site, _, part = name.rpartition(".")
@@ -206,6 +215,9 @@ def _expect_shapes(
         "B": (width if narrow_b else None, rank),
         "m": (width,),
         "part_T": (None, rank) if embedding else (rank, None),
+        "prompt_base": (rank, width),
+        "prompt_delta": (rank, width),
+        "input_proj": (width, width),
         "LiMEs": (config["num_experts"], width),
         "LiME_shared": (width,),
         "gamma": (1,),

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lime_edge.compiler.adapter import Adapter, read_adapter
-from lime_edge.compiler.adapter_checks import is_named
+from lime_edge.compiler.adapter_checks import PROMPT, is_named
 from lime_edge.compiler.architecture import Decoder
 from lime_edge.compiler.backbone import Backbone, read_backbone
 from lime_edge.errors import Faults
@@ -60,6 +60,8 @@ def pair(backbone: Backbone, adapter: Adapter) -> Checkpoint:
         LimeEdgeError: the adapter was made for another model.
     """
     weights = list_weights(backbone.decoder)
+    if adapter.variant == "prompt_tuning":
+        weights = {PROMPT: (adapter.rank, backbone.decoder.hidden)}
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
     with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
         targeted = {name for name in weights if is_named(name, list(adapter.target_modules))}
@@ -74,7 +76,9 @@ def pair(backbone: Backbone, adapter: Adapter) -> Checkpoint:
             if site.embedding != (name == EMBEDDING):
                 found = "an embedding" if site.embedding else "a linear layer"
                 faults.add(f"site {name}: embedding_modules makes it {found}, the model does not")
-            elif any(n not in (None, m) for n, m in zip(site.weight_shape, weights[name], strict=True)):
+            elif name == PROMPT and site.width != weights[name][1]:
+                faults.add("site prompt: H", weights[name][1], site.width)
+            elif name != PROMPT and not _fits(site.weight_shape, weights[name]):
                 faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", weights[name],
                            site.weight_shape)  # fmt: skip
     table = SiteTable.from_widths((n, adapter.sites[n].width) for n in weights if n in adapter.sites)
@@ -83,3 +87,7 @@ def pair(backbone: Backbone, adapter: Adapter) -> Checkpoint:
         with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
             faults.add("base_fingerprint", adapter.base_fingerprint, checkpoint.fingerprint)
     return checkpoint
+
+
+def _fits(wanted: tuple[int | None, ...], found: tuple[int, ...]) -> bool:
+    return all(n in (None, m) for n, m in zip(wanted, found, strict=True))

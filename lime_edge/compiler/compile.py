@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lime_edge.compiler.adapter_checks import PROMPT
 from lime_edge.compiler.calibrate import Calibration
 from lime_edge.compiler.checkpoint import Checkpoint
-from lime_edge.compiler.compiled import EMBEDDING, Branch, CompiledModel
+from lime_edge.compiler.compiled import EMBEDDING, Branch, CompiledModel, VirtualTokens
 from lime_edge.compiler.fold import fold_embedding, fold_linear, fold_reference
 from lime_edge.compiler.quantize import INT4_GROUP
 from lime_edge.compiler.rounding import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
@@ -91,6 +92,7 @@ def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: P
                             "with SliceFine or with routing", "remove pad_token_id from the adapter")  # fmt: skip
     experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
     reference = fold_reference(adapter.variant, reference_vector(options.fold, experts))
+    virtual = fold_prompt(checkpoint, reference) if adapter.variant == "prompt_tuning" else None
     weights, vectors, branches = _fold(checkpoint, reference, progress)
     fold = options.fold
     if adapter.variant == "slicefine":  # nothing folds, but one expert alone can be multiplied in
@@ -101,8 +103,16 @@ def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: P
         decoder=backbone.decoder, weights=dict(weights), vectors=vectors, branches=branches,
         sites=checkpoint.sites, reference=reference, experts=experts, fingerprint=checkpoint.fingerprint,
         fold=fold, single=None, quant=options.quant, group=options.group, variant=adapter.variant,
-        routing=None if adapter.routing == "pinned" else adapter.routing_config,
+        routing=None if adapter.routing == "pinned" else adapter.routing_config, virtual=virtual,
     )  # fmt: skip
+
+
+def fold_prompt(checkpoint: Checkpoint, reference: torch.Tensor) -> VirtualTokens:
+    """Fold p_ref into the virtual tokens: base' = base + p_ref * delta, so base' + d * delta for every expert."""
+    site = checkpoint.adapter.sites[PROMPT]
+    assert site.prompt_base is not None and site.prompt_delta is not None
+    base = (site.prompt_base.double() + reference.double() * site.prompt_delta.double()).float()
+    return VirtualTokens(base, site.prompt_delta, site.prompt_base, checkpoint.adapter.conditioning, site.input_proj)
 
 
 def scale_rows(weights: dict[str, torch.Tensor], branches: dict[str, Branch], sites: SiteTable,
@@ -156,6 +166,8 @@ def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -
     branches: dict[str, Branch] = {}
     for index, site in enumerate(checkpoint.sites):
         progress("fold", index, len(checkpoint.sites))
+        if site.name == PROMPT:
+            continue
         part, key = adapter.sites[site.name], f"{site.name}.weight"
         p_ref = reference[site.offset : site.offset + site.width]
         if part.embedding:

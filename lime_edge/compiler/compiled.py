@@ -12,7 +12,6 @@ from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.sites import Site, SiteTable
 
-
 EMBEDDING = "model.embed_tokens"
 
 
@@ -68,6 +67,21 @@ class GroupBranch:
 
 
 @dataclass(frozen=True)
+class VirtualTokens:
+    """Prompt tuning: V virtual tokens before the prompt, base + d * delta.
+
+    base, delta: (V, H) float32, p_ref folded into base. original: base without it, which routing reads.
+    conditioning: how routing reads the input (None: it does not); input_proj: (H, H) or None.
+    """
+
+    base: torch.Tensor
+    delta: torch.Tensor
+    original: torch.Tensor
+    conditioning: str | None
+    input_proj: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class CompiledModel:
     """What every exporter packs; `lime_edge.compiler.decoder.DecoderModule` runs it (the oracle).
 
@@ -91,6 +105,7 @@ class CompiledModel:
     group: int
     variant: str = "lora"
     routing: RoutingConfig | None = None
+    virtual: VirtualTokens | None = None
 
     def weight(self, name: str) -> torch.Tensor:
         """A matrix as float32, dequantized where it is quantized."""
@@ -101,6 +116,11 @@ class CompiledModel:
     def head_name(self) -> str:
         """The tensor that makes logits: the embedding table when tied and not quantized apart."""
         return "lm_head.weight" if "lm_head.weight" in self.weights else f"{EMBEDDING}.weight"
+
+    @property
+    def swaps(self) -> bool:
+        """Whether there is anything an expert changes: not in a single-expert model."""
+        return bool(self.branches) or (self.virtual is not None and self.single is None)
 
     @property
     def embedding_group(self) -> Group:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lime_edge.compiler.architecture import Decoder
 from lime_edge.compiler.compiled import EMBEDDING, CompiledModel, Group
 from lime_edge.compiler.multiplier import Multiplier
+from lime_edge.compiler.prompt_tuning import route_prompt
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -91,6 +92,25 @@ class Embedding(nn.Module):
             return y * self.multiplier(y, y, expert)
         delta = F.linear(self.a[ids], self.b)
         return y + self.multiplier(y, delta, expert) * delta
+
+
+class Prefix(nn.Module):
+    """Prompt tuning's virtual tokens: base + d * delta; routed, d per virtual token from the routing weights."""
+
+    def __init__(self, model: CompiledModel):
+        super().__init__()
+        assert model.virtual is not None
+        self.tokens, self.routing = model.virtual, model.routing
+        self.base, self.delta = nn.Buffer(model.virtual.base), nn.Buffer(model.virtual.delta)
+        self.bank = nn.Buffer(model.bank(next(iter(model.sites))))
+
+    def forward(self, embeds: Tensor, expert: Tensor | None) -> Tensor:
+        """embeds: (B, T, H) of the prompt. Returns (B, V, H)."""
+        if expert is None:
+            assert self.routing is not None
+            weights = route_prompt(self.tokens, self.routing, self.bank.shape[0], embeds)
+            expert = weights @ self.bank
+        return (self.base + expert * self.delta).expand(embeds.shape[0], -1, -1)
 
 
 class Norm(nn.Module):
@@ -180,6 +200,7 @@ class DecoderModule(nn.Module):
         self.embedding = Embedding(model)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
         self.norm = Norm(model.vectors["model.norm.weight"], self.config.norm_eps)
+        self.virtual = Prefix(model) if model.virtual is not None else None
         tied = model.head_name == f"{EMBEDDING}.weight"
         self.head = self.embedding.table if tied else nn.Buffer(model.weight(model.head_name))
 
@@ -195,12 +216,15 @@ class DecoderModule(nn.Module):
             (B, S, vocab).
         """
         cache = Cache() if cache is None else cache
-        past, length = cache.length, input_ids.shape[1]
-        cos, sin = (t[past:].to(self.embedding.table) for t in self.config.rope_tables(past + length))
+        past, added = cache.length, 0
         x = self.embedding(input_ids, expert)
+        if self.virtual is not None and past == 0:
+            prompt = self.virtual(x, expert)
+            x, added = torch.cat([prompt, x], dim=1), prompt.shape[1]
+        cos, sin = (t[past:].to(x) for t in self.config.rope_tables(past + x.shape[1]))
         for block in self.blocks:
             x = block(x, cos, sin, cache, expert)
-        return F.linear(self.norm(x), self.head)
+        return F.linear(self.norm(x[:, added:]), self.head)
 
     @torch.no_grad()
     def greedy(self, input_ids: Tensor, expert: Tensor | None, count: int, eos: tuple[int, ...] = ()) -> list[int]:

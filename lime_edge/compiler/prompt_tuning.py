@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lime_edge.compiler.compiled import VirtualTokens
 from lime_edge.compiler.layers import compose
 from lime_edge.compiler.routing import RoutingConfig, route
 from lime_edge.errors import LimeEdgeError
@@ -65,6 +66,21 @@ def route_conditioned(tensors: Mapping[str, Tensor], routing: RoutingConfig, con
     base = tensors["prompt_base"].unsqueeze(0) + summary.unsqueeze(1)
     delta = tensors["prompt_delta"].unsqueeze(0).expand_as(base)
     return route(base[..., :experts], delta[..., :experts], routing)
+
+
+def route_prompt(tokens: VirtualTokens, routing: RoutingConfig, experts: int, embeds: Tensor) -> Tensor:
+    """The routed weights of compiled virtual tokens: (V, E) static, (B, V, E) input-conditioned.
+
+    Args:
+        experts: E. embeds: (B, T, H), the prompt's embeddings, no padding.
+    """
+    tensors = {"prompt_base": tokens.original, "prompt_delta": tokens.delta}
+    tensors["LiMEs"] = tokens.original.new_empty(experts, 0)  # only its length is read
+    if tokens.conditioning is None:
+        return route_static(tensors, routing)
+    if tokens.input_proj is not None:
+        tensors["input_proj.weight"] = tokens.input_proj
+    return route_conditioned(tensors, routing, tokens.conditioning, embeds, None)
 
 
 def summarize(embeds: Tensor, attention_mask: Tensor | None, conditioning: str) -> Tensor:

