@@ -149,7 +149,8 @@ class RoutedExperts:
     def _logits(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
         """l / T = ((1-g) frozen / max|frozen| + g delta / max|delta|) / T, (B, S, G, E). Source: routing.py."""
         graph, config = self.graph, self.config
-        columns, starts = [], 0
+        columns: list[int] = []
+        starts = 0
         for part in branch.parts:
             if part.site is not None:
                 columns.extend(range(starts, starts + self.count))

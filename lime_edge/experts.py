@@ -128,7 +128,8 @@ class ExpertBank:
         self.fingerprint = fingerprint
         self.reference = np.ascontiguousarray(reference, dtype=np.float32)
         self._vectors: dict[str, np.ndarray] = {}
-        self._ready: OrderedDict[object, np.ndarray] = OrderedDict()
+        self._ready: OrderedDict[object, np.ndarray] = OrderedDict()  # oldest use first
+        self._free: list[np.ndarray] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,13 +167,13 @@ class ExpertBank:
         """Add an expert, or replace the one of the same name."""
         self.check(expert, where or f"expert {expert.name!r}")
         self._vectors[expert.name] = np.array(expert.vector)
-        self._ready.clear()
+        self._forget_ready()
 
     def remove(self, name: str) -> None:
         """Forget an expert."""
         self.vector(name)
         del self._vectors[name]
-        self._ready.clear()
+        self._forget_ready()
 
     def mix(self, selection: Selection) -> np.ndarray:
         """p of a selection: one expert, a blend whose weights sum to 1, or zeros for None.
@@ -182,30 +183,56 @@ class ExpertBank:
         Raises:
             LimeEdgeError: unknown name, weights that do not sum to 1 or are not finite.
         """
+        mixed = np.empty_like(self.reference)
+        self._mix_into(mixed, selection)
+        return mixed
+
+    def _mix_into(self, out: np.ndarray, selection: Selection) -> None:
         if selection is None:
-            return np.zeros_like(self.reference)
-        if isinstance(selection, str):
-            return self.vector(selection).astype(np.float32)
-        total = sum(selection.values())
-        if not selection or not math.isfinite(total) or abs(total - 1.0) > 1e-6:
-            hint = "scale the weights so that they sum to 1 (else the shared vector would be scaled)"
-            raise LimeEdgeError(f"blend weights sum to {total:g}, expected 1", hint)
-        mixed = np.zeros(self.reference.shape, np.float64)
-        for name, weight in selection.items():
-            mixed += weight * self.vector(name)
-        return mixed.astype(np.float32)
+            out.fill(0.0)
+        elif isinstance(selection, str):
+            np.copyto(out, self.vector(selection))
+        else:
+            total = sum(selection.values())
+            if not selection or not math.isfinite(total) or abs(total - 1.0) > 1e-6:
+                hint = "scale the weights so that they sum to 1 (else the shared vector would be scaled)"
+                raise LimeEdgeError(f"blend weights sum to {total:g}, expected 1", hint)
+            mixed = np.zeros(out.shape, np.float64)
+            for name, weight in selection.items():
+                mixed += weight * self.vector(name)
+            np.copyto(out, mixed, casting="same_kind")
 
     def residual(self, selection: Selection) -> np.ndarray:
-        """d = p - p_ref for a selection: (sum_H,) float32, read-only, the same array while it is ready."""
+        """d = p - p_ref for a selection.
+
+        Returns:
+            (sum_H,) float32, read-only. It lies in one of a few buffers that are used over and over
+            (memory stays flat): it holds until other selections, at least one, have been asked for.
+        """
         key = selection if selection is None or isinstance(selection, str) else tuple(selection.items())
-        ready = self._ready.get(key)
-        if ready is not None:
-            self._ready.move_to_end(key)
-            return ready
-        residual = self.mix(selection)
-        residual -= self.reference
-        residual.flags.writeable = False
-        while self._ready and (len(self._ready) + 1) * residual.nbytes > READY_BYTES:
-            self._ready.popitem(last=False)
-        self._ready[key] = residual
-        return residual
+        if key not in self._ready:
+            slot = self._free_slot()
+            try:
+                self._mix_into(slot, selection)
+            except LimeEdgeError:
+                self._free.append(slot)
+                raise
+            slot -= self.reference
+            self._ready[key] = slot
+        self._ready.move_to_end(key)
+        view = self._ready[key].view()
+        view.flags.writeable = False
+        return view
+
+    def _free_slot(self) -> np.ndarray:
+        """A buffer to write to: never the one that was asked for last."""
+        if self._free:
+            return self._free.pop(0)
+        if len(self._ready) < max(2, READY_BYTES // max(1, self.reference.nbytes)):
+            return np.empty_like(self.reference)
+        return self._ready.popitem(last=False)[1]
+
+    def _forget_ready(self) -> None:
+        """An expert changed: nothing that was made is valid; the buffer in use is the last to be reused."""
+        self._free.extend(self._ready.values())
+        self._ready.clear()

@@ -17,15 +17,18 @@ from lime_edge.bundle import Manifest, write_bundle
 from lime_edge.compiler.backbone import find_gguf, quiet
 from lime_edge.compiler.calibrate import (
     Calibration,
+    Grams,
     built_in_calibration,
+    collect_grams,
     read_calibration,
     render_exchange,
     vocabulary_words,
 )
 from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
-from lime_edge.compiler.compile import CompileOptions, choose_rounding, compile_checkpoint
+from lime_edge.compiler.compile import CompileOptions, choose_rounding, compile_checkpoint, fold_checkpoint
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.compiler.survival import choose_sequences, list_groups, measure_survival, summarize
 from lime_edge.devices import Device
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Expert
@@ -85,6 +88,7 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
     """
     calibration = find_calibration(checkpoint, compiling, options, stage / "tokenizer")
     compiled = compile_checkpoint(checkpoint, compiling, calibration, progress)
+    survival = check_survival(checkpoint, compiled, compiling, calibration, stage / "tokenizer", progress)
     targets = {}
     for target in options.targets:
         (stage / target).mkdir()
@@ -92,7 +96,7 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
         targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
     progress("hash", 0, 1)
     rounding = {"rounding": choose_rounding(compiling, calibration),
-                "calibration": calibration.source if calibration else None}  # fmt: skip
+                "calibration": calibration.source if calibration else None, "survival": survival}  # fmt: skip
     manifest = describe(checkpoint, compiled, targets, device.name, rounding)
     experts = [
         Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
@@ -116,12 +120,33 @@ def find_calibration(checkpoint: Checkpoint, compiling: CompileOptions, options:
         if options.calibration:
             raise LimeEdgeError("--calibration needs the tokenizer", "leave --no-tokenizer out")
         return None
-    codec = TextCodec(tokenizer)
     if options.calibration:
-        return read_calibration(options.calibration, codec.encode, checkpoint.adapter.expert_names)
+        return read_calibration(options.calibration, TextCodec(tokenizer).encode, checkpoint.adapter.expert_names)
+    return write_calibration(tokenizer)
+
+
+def write_calibration(tokenizer: Path) -> Calibration:
+    """The built-in text in a model's own words and template."""
+    codec = TextCodec(tokenizer)
     template = partial(codec.render_chat, open_turn=False) if codec.can_chat else None
     words = vocabulary_words(codec.vocabulary())
     return built_in_calibration(codec.encode, render_exchange(template), words)
+
+
+def check_survival(checkpoint: Checkpoint, compiled: CompiledModel, compiling: CompileOptions,
+                   calibration: Calibration | None, tokenizer: Path, progress: Progress) -> dict[str, Any] | None:  # fmt: skip
+    """How much of the experts' effect the rounded weights still hold, for the manifest; None in float32."""
+    if compiled.quant == "none" or not compiled.sites:
+        return None
+    if calibration is None and tokenizer.is_dir():
+        calibration = write_calibration(tokenizer)
+    folded = fold_checkpoint(checkpoint, compiling, progress)
+    shown, grams = choose_sequences(calibration), Grams()
+    if shown is not None:
+        grams = collect_grams(folded, shown, list_groups(compiled))
+    gptq = choose_rounding(compiling, calibration) == "gptq"
+    sites = measure_survival(checkpoint.backbone.tensors, folded, compiled, grams, gptq)
+    return summarize(sites, shown.source if shown else None)
 
 
 def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str, dict[str, Any]],

@@ -53,7 +53,7 @@ def compare_profile(bundle: Path, examples: list[Example], name: str, progress: 
     """Accuracy and loss of routed, of the profile, and of every single expert, the best of them first."""
     session = lime_edge.open(bundle)
     selections = ["routed", name, *(other for other in session.experts if other != name)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, selection in enumerate(selections):
         progress("compare", index, len(selections))
         session.use(selection)

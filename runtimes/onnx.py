@@ -76,9 +76,9 @@ class OnnxEngine:
     def set_expert(self, residual: np.ndarray) -> None:
         """Rebind the expert input to another buffer (sum_H,) float32; it must not change while bound."""
         self._active = self._pinned
-        if not self._takes_expert or residual is self._residual:
+        if not self._takes_expert:
             return
-        self._residual = residual
+        self._residual = residual  # held: the binding does not own it
         self._pinned[1].bind_ortvalue_input("expert", _wrap(residual))
 
     def set_routed(self) -> None:

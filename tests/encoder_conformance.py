@@ -1,11 +1,10 @@
 """The encoder and vision fixtures through the ONNX path: imported, exported in float32, run by a session.
 
-`tests/conformance.py --target onnx` takes `OnnxEncoderEngine` for what `is_encoder_fixture` says is one.
+`tests/conformance.py --target onnx` takes `check_onnx_encoder` for what `is_encoder_fixture` says is one.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,13 +32,10 @@ def is_encoder_fixture(hyper: Mapping[str, Any]) -> bool:
 
 
 class OnnxEncoderEngine:
-    """What `conformance.Engine` offers, for one encoder fixture; its files go away with it."""
+    """What `conformance.Engine` offers, for the opened bundle of one encoder fixture."""
 
-    def __init__(self, fixture: Path):
-        """Import and export the fixture in directory `fixture`."""
-        self.directory = Path(tempfile.mkdtemp())
-        bundle = export_fixture(fixture, self.directory)
-        self.session: EncoderSession = open_encoder_session(Bundle.open(bundle, verify=True))
+    def __init__(self, session: EncoderSession):
+        self.session = session
 
     def logits(self, mode: Mode, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits of one call; a mode of `conformance` becomes a selection."""
@@ -50,9 +46,6 @@ class OnnxEncoderEngine:
     def generate(self, mode: Mode, inputs: Mapping[str, Tensor], new_tokens: int) -> Tensor:
         """Encoders do not generate."""
         raise NotImplementedError
-
-    def __del__(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def export_fixture(fixture: Path, directory: Path, **options: Any) -> Path:
@@ -82,4 +75,6 @@ def check_onnx_encoder(path: Path) -> Iterator[Any]:
     """Compare one encoder fixture with its exported graphs: `conformance.Check` by `conformance.Check`."""
     from conformance import check_model, read_model
 
-    yield from check_model(read_model(path), OnnxEncoderEngine(path), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as directory:
+        session = open_encoder_session(Bundle.open(export_fixture(path, Path(directory)), verify=True))
+        yield from check_model(read_model(path), OnnxEncoderEngine(session), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from conformance import build_backbone, read_model
-from encoder_conformance import check_onnx_encoder, export_fixture, is_encoder_fixture, name_mode
+from conformance import build_backbone, check_model, compare, read_model
+from encoder_conformance import ONNX_MODEL_LIMIT, OnnxEncoderEngine, export_fixture, is_encoder_fixture, name_mode
 from models import load_sites, make_adapter
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
@@ -78,11 +79,16 @@ def unfold(name: str) -> UnfoldedModel:
 
 def draw_inputs(session: EncoderSession, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of a size of their own, the later texts shorter than the first."""
-    random = torch.Generator().manual_seed(seed)
     if session.inputs == ("pixel_values",):
+        random = torch.Generator().manual_seed(seed)
         shape = session.bundle.manifest.targets["onnx"]["inputs"][0]["shape"][1:]
         return {"pixel_values": torch.randn(batch, *shape, generator=random)}
-    ids = torch.randint(1, session.bundle.manifest.model["vocab"], (batch, length), generator=random)
+    return draw_text(batch, length, session.bundle.manifest.model["vocab"], seed)
+
+
+def draw_text(batch: int, length: int, vocab: int, seed: int = 0) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab, (batch, length), generator=random)
     mask = torch.ones_like(ids)
     for row in range(1, batch):
         mask[row, max(1, length - 2 * row) :] = 0
@@ -98,9 +104,11 @@ def worst(found: np.ndarray, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_fixture_in_onnx(name: str) -> None:
-    checks = list(check_onnx_encoder(FIXTURES / name))
-    assert len(checks) == len(read_model(FIXTURES / name).expected) - len(read_model(FIXTURES / name).inputs)
+def test_fixture_in_onnx(name: str, exported: Exported) -> None:
+    fixture = read_model(FIXTURES / name)
+    engine: Any = OnnxEncoderEngine(open_bundle(exported(name)))
+    checks = list(check_model(fixture, engine, ONNX_MODEL_LIMIT))
+    assert len(checks) == len(fixture.expected) - len(fixture.inputs)
     for check in checks:
         assert check.ok and check.error < 1e-4, check
 
@@ -126,11 +134,21 @@ def test_every_selection_equals_the_unfolded_model(name: str, exported: Exported
     assert closest > 1e-3, "two selections give the same logits: the comparison proves nothing"
 
 
-def test_without_the_branch_the_fixture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = CompiledLayer._branch
-    monkeypatch.setattr(CompiledLayer, "_branch", lambda self, x: 0 * true(self, x))
-    failed = [check for check in check_onnx_encoder(FIXTURES / "vit-lora-cls") if not check.ok]
-    assert {check.what for check in failed} >= {f"pinned_logits.{e}" for e in range(4)}
+@pytest.mark.parametrize("name", ENCODERS)
+def test_without_the_branch_the_fixture_fails(name: str, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is traced from this module: what its branch does not add, the graph does not have."""
+    compiled, fixture = compile_bundle(exported(name)), read_model(FIXTURES / name)
+    inputs = {entry.name: torch.zeros(0) for entry in compiled.module.inputs} | fixture.inputs
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    for broken in (False, True):
+        if broken:
+            true = CompiledLayer._branch
+            monkeypatch.setattr(CompiledLayer, "_branch", lambda self, x: 0 * true(self, x))
+        for index, vector in enumerate([*compiled.experts.values(), None]):
+            key = "logits" if vector is None else f"pinned_logits.{index}"
+            check = compare(name, key, fixture.expected[key], compiled.run(inputs, vector)["logits"], ONNX_MODEL_LIMIT)
+            assert check.ok is not broken, check
 
 
 # every variant
@@ -180,10 +198,25 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("fold", ["shared", "none", "expert1"])
 @pytest.mark.parametrize(("variant", "routing"), VARIANTS, ids=[variant for variant, _ in VARIANTS])
 def test_variants_with_embeddings_equal_the_unfolded_model(
-    variant: str, routing: dict[str, Any], imported: Path, tmp_path: Path
+    variant: str, routing: dict[str, Any], fold: str, imported: Path, tmp_path: Path
 ) -> None:
+    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant, **routing)
+    checkpoint = read_encoder_checkpoint(imported / "backbone", adapter)
+    compiled = compile_encoder(checkpoint, CompileOptions(quant="none", fold=fold))
+    unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
+    inputs = draw_text(2, 9, 256)
+    inputs["input_ids"][1, 4:] = 0  # padding, which an adapted embedding leaves alone
+    for mode in ("routed", 0, 3):
+        unfolded.use(mode)
+        found = compiled.run(inputs, None if mode == "routed" else compiled.experts[f"expert{mode}"])["logits"]
+        assert worst(found.numpy(), unfolded.logits(inputs)) < 1e-4, f"{variant} {mode}"
+
+
+@pytest.mark.parametrize(("variant", "routing"), VARIANTS[2:], ids=[variant for variant, _ in VARIANTS[2:]])
+def test_variants_in_onnx(variant: str, routing: dict[str, Any], imported: Path, tmp_path: Path) -> None:
     adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant, **routing)
     output = tmp_path / "bundle.lime"
     export_encoder_bundle(imported / "backbone", adapter, output, CompileOptions(quant="none"), find_device("cpu"),
@@ -192,7 +225,7 @@ def test_variants_with_embeddings_equal_the_unfolded_model(
     model = transformers.BertForSequenceClassification.from_pretrained(imported / "backbone").eval()
     unfolded = UnfoldedModel(model, load_sites(adapter)[0], hyper)
     inputs = draw_inputs(session, 2, 9)
-    inputs["input_ids"][1, 4:] = 0  # padding, which an adapted embedding leaves alone
+    inputs["input_ids"][1, 4:] = 0
     for mode in MODES:
         if mode is None and variant in ("dora", "slicefine"):
             with pytest.raises(LimeEdgeError, match="cannot be switched off"):
@@ -217,7 +250,7 @@ def test_single_expert_equals_pinned(variant: str, imported: Path, tmp_path: Pat
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     found = single.run(inputs, single.experts["expert2"])["logits"]
     assert worst(found.numpy(), unfolded.logits(inputs)) < 1e-5
-    assert list(single.experts) == ["expert2"] and not any(l.parts for l in single.module.layers.values())
+    assert list(single.experts) == ["expert2"] and not any(layer.parts for layer in single.module.layers.values())
 
 
 # quantized
@@ -236,8 +269,10 @@ def read_initializers(file: Path) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-@pytest.mark.parametrize("name", ENCODERS)
+QUANTIZED = pytest.mark.parametrize(("name", "quant"), [("bert-lora-cls", "int4"), ("vit-lora-cls", "int8")])
+
+
+@QUANTIZED
 def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported: Exported) -> None:
     bundle = exported(name, quant=quant)
     compiled = compile_bundle(bundle)
@@ -263,22 +298,37 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
             assert np.array_equal(factors, stored.scales.numpy()), f"{file} {layer}"
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_int8_is_close(name: str, exported: Exported) -> None:
-    """Close to the oracle of the same integers: what is left is the runtime's int8 activations."""
-    bundle = exported(name, quant="int8")
+@QUANTIZED
+def test_quantized_graphs_compute_what_the_oracle_computes(name: str, quant: str, exported: Exported) -> None:
+    """With float activations in place of the runtime's int8 ones, nothing is left but rounding of sums."""
+    bundle = exported(name, quant=quant)
     session, compiled = open_bundle(bundle), compile_bundle(bundle)
     inputs = draw_inputs(session, 3, 12)
     arrays = {key: x.numpy() for key, x in inputs.items()}
-    for expert in session.experts:
-        session.use(expert)
-        found = session.run(**arrays)["logits"].flatten()
-        oracle = compiled.run(inputs, compiled.experts[expert])["logits"].flatten().numpy()
-        assert np.dot(found, oracle) / np.linalg.norm(found) / np.linalg.norm(oracle) > 0.95, expert
+    for file, vectors in (("model.onnx", list(compiled.experts.values())), ("routed.onnx", [None])):
+        exact = load_with_float_activations(bundle / "onnx" / file)
+        for vector in vectors:
+            expert = {} if vector is None else {"expert": (vector.float() - compiled.reference).numpy()}
+            found = exact.run(["logits"], arrays | expert)[0]
+            assert worst(found, compiled.run(inputs, vector)["logits"]) < 2e-4
+
+
+def load_with_float_activations(file: Path) -> ort.InferenceSession:
+    model = onnx.load(file, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    changed = file.with_name(f"exact-{file.name}")
+    onnx.save(model, changed)
+    try:
+        return ort.InferenceSession(str(changed))
+    finally:
+        changed.unlink()
 
 
 def test_both_graphs_share_one_weight_file(exported: Exported) -> None:
-    folder = exported("bert-lora-cls", quant="int8") / "onnx"
+    folder = exported("vit-lora-cls", quant="int8") / "onnx"
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data", "routed.onnx"]
     compiled = compile_bundle(folder.parent)
     packed = sum(t.nbytes() for t in compiled.weights.values() if isinstance(t, QuantizedTensor))

@@ -121,12 +121,21 @@ def test_ready_residuals_are_reused_and_bounded() -> None:
     bank = ExpertBank(sites, "f", np.zeros(sites.total, np.float32))
     for name in "xyz":
         bank.install(Expert(name, np.full(sites.total, ord(name), np.float16), "f", sites.hash))
-    first = bank.residual("x")
-    assert bank.residual("x") is first
-    bank.residual("y")
-    bank.residual("z")
-    assert bank.residual("x") is not first
-    assert bank.residual("x")[0] == ord("x")
+    first = bank.residual("x").ctypes.data
+    assert bank.residual("x").ctypes.data == first
+    last = bank.residual("y")
+    assert bank.residual("z").ctypes.data == first and last[0] == ord("y"), "the last one asked for stays"
+    assert bank.residual("x")[0] == ord("x") and bank.residual("y")[0] == ord("y")
+
+
+def test_a_failed_selection_disturbs_nothing() -> None:
+    bank = make_bank()
+    before = bank.residual("one")
+    for bad in ("missing", {"one": 0.3}, {"missing": 1.0}):
+        for _ in range(5):
+            with pytest.raises(LimeEdgeError):
+                bank.residual(bad)  # type: ignore[arg-type]
+    assert before.tolist() == [1, 0, 0, 0, -1] and bank.residual("two").tolist() == [-1, -1, -3, -3, -4.5]
 
 
 def test_residuals_cannot_be_changed_by_accident() -> None:

@@ -26,7 +26,8 @@ declare -A PART=([$PI5]="0x4 0xd0b" [$PI4]="0x0 0xd08") FEATURES=(
     [$PI5]="fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
     [$PI4]="fp asimd evtstrm crc32 cpuid"
 )
-# What runs there, on a Raspberry Pi 5's processor; test_golden.py also on a Pi 4's, which has no dot products. Every other file of tests/ needs torch, transformers or the exporter, or checks the sources.
+# What runs there, on a Raspberry Pi 5's processor; test_golden.py also on a Pi 4's, which has no dot products. Every
+# other file of tests/ needs torch, transformers or the exporter, or checks the sources.
 FILES=(test_experts.py test_bundle.py test_generate.py test_session.py test_golden.py test_examples.py test_cli.py)
 # Tests of those files that are left out, and why. The exporter is not part of a device:
 EXPORTER_TESTS=(
