@@ -75,10 +75,12 @@ def export(compiled: CompiledEncoder, directory: Path, progress: Progress) -> di
 class OnnxProduct(nn.Module):
     """x W'^T + bias as MatMulNBits over the compiler's codes, or as MatMul over a weight stored transposed."""
 
+    bias: Tensor | None
+
     def __init__(self, product: Product):
         super().__init__()
         self.register_buffer("bias", product.bias)
-        self.attributes: dict[str, int] = {}
+        self.attributes: dict[str, Any] = {}
         stored = product.stored
         if not isinstance(stored, QuantizedTensor):
             self.register_buffer("weight", stored.t().contiguous())
@@ -94,7 +96,7 @@ class OnnxProduct(nn.Module):
         if not self.attributes:
             y = x @ self.get_buffer("weight")
             return y if self.bias is None else y + self.bias
-        inputs = [x, self.get_buffer("codes"), self.get_buffer("scales")]
+        inputs: list[Tensor | None] = [x, self.get_buffer("codes"), self.get_buffer("scales")]
         inputs += [] if self.bias is None else [None, None, self.bias]
         return torch.onnx.ops.symbolic(f"{MICROSOFT}::MatMulNBits", inputs, self.attributes, dtype=x.dtype,
                                        shape=(*x.shape[:-1], self.attributes["N"]), version=1)  # fmt: skip
@@ -125,7 +127,7 @@ class OnnxTable(nn.Module):
         if self.bits == 8:
             rows = F.embedding(ids, self.get_buffer("codes")).float()
             return rows * F.embedding(ids, self.get_buffer("scales"))
-        attributes = {"block_size": self.block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
+        attributes: dict[str, Any] = {"block_size": self.block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
         return torch.onnx.ops.symbolic(f"{MICROSOFT}::GatherBlockQuantized", [self.codes, ids, self.scales],
                                        attributes, dtype=torch.float32, shape=(*ids.shape, self.width),
                                        version=1)  # fmt: skip
@@ -177,9 +179,10 @@ def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert:
         array = _clear(value).const_value
         assert array is not None
         if array.nbytes > INLINE_BYTES:
-            offset, length = weights.add(array.numpy())
-            value.const_value = ir.ExternalTensor(weights.path.name, offset, length, array.dtype, shape=ir.Shape(array.shape),
-                                                  name=name, base_dir=path.parent)  # fmt: skip
+            stored = array.numpy()
+            offset, length = weights.add(stored)
+            value.const_value = ir.ExternalTensor(weights.path.name, offset, length, array.dtype, name=name,
+                                                  shape=ir.Shape(stored.shape), base_dir=path.parent)  # fmt: skip
     nodes = 0
     for node in model.graph.all_nodes():  # the exporter notes the source lines of this machine
         node.metadata_props.clear()
@@ -207,8 +210,9 @@ def _clear(value: ir.Value) -> ir.Value:
 def _trace(module: EncoderModule, takes_expert: bool) -> ir.Model:
     """torch's exporter on the module: dynamic axes as the inputs name them, the expert as a last input."""
     sample = make_sample(module.inputs)
-    axes = {name: torch.export.Dim(name) for entry in module.inputs for name in entry.shape if isinstance(name, str)}
-    shapes: list[Any] = [{i: axes[n] for i, n in enumerate(entry.shape) if isinstance(n, str)} for entry in module.inputs]
+    named = [{i: n for i, n in enumerate(entry.shape) if isinstance(n, str)} for entry in module.inputs]
+    axes = {name: torch.export.Dim(name) for places in named for name in places.values()}
+    shapes: list[Any] = [{i: axes[name] for i, name in places.items()} for places in named]
     names = [entry.name for entry in module.inputs]
     tensors = list(sample.values())
     if takes_expert:

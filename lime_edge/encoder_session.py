@@ -13,11 +13,9 @@ import numpy as np
 from lime_edge.bundle import Bundle
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.experts import ExpertBank, Selection, describe_selection, read_expert
-from lime_edge.session import SessionOptions
+from lime_edge.session import ALWAYS_ON, ROUTED, SessionOptions
 
 KIND = "encoder"
-ROUTED = "routed"
-PERMANENT = ("dora", "slicefine")  # variants whose adapter no vector switches off
 
 
 class EncoderEngine(Protocol):
@@ -113,7 +111,7 @@ class EncoderSession:
             if not self._facts.get("routed"):
                 raise LimeEdgeError("this bundle has no routed graph", "pick an expert, a blend or none")
             self._engine.set_routed()
-        elif selection is None and variant in PERMANENT:
+        elif selection is None and variant in ALWAYS_ON:
             raise LimeEdgeError(
                 f"a {variant} adapter cannot be switched off: no expert vector gives the original model",
                 "pick an expert or a blend",

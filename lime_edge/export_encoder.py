@@ -148,6 +148,7 @@ def _describe(compiled: CompiledEncoder, targets: dict[str, dict[str, Any]], dev
         f"{name}.weight" for name, t in compiled.weights.items()
         if isinstance(t, QuantizedTensor) and options.quant == "int4" and t.codes.shape[1] % options.group
     ]  # fmt: skip
+    versions = {package: importlib.metadata.version(package) for package in (*VERSIONED, "optimum")}
     labels = config.id2label if backbone.task.endswith("classification") else {}
     first = next(iter(compiled.experts.values()))
     return Manifest(
@@ -172,5 +173,5 @@ def _describe(compiled: CompiledEncoder, targets: dict[str, dict[str, Any]], dev
             "weight_hash": compiled.weight_hash(),
         },
         sites=compiled.sites, experts=(), targets=targets, files={}, device=device,
-        versions={"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in (*VERSIONED, "optimum")},
+        versions={"lime_edge": __version__} | versions,
     )  # fmt: skip

@@ -33,7 +33,7 @@ class OnnxEncoderEngine:
         self._routed: Any = None
         self._routing = False
         self.provider = self._pinned.get_providers()[0]
-        self._residual: np.ndarray | None = None
+        self._residual = np.zeros(0, np.float32)
 
     def set_expert(self, residual: np.ndarray) -> None:
         """Use d (sum_H,) float32 from the next call on; it must not change while in use."""

@@ -20,6 +20,7 @@ from lime_edge.compiler.adapter_checks import is_named
 from lime_edge.compiler.architecture import FAMILIES
 from lime_edge.compiler.backbone import quiet
 from lime_edge.compiler.importing import read_json, read_weights
+from lime_edge.compiler.layers import LINEAR
 from lime_edge.errors import Faults, LimeEdgeError, need
 from lime_edge.sites import SiteTable
 
@@ -34,7 +35,6 @@ TASKS = {
 }
 POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 7
-PLAIN = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward}
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,11 @@ def list_inputs(model: nn.Module, path: Path) -> tuple[Input, ...]:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return (Input("pixel_values", "float32", ("batch", config.num_channels, height, width)),)
     if main != "input_ids":
-        raise LimeEdgeError(f"{path}: the model reads {main or 'nothing known'}", "input_ids or pixel_values can be fed")
+        raise LimeEdgeError(f"{path}: the model reads {main or 'nothing known'}",
+                            "models that read input_ids or pixel_values can be exported")  # fmt: skip
     text = ("batch", "sequence")
-    inputs = [Input("input_ids", "int64", text, "", config.vocab_size), Input("attention_mask", "int64", text, "ones", 2)]
+    inputs = [Input("input_ids", "int64", text, "", config.vocab_size)]
+    inputs.append(Input("attention_mask", "int64", text, "ones", 2))
     types = getattr(config, "type_vocab_size", 0)
     if types > 1 and "token_type_ids" in taken:
         inputs.append(Input("token_type_ids", "int64", text, "zeros", types))
@@ -269,7 +271,7 @@ def watch_layers(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Layer
         found.setdefault(name, Layer((rows, columns), isinstance(module, nn.Embedding), bias, source))
 
     for name, module in model.named_modules():
-        if any(isinstance(module, kind) and type(module).forward is plain for kind, plain in PLAIN.items()):
+        if _is_plain(module):
             hooks.append(module.register_forward_pre_hook(lambda m, x, n=name: note(n, m, x[0])))
     try:
         model(**sample)
@@ -277,6 +279,12 @@ def watch_layers(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Layer
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Subclasses with a forward of their own (a scaled embedding, say) are not what we compile."""
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def hash_weights_file(path: Path) -> str:
@@ -296,8 +304,12 @@ def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoi
     """Put an adapter on an encoder; sites get the order in which the model calls them.
 
     Raises:
-        LimeEdgeError: the adapter was made for another model, or adapts what the model does not call.
+        LimeEdgeError: the adapter was made for another model, adapts what the model does not call, or is
+            prompt tuning.
     """
+    if adapter.variant not in LINEAR:
+        raise LimeEdgeError(f"{adapter.path}: a {adapter.variant} adapter cannot be exported with an encoder",
+                            f"{', '.join(LINEAR)} can")  # fmt: skip
     layers = backbone.layers
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
     with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
@@ -325,7 +337,7 @@ def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoi
 
 def _tasks_manager() -> Any:
     try:
-        from optimum.exporters.tasks import TasksManager
+        from optimum.exporters.tasks import TasksManager  # type: ignore[import-untyped]
     except ImportError as error:
         raise need("optimum", "export") from error
     return TasksManager

@@ -68,8 +68,10 @@ class EncoderModule(nn.Module):
         Args:
             inputs: by name, see `Input`. residual: (sum_H,) float32; not read when routed.
         """
-        pieces = {f"{site.name}.residual": piece for site, piece in zip(self.sites, residual.split(
-            [site.width for site in self.sites]), strict=True)} if self.adapted else {}
+        pieces = {}
+        if self.adapted:
+            parts = residual.split([site.width for site in self.sites])
+            pieces = {f"{site.name}.residual": part for site, part in zip(self.sites, parts, strict=True)}
         output = torch.func.functional_call(self.model, pieces, (), dict(inputs))
         found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         if self.pooling is not None:
@@ -152,8 +154,9 @@ def compile_encoder(checkpoint: EncoderCheckpoint, options: CompileOptions,
     rounding = options.rounding
     if rounding == "gptq" and (options.quant != "int4" or calibration is None):
         rounding = "search"
-    weights = _quantize_layers(checkpoint, module, experts, reference, replace(options, rounding=rounding),
-                               calibration, progress)  # fmt: skip
+    residuals = {name: vector.float() - reference for name, vector in experts.items()}
+    used = replace(options, rounding=rounding)
+    weights = _quantize_layers(checkpoint, module, residuals, used, calibration, progress)
     kept = {options.fold: experts[options.fold]} if options.single else experts
     single = options.fold if options.single else None
     return CompiledEncoder(checkpoint, module, weights, reference, kept, options, single, routing, rounding)
@@ -264,33 +267,42 @@ def name_kind(name: str, layer: Layer, shared: int) -> str:
     return "o" if rows == columns else "gate_up" if rows > columns else "down"
 
 
-def _quantize_layers(checkpoint: EncoderCheckpoint, module: EncoderModule, experts: Mapping[str, Tensor],
-                     reference: Tensor, options: CompileOptions, calibration: EncoderCalibration | None,
-                     progress: Progress) -> dict[str, Stored]:  # fmt: skip
-    """Put codes into every product and table of the float module; returns them by layer name."""
-    layers, compiled = checkpoint.backbone.layers, module.layers
+def choose_bits(layers: Mapping[str, Layer], options: CompileOptions) -> dict[str, int]:
+    """Layer name -> 4 or 8: int4 keeps `int8_kinds` and odd widths at int8. Empty for float32."""
+    if options.quant == "none":
+        return {}
     sources = [layer.source for layer in layers.values()]
     bits = {}
     for name, layer in layers.items():
-        low = options.quant == "int4" and name_kind(name, layer, sources.count(layer.source)) not in options.int8_kinds
+        kind = name_kind(name, layer, sources.count(layer.source))
+        low = options.quant == "int4" and kind not in options.int8_kinds
         bits[name] = group_for(layer.shape[1], 4 if low else 8, options.group)[0]
+    return bits
+
+
+def _quantize_layers(checkpoint: EncoderCheckpoint, module: EncoderModule, residuals: Mapping[str, Tensor],
+                     options: CompileOptions, calibration: EncoderCalibration | None,
+                     progress: Progress) -> dict[str, Stored]:  # fmt: skip
+    """Put codes into every product and table of the float module; returns what they hold, by layer name."""
+    layers, compiled = checkpoint.backbone.layers, module.layers
+    bits = choose_bits(layers, options)
+    if not bits:
+        return {name: compiled[name].weight for name in layers}
     grams: dict[int, Tensor] = {}
     if options.rounding == "gptq" and calibration is not None:
-        wanted = {layers[name].source: name for name, count in bits.items() if count == 4 and not layers[name].embedding}
-        residuals = {name: vector.float() - reference for name, vector in experts.items()}
+        narrow = [name for name, count in bits.items() if count == 4 and not layers[name].embedding]
+        wanted = {layers[name].source: name for name in narrow}
         grams = collect_encoder_grams(module, wanted, residuals, calibration, progress)
     weights: dict[str, Stored] = {}
     for index, (name, layer) in enumerate(layers.items()):
         progress("quantize", index, len(layers))
         product = compiled[name].product
-        weight = product.get_buffer("weight")
-        stored: Stored = weight
-        if options.quant != "none":
-            gram = grams.get(layer.source) if bits[name] == 4 else None
-            stored = (quantize(weight, bits[name], options.group, search=options.rounding != "nearest")
-                      if gram is None else round_by_gram(weight, gram, options.group))  # fmt: skip
-            bias = getattr(product, "bias", None)
-            compiled[name].product = Table(stored) if layer.embedding else Product(stored, bias)
+        weight, gram = compiled[name].weight, grams.get(layer.source)
+        if bits[name] == 4 and gram is not None and not layer.embedding:
+            stored = round_by_gram(weight, gram, options.group)
+        else:
+            stored = quantize(weight, bits[name], options.group, search=options.rounding != "nearest")
+        compiled[name].product = Table(stored) if layer.embedding else Product(stored, getattr(product, "bias", None))
         weights[name] = stored
     progress("quantize", len(layers), len(layers))
     return weights

@@ -23,6 +23,8 @@ Stored = QuantizedTensor | Tensor
 class Product(nn.Module):
     """x W'^T + bias: x (..., D) to (..., H). `stored` is the matrix as the compiler left it, bias (H,) or None."""
 
+    bias: Tensor | None
+
     def __init__(self, stored: Stored, bias: Tensor | None):
         super().__init__()
         self.stored = stored

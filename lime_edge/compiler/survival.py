@@ -25,9 +25,7 @@ from lime_edge.compiler.calibrate import Calibration, Grams
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.compiler.quantize import QuantizedTensor, quantize
 
-SEQUENCES = 32  # of the calibration: enough for a norm, and a second or two
-LOUD = 1.0  # median error of a kind from which the rounding is louder than the expert
-LOST = 0.75  # median share of the effect below which it counts as rounded away
+SEQUENCES = 16  # of the calibration: enough for a norm, and done in seconds
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,3 @@ def summarize(sites: list[SiteSurvival], inputs: str | None) -> dict[str, Any]:
         for site in sites if site.error
     }  # fmt: skip
     return {"inputs": inputs, "kinds": summary, "sites": table}
-
-
-def find_warnings(summary: Mapping[str, Any]) -> list[str]:
-    """What the user should know before trusting the bundle; empty when the effect survived."""
-    lines = []
-    for kind, facts in summary["kinds"].items():
-        bits = "/".join(f"int{b}" for b in facts["bits"])
-        if facts["error"] > LOUD:
-            lines.append(f"{kind} ({bits}): the rounding is {facts['error']:.1f} times as loud as the experts")
-        elif facts["kept"] < LOST:
-            lines.append(f"{kind} ({bits}): {1 - facts['kept']:.0%} of the experts' effect was rounded away")
-    return lines
