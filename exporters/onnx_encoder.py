@@ -238,6 +238,7 @@ class _Traced(nn.Module):
         self.module, self.takes_expert = module, takes_expert
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs; a graph without an expert input gets zeros, which nothing reads."""
         if self.takes_expert:
             return self.module(*tensors)
         return self.module(*tensors, torch.zeros(self.module.sites.total))

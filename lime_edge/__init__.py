@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lime_edge.errors import LimeEdgeError
 
 if TYPE_CHECKING:
+    from lime_edge.encoder_session import EncoderSession
     from lime_edge.session import Session
 
 __version__ = "0.1.0"
@@ -15,13 +16,15 @@ __all__ = ["LimeEdgeError", "open"]
 
 
 def open(path: Path | str, target: str | None = None, threads: int | None = None,
-         max_length: int | None = None, verify: bool = False) -> Session:  # fmt: skip
+         max_length: int | None = None, verify: bool = False) -> Session | EncoderSession:  # fmt: skip
     """Open a bundle and load its artifact.
 
     Args:
         path: the bundle directory. target: "onnx", ...; None takes the bundle's first.
         threads: of the engine; None for the bundle's default. max_length: tokens the cache holds.
         verify: compare the sha256 of every file first.
+    Returns:
+        A Session for a language model, an EncoderSession for an encoder or a vision model.
     Raises:
         LimeEdgeError: damaged, foreign or newer bundle; missing engine.
     """
@@ -29,5 +32,9 @@ def open(path: Path | str, target: str | None = None, threads: int | None = None
     from lime_edge.session import SessionOptions
     from lime_edge.targets import open_session
 
-    options = SessionOptions(threads=threads, max_length=max_length)
-    return open_session(Bundle.open(path, verify), target, options)
+    bundle, options = Bundle.open(path, verify), SessionOptions(threads=threads, max_length=max_length)
+    if bundle.manifest.model.get("kind") == "encoder":
+        from lime_edge.encoder_session import open_encoder_session
+
+        return open_encoder_session(bundle, target, options)
+    return open_session(bundle, target, options)

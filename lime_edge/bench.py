@@ -14,9 +14,11 @@ import numpy as np
 
 import lime_edge
 from lime_edge import terminal
+from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Selection, describe_selection
-from lime_edge.session import Session
+from lime_edge.session import Session, SessionOptions
+from lime_edge.targets import open_session
 
 SCHEMA = 1
 SWITCHES = 500
@@ -41,7 +43,8 @@ def bench_bundle(path: Path, target: str | None, selection: Selection, threads: 
         Medians over the rounds, keys as documented in docs/benchmarks.md.
     """
     begin = time.perf_counter()
-    session = lime_edge.open(path, target, threads, options.prompt_tokens + options.gen_tokens + 1)
+    length = options.prompt_tokens + options.gen_tokens + 1
+    session = open_session(Bundle.open(path), target, SessionOptions(threads, length))
     loaded = time.perf_counter() - begin
     session.use(selection)
     prompt = np.random.default_rng(0).integers(0, session.bundle.manifest.model["vocab"], options.prompt_tokens)

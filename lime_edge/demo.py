@@ -1,19 +1,21 @@
-"""The demo: export SmolLM2-135M with its experts, then one prompt per skill, switched in one session."""
+"""The demo: export SmolLM2-135M with its experts, then one input to every expert of a group, in one session."""
 
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lime_edge import terminal
 from lime_edge.bundle import Bundle, expert_file
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
-from lime_edge.evaluate import read_examples
+from lime_edge.evaluate import Example, read_examples
 from lime_edge.generate import GenerationOptions
 from lime_edge.session import Session, SessionOptions
 from lime_edge.targets import open_session
+from lime_edge.vectors import read_vectors
 
 NEW_TOKENS = 16
 ROUNDS = 200  # switches timed per expert
@@ -21,13 +23,28 @@ ROUNDS = 200  # switches timed per expert
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what an expert answered, its decode speed, and the median switch."""
+    """One line of the table: what an expert answered, its decode speed, and the median switch.
+
+    expected: the right answer. delivered: it was no part of the bundle, but installed into the running session.
+    """
 
     expert: str
     prompt: str
     answer: str
+    expected: str
     tokens_per_s: float
     switch_us: float
+    delivered: bool = False
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A skill that came later: the folder of its vectors, the bytes of its file, and how long installing took."""
+
+    expert: str
+    folder: Path
+    file_bytes: int
+    install_ms: float
 
 
 def find_backbone() -> Path:
@@ -45,7 +62,12 @@ def find_backbone() -> Path:
 
 def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threads: int | None,
              as_json: bool) -> None:  # fmt: skip
-    """Export, switch, and print the table."""
+    """Export, switch on the same inputs, install a skill that came later, and print the table.
+
+    Args:
+        examples: adapter/, eval/TASK.jsonl (experts with equal prompts form a group), and, where a skill
+            was trained later, new_expert/ with its vectors and its own eval/.
+    """
     from lime_edge.compiler.compile import CompileOptions
     from lime_edge.devices import find_device
     from lime_edge.export import ExportOptions, export_bundle
@@ -59,26 +81,44 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
                       options, progress)  # fmt: skip
     bundle = Bundle.open(output)
     session = open_session(bundle, options=SessionOptions(threads=threads))
-    rows = [try_expert(session, name, first_prompt(examples, name)) for name in session.experts]
-    report(bundle, session, rows, as_json)
+    rows = [try_expert(session, name, first_example(examples, name)) for name in session.experts]
+    folder, deliveries = examples / "new_expert", []
+    if folder.is_dir():
+        deliveries = deliver(session, folder)
+        for new in deliveries:
+            row = try_expert(session, new.expert, first_example(folder, new.expert))
+            rows.append(replace(row, delivered=True))
+    report(bundle, session, rows, deliveries, as_json)
 
 
-def first_prompt(examples: Path, expert: str) -> str:
-    """The first held-out prompt of an expert's task."""
-    return read_examples(examples / "eval" / f"{expert}.jsonl")[0].prompt
+def deliver(session: Session, folder: Path) -> list[Delivery]:
+    """Install vectors that were trained later into the session as it runs, by way of the files one would send."""
+    done = []
+    for expert in read_vectors(folder, session.bundle):
+        data = expert.to_bytes()
+        with tempfile.TemporaryDirectory() as inbox:
+            file = Path(inbox) / f"{expert.name}.safetensors"
+            file.write_bytes(data)
+            begin = time.perf_counter()
+            session.install(file)
+            done.append(Delivery(expert.name, folder, len(data), (time.perf_counter() - begin) * 1e3))
+    return done
 
 
-def try_expert(session: Session, name: str, prompt: str) -> Row:
+def first_example(examples: Path, expert: str) -> Example:
+    """The first held-out example of an expert's task."""
+    return read_examples(examples / "eval" / f"{expert}.jsonl")[0]
+
+
+def try_expert(session: Session, name: str, example: Example) -> Row:
     """Switch to an expert, time the switch, and answer one prompt."""
     session.use(name)
-    tokens: list[int] = []
     stamps = []
-    for token in session.generate_ids(prompt, GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)):
-        tokens.append(token)
+    for _ in session.generate_ids(example.prompt, GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)):
         stamps.append(time.perf_counter())
-    answer = "".join(session.generate(prompt, max_new_tokens=NEW_TOKENS)).strip()
+    answer = "".join(session.generate(example.prompt, max_new_tokens=NEW_TOKENS)).strip()
     speed = (len(stamps) - 1) / (stamps[-1] - stamps[0])
-    return Row(name, prompt, answer, speed, time_switch(session, name))
+    return Row(name, example.prompt, answer, example.answer, speed, time_switch(session, name))
 
 
 def time_switch(session: Session, name: str) -> float:
@@ -94,22 +134,37 @@ def time_switch(session: Session, name: str) -> float:
     return sorted(times)[len(times) // 2] if times else 0.0
 
 
-def report(bundle: Bundle, session: Session, rows: list[Row], as_json: bool) -> None:
-    """The table, then sizes."""
+def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[Delivery], as_json: bool) -> None:
+    """One section per input with every expert's answer to it, then sizes."""
     sizes = {name: bundle.manifest.files[expert_file(name)].size for name in bundle.manifest.experts}
     if as_json:
         terminal.print_json({
             "rows": [vars(row) for row in rows], "total_bytes": bundle.total_bytes, "expert_bytes": sizes,
             "provider": session.provider,
+            "delivered": [vars(new) | {"folder": str(new.folder)} for new in deliveries],
         })  # fmt: skip
         return
-    columns = {"expert": "left", "prompt": "left", "answer": "left", "tokens/s": "right", "switch": "right"}
-    cells = [[r.expert, question(r.prompt), r.answer, f"{r.tokens_per_s:.0f}", f"{r.switch_us:.1f} us"] for r in rows]
-    terminal.print_table(f"one session on {session.provider}, one prompt per skill", columns, cells)
     size = terminal.show_size
-    terminal.out.print(f"bundle {bundle.path}: {size(bundle.total_bytes)} in all; "
-                       f"{len(sizes)} experts of {size(max(sizes.values()))} each")  # fmt: skip
-    terminal.out.print(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)", highlight=False)
+    for new in deliveries:
+        terminal.out.print(f"{new.expert}: trained later, {size(new.file_bytes)}, installed into the running session "
+                           f"in {new.install_ms:.1f} ms (marked + below)", soft_wrap=True)  # fmt: skip
+        terminal.out.print(f"to keep it: lime-edge experts add {bundle.path} {new.folder}", soft_wrap=True)
+    terminal.out.print(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)", soft_wrap=True)
+    columns = {"expert": "left", "answer": "left", "tokens/s": "right", "switch time": "right"}
+    for prompt, members in group_rows(rows).items():
+        cells = [[r.expert + (" +" if r.delivered else ""), r.answer, f"{r.tokens_per_s:.0f}", f"{r.switch_us:.1f} us"]
+                 for r in members]  # fmt: skip
+        terminal.print_table(f"input: {question(prompt)}", columns, cells)
+    terminal.out.print(f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "
+                       f"{len(sizes)} experts of {size(max(sizes.values()))} each", soft_wrap=True)  # fmt: skip
+
+
+def group_rows(rows: list[Row]) -> dict[str, list[Row]]:
+    """Prompt -> the rows that share it, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row)
+    return groups
 
 
 def question(prompt: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lime_edge import __version__
-from lime_edge.bundle import Manifest, write_bundle
+from lime_edge.bundle import Manifest, hash_file, write_bundle
+from lime_edge.compiler.adapter_checks import WEIGHTS
 from lime_edge.compiler.backbone import find_gguf, quiet
 from lime_edge.compiler.calibrate import (
     Calibration,
@@ -134,19 +135,21 @@ def write_calibration(tokenizer: Path) -> Calibration:
 
 
 def check_survival(checkpoint: Checkpoint, compiled: CompiledModel, compiling: CompileOptions,
-                   calibration: Calibration | None, tokenizer: Path, progress: Progress) -> dict[str, Any] | None:  # fmt: skip
+                   calibration: Calibration | None, tokenizer: Path,
+                   progress: Progress) -> dict[str, Any] | None:  # fmt: skip
     """How much of the experts' effect the rounded weights still hold, for the manifest; None in float32."""
-    if compiled.quant == "none" or not compiled.sites:
+    wanted = list_groups(compiled)
+    if compiled.quant == "none" or not wanted:
         return None
     if calibration is None and tokenizer.is_dir():
         calibration = write_calibration(tokenizer)
     folded = fold_checkpoint(checkpoint, compiling, progress)
     shown, grams = choose_sequences(calibration), Grams()
     if shown is not None:
-        grams = collect_grams(folded, shown, list_groups(compiled))
+        grams = collect_grams(folded, shown, wanted)
     gptq = choose_rounding(compiling, calibration) == "gptq"
     sites = measure_survival(checkpoint.backbone.tensors, folded, compiled, grams, gptq)
-    return summarize(sites, shown.source if shown else None)
+    return summarize(sites, shown.source if shown else None) if sites else None
 
 
 def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str, dict[str, Any]],
@@ -170,7 +173,8 @@ def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str,
         adapter={
             "variant": adapter.variant, "rank": adapter.rank, "alpha": adapter.alpha, "fold": compiled.fold,
             "single": compiled.single, "expert_dtype": str(np.dtype(first.numpy().dtype)),
-            "base": adapter.base_name,
+            "base": adapter.base_name, "sha256": hash_file(Path(adapter.path) / WEIGHTS).sha256,
+            "shared_vector": any(site.shared is not None for site in adapter.sites.values()),
         },
         quantization={
             "quant": compiled.quant, "group": compiled.group, "scheme": "symmetric", **rounding,

@@ -7,6 +7,10 @@ from typing import Any
 from lime_edge import terminal
 from lime_edge.bundle import Bundle, expert_file
 
+LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
+LOST = 0.75  # median share of the effect below which it counts as rounded away
+SURVIVAL_HINT = "measure with lime-edge eval; --keep-int8, --calibration, --fold none or --quant int8 hold more"
+
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """Everything `lime-edge inspect --json` prints."""
@@ -31,7 +35,7 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     """Print the tables of `lime-edge inspect`."""
     m, size = bundle.manifest, terminal.show_size
     facts = [
-        ["model", f"{m.model['name']} ({m.model['family']}, {m.model['layers']} layers)"],
+        ["model", _model(m.model)],
         ["fingerprint", m.fingerprint],
         ["adapter", f"{m.adapter['variant']} rank {m.adapter['rank']}, alpha {m.adapter['alpha']:g}"],
         ["fold", m.adapter["fold"] + (" (single)" if m.adapter["single"] else "")],
@@ -50,9 +54,50 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     terminal.print_table("targets", columns, rows)
     rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
     terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)
+    survival = m.quantization.get("survival")
+    if survival:
+        print_survival(survival)
     if sites:
-        rows = [[s.name, str(s.width), str(s.offset)] for s in m.sites]
-        terminal.print_table("sites", {"site": "left", "H": "right", "offset": "right"}, rows)
+        found = survival["sites"] if survival else {}
+        rows = [[s.name, str(s.width), str(s.offset), *_site_survival(found.get(s.name))] for s in m.sites]
+        columns = {"site": "left", "H": "right", "offset": "right", "worst error": "right", "of": "left",
+                   "least kept": "right"}  # fmt: skip
+        terminal.print_table("sites", columns, rows)
+
+
+def print_survival(survival: dict[str, Any]) -> None:
+    """How much of the experts' effect the rounded weights hold, per kind of layer (docs/folding.md)."""
+    columns = {"layers": "left", "bits": "left", "sites": "right", "error": "right", "worst": "right", "kept": "right",
+               "least": "right"}  # fmt: skip
+    rows = [
+        [kind, ", ".join(f"int{b}" for b in f["bits"]), str(f["sites"]), f"{f['error']:.2f}", f"{f['worst_error']:.2f}",
+         f"{f['kept']:.1%}", f"{f['worst_kept']:.1%}"]
+        for kind, f in survival["kinds"].items()
+    ]  # fmt: skip
+    over = f"inputs of the {survival['inputs']} text" if survival["inputs"] else "all inputs alike"
+    terminal.print_table(f"the experts' effect after rounding ({over}; medians over sites and experts)", columns, rows)
+
+
+def find_losses(survival: dict[str, Any] | None) -> list[str]:
+    """What to know before trusting a bundle: kinds of layers where rounding drowned the experts."""
+    lines = []
+    for kind, facts in survival["kinds"].items() if survival else ():
+        bits = "/".join(f"int{b}" for b in facts["bits"])
+        if facts["error"] > LOUD:
+            lines.append(f"{kind} ({bits}): the rounding is {facts['error']:.1f} times as loud as the experts")
+        elif facts["kept"] < LOST:
+            lines.append(f"{kind} ({bits}): {1 - facts['kept']:.0%} of the experts' effect was rounded away")
+    return lines
+
+
+def _site_survival(facts: dict[str, Any] | None) -> list[str]:
+    return [f"{facts['error']:.2f}", facts["expert"], f"{facts['kept']:.1%}"] if facts else ["", "", ""]
+
+
+def _model(facts: dict[str, Any]) -> str:
+    if facts.get("kind") == "encoder":
+        return f"{facts['name']} ({facts['architecture']}, {facts['task']})"
+    return f"{facts['name']} ({facts['family']}, {facts['layers']} layers)"
 
 
 def _quantization(facts: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import lime_edge
 from lime_edge.bundle import Bundle
 from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
@@ -19,6 +18,7 @@ from lime_edge.evaluate import Example, evaluate
 from lime_edge.experts import Expert
 from lime_edge.prompts import TextCodec
 from lime_edge.session import Session
+from lime_edge.targets import open_session
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,7 +51,7 @@ def add_profile(bundle: Path, model: Path, adapter: Path, examples: list[Example
 
 def compare_profile(bundle: Path, examples: list[Example], name: str, progress: Progress) -> list[dict[str, Any]]:
     """Accuracy and loss of routed, of the profile, and of every single expert, the best of them first."""
-    session = lime_edge.open(bundle)
+    session = open_session(Bundle.open(bundle))
     selections = ["routed", name, *(other for other in session.experts if other != name)]
     rows: list[dict[str, Any]] = []
     for index, selection in enumerate(selections):

@@ -33,13 +33,16 @@ def load_exporter(target: str) -> ModuleType:
 def open_session(
     bundle: Bundle, target: str | None = None, options: SessionOptions | None = None
 ) -> Session:
-    """Load a bundle's artifact for one target.
+    """Load a language model's artifact for one target.
 
     Args:
         target: None takes the bundle's first.
     Raises:
         LimeEdgeError: the bundle was not exported for it, or its engine is missing.
     """
+    if bundle.manifest.model.get("kind") == "encoder":
+        raise LimeEdgeError(f"{bundle.path} holds an encoder: it answers no prompts",
+                            "call lime_edge.open(BUNDLE).run(**inputs)")  # fmt: skip
     present = tuple(bundle.manifest.targets)
     target = target or present[0]
     module = check_target(target)

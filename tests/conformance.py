@@ -249,8 +249,11 @@ def check_onnx_model(path: Path) -> Iterator[Check]:
 
 def check_onnx(directory: Path) -> Iterator[Check]:
     """All models, exported to ONNX in float32."""
+    from encoder_conformance import check_onnx_encoder, is_encoder_fixture
+
     for path in list_models(directory):
-        yield from guard(f"models/{path.name}", check_onnx_model(path))
+        check = check_onnx_encoder if is_encoder_fixture(read_model(path).hyper) else check_onnx_model
+        yield from guard(f"models/{path.name}", check(path))
 
 
 def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:

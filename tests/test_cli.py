@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lime_edge
 from lime_edge import cli
 from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
@@ -300,7 +301,7 @@ def test_models_we_cannot_build_are_refused(lime: Cli, tiny_model: Make, tiny_ad
     (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     assert "rope_type: expected default or linear or llama3 or yarn, found dynamic" in lime.refuse(*words)
     (model / "config.json").write_text("{")
-    assert "not a readable model config" in lime.refuse(*words)
+    assert "config.json: not a readable JSON file" in lime.refuse(*words)
     assert "no such file or directory" in lime.refuse("export", tmp_path / "no", *words[2:])
     (tmp_path / "fake.gguf").write_bytes(b"not gguf")
     assert "not a GGUF file" in lime.refuse("export", tmp_path / "fake.gguf", *words[2:])
@@ -368,3 +369,24 @@ def test_a_full_disk_keeps_the_old_file(small_disk: Path) -> None:
 def test_a_read_only_place_is_refused(lime: Cli, tiny_model: Make, tiny_adapter: Make, read_only: Path) -> None:
     words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", read_only / "x.lime")
     assert "the file system is read-only" in lime.refuse(*words, code=5)
+
+
+# encoders
+
+
+def test_an_encoder_is_exported_and_opened(lime: Cli, tmp_path: Path) -> None:
+    from lime_edge.encoder_session import EncoderSession
+
+    fixture = Path(__file__).parent / "fixtures" / "conformance" / "models" / "bert-lora-cls"
+    assert lime("import", fixture, "-o", tmp_path / "imported").code == 0
+    out = tmp_path / "bert.lime"
+    backbone, adapter = tmp_path / "imported" / "backbone", tmp_path / "imported" / "adapter"
+    done = lime("export", backbone, "--adapter", adapter, "-o", out, "--quant", "none", "--no-tokenizer")
+    assert done.code == 0 and "BertForSequenceClassification" in done.out, done
+    session = lime_edge.open(out, threads=1)
+    assert isinstance(session, EncoderSession)
+    expected = load_file(fixture / "expected.safetensors")
+    inputs = {name.removeprefix("in."): value for name, value in expected.items() if name.startswith("in.")}
+    session.use("routed")
+    np.testing.assert_allclose(session.run(**inputs)["logits"], expected["logits"], atol=1e-3)
+    assert "holds an encoder" in lime.refuse("run", out, "hello")

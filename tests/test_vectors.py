@@ -152,7 +152,7 @@ def test_the_command_line_adds_and_packs(lime: Cli, tiny_adapter: Make, tiny_bun
     assert lime("experts", "pack", folder, "-o", packed, "--bundle", bundle).code == 0
     assert lime("experts", "add", bundle, folder).code == 0
     assert Bundle.open(bundle, verify=True).manifest.experts[-1] == "later"
-    assert (bundle / "experts" / "later.safetensors").read_bytes() == packed.read_bytes()
+    assert np.array_equal(read_expert(bundle / "experts" / "later.safetensors").vector, read_expert(packed).vector)
     assert "exists already" in lime.refuse("experts", "add", bundle, folder)
     assert lime("experts", "add", bundle, folder, "--name", "again").code == 0
     before = (bundle / "lime.json").read_bytes()

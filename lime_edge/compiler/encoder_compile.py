@@ -174,6 +174,7 @@ class _Builder:
     single: str | None
 
     def build(self, name: str) -> CompiledLayer:
+        """The compiled layer of that module name: plain, or folded with its branch."""
         module = self.checkpoint.backbone.model.get_submodule(name)
         weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
         site = self.checkpoint.sites.find(name)
