@@ -6,7 +6,7 @@ TARGETS_EXTRAS := onnx,export
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench fidelity accuracy test-arm64 clean help
+.PHONY: demo test lint bench bench-experts fidelity accuracy test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ bench: $(VENV)/.base build/demo.lime  ## latency and memory of the demo bundle
 
 build/demo.lime:
 	$(BIN)/lime-edge demo
+
+bench-experts: $(VENV)/.base  ## pinned and routed beside branchless, into docs/benchmarks.md (5 minutes)
+	$(BIN)/python tools/benchmarks.py
 
 fidelity: $(VENV)/.base  ## float32 bundles of the real model against transformers (10 minutes)
 	$(BIN)/python tools/fidelity.py
