@@ -91,7 +91,8 @@ def write_page(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         f"{machine['cores']} cores, {machine['arch']}; {versions}.", "",
         f"Medians over {facts['rounds']} rounds in one process, the variants in turn; a ratio is the median over the "
         "rounds of the ratio to *branchless* (`--single`) in the same round. "
-        f"Prompt {facts['prompt_tokens']} tokens, then {facts['gen_tokens']} decoded. The machine was shared: read the ratios, not the times.", "",
+        f"Prompt {facts['prompt_tokens']} tokens, then {facts['gen_tokens']} decoded. "
+        "The machine was shared: read the ratios, not the times.", "",
         "| weights | threads | variant | graph nodes | decode ms | ratio | prefill tokens/s | time ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
