@@ -49,8 +49,8 @@ class Chat:
 
     def loop(self) -> None:
         """Read lines until /quit or the end of input."""
-        if sys.stdin.isatty():
-            self._say(f"experts: {', '.join(self.session.experts)}; /help lists the commands")
+        using = describe_selection(self.session.selection)
+        self._say(f"using {using}; experts: {', '.join(self.session.experts)}; /help lists the commands")
         while True:
             try:
                 line = self._ask()
@@ -99,7 +99,7 @@ class Chat:
             begin = time.perf_counter()
             self.session.use(parse_selection(argument.strip()))
             self._say(f"now {argument.strip()} ({(time.perf_counter() - begin) * 1e6:.0f} us)")
-        elif command == "/experts":
+        elif command in ("/experts", "/expert"):
             self._say(", ".join(self.session.experts))
         elif command == "/install" and argument:
             self._say(f"installed {self.session.install(argument.strip())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bundle's first by default.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
 ExpertOption = Annotated[
-    str | None, typer.Option("--expert", "-e", help="NAME, none, routed, or a blend NAME=WEIGHT,NAME=WEIGHT.")
+    str | None,
+    typer.Option("--expert", "-e", help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; the bundle's first otherwise."),
 ]
 
 
@@ -266,10 +268,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time load, prefill, decode and switching; peak memory."""
-    from lime_edge.bench import BenchOptions, bench_bundle, print_report
+    from lime_edge.bench import FIRST, BenchOptions, bench_bundle, print_report
     from lime_edge.experts import parse_selection
 
-    selection = None if expert is None else parse_selection(expert)
+    selection = FIRST if expert is None else parse_selection(expert)
     options = BenchOptions(prompt_tokens, gen_tokens, repeat)
     with terminal.show_steps() as progress:
         facts = bench_bundle(bundle, target, selection, threads, options, progress)
@@ -308,6 +310,7 @@ def _open(path: Path, target: str | None, threads: int | None, max_length: int |
 
 def main() -> None:
     """Entry point: a user's fault is one message on standard error and an exit code, never a trace."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary directories are removed
     try:
         app(prog_name="lime-edge")
     except LimeEdgeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from lime_edge.targets import open_session
 from lime_edge.vectors import read_vectors
 
 NEW_TOKENS = 16
-ROUNDS = 200  # switches timed per expert
+ROUNDS = 20  # switches timed per expert
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
     if not examples.is_dir():
         raise LimeEdgeError(f"{examples}: no such folder", "run the demo in a checkout, or pass --examples")
     with terminal.show_steps() as progress:
+        check_output(output, examples)
         options = ExportOptions(force=True)
         compiling = CompileOptions(quant=quant)
         export_bundle(model or find_backbone(), examples / "adapter", output, compiling, find_device("cpu"),
@@ -121,12 +123,27 @@ def try_expert(session: Session, name: str, example: Example) -> Row:
     return Row(name, example.prompt, answer, example.answer, speed, time_switch(session, name))
 
 
+def check_output(output: Path, examples: Path) -> None:
+    """Refuse to replace anything but a demo bundle as the demo wrote it.
+
+    Raises:
+        LimeEdgeError: a file, a foreign folder, or a demo bundle with experts that were added to it.
+    """
+    if not output.exists():
+        return
+    made = json.loads((examples / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["expert_names"]
+    if added := [name for name in Bundle.open(output).manifest.experts if name not in made]:
+        raise LimeEdgeError(f"{output} holds experts that the demo would lose: {', '.join(added)}",
+                            "move it away, or write the demo elsewhere: --output OTHER.lime")  # fmt: skip
+
+
 def time_switch(session: Session, name: str) -> float:
-    """Median microseconds of `use(name)` coming from another expert, the cache reset included."""
+    """Median microseconds of `use(name)` after all the others were used, the cache reset included."""
     others = [other for other in session.experts if other != name]
     times = []
-    for index in range(ROUNDS if others else 0):
-        session.use(others[index % len(others)])
+    for _ in range(ROUNDS if others else 0):
+        for other in others:
+            session.use(other)
         begin = time.perf_counter()
         session.use(name)
         times.append((time.perf_counter() - begin) * 1e6)

@@ -114,6 +114,8 @@ def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
     assert done.code == 0, done.err
     assert len(done.out.splitlines()) >= 2
     lines = done.err.splitlines()
+    assert lines[0].startswith(f"using {one}; ")
+    lines = lines[1:]
     assert lines[0].startswith(f"{one}: ") and lines[1].startswith(f"now {two}")
     assert lines[2] == "empty" and lines[3].startswith(f"{two}: ")
     assert "unknown expert 'nobody'" in done.err and "unknown command '/what'" in done.err
