@@ -35,7 +35,7 @@ Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bun
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
 ExpertOption = Annotated[
     str | None,
-    typer.Option("--expert", "-e", help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; the bundle's first otherwise."),
+    typer.Option("--expert", "-e", help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; else the bundle's first."),
 ]
 
 
