@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from lime_edge.bundle import Bundle
 from lime_edge.errors import Faults, LimeEdgeError
-from lime_edge.experts import ExpertBank, Selection, describe_selection, read_expert
-from lime_edge.session import ALWAYS_ON, ROUTED, SessionOptions
+from lime_edge.experts import ExpertBank
+from lime_edge.session import SessionOptions
+from lime_edge.switching import ExpertSwitch, SwitchableEngine
 
 KIND = "encoder"
 
 
-class EncoderEngine(Protocol):
+class EncoderEngine(SwitchableEngine, Protocol):
     """What a runtime file provides: a model without a cache that takes an expert residual."""
-
-    provider: str
-
-    def set_expert(self, residual: np.ndarray) -> None:
-        """Use d (sum_H,) float32 from the next call on."""
-
-    def set_routed(self) -> None:
-        """Weigh the checkpoint's experts per token from the next call on."""
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name, for checked and complete inputs."""
@@ -42,110 +32,25 @@ def open_encoder_session(bundle: Bundle, target: str | None = None,
     Raises:
         LimeEdgeError: the bundle holds a decoder, was not exported for the target, or its engine is missing.
     """
-    from lime_edge.targets import check_target  # targets imports sessions
+    from lime_edge.targets import load_runtime  # targets imports sessions
 
     kind = bundle.manifest.model.get("kind")
     if kind != KIND:
         raise LimeEdgeError(f"{bundle.path}: expected an encoder, found a {kind or 'decoder'}", "use lime_edge.open")
-    present = tuple(bundle.manifest.targets)
-    target = target or present[0]
-    module = check_target(target)
-    if target not in present:
-        raise LimeEdgeError(f"{bundle.path}: holds no {target} artifact", f"it holds {', '.join(present)}")
-    runtime = importlib.import_module(f"lime_edge.runtimes.{module}_encoder")
+    target, runtime = load_runtime(bundle, target, "_encoder")
     bank = bundle.open_bank()
     return EncoderSession(bundle, runtime.open_encoder_engine(bundle, options or SessionOptions()), bank, target)
 
 
-class EncoderSession:
+class EncoderSession(ExpertSwitch):
     """An opened encoder or vision bundle on one target; not safe for several threads.
 
     `use` switches the expert of the calls that follow. Nothing is kept between calls.
     """
 
     def __init__(self, bundle: Bundle, engine: EncoderEngine, bank: ExpertBank, target: str):
-        self.bundle, self.target = bundle, target
-        self._engine, self._bank = engine, bank
-        self._facts: dict[str, Any] = bundle.manifest.targets[target]
-        self._single: str | None = bundle.manifest.adapter.get("single")
-        self._selection: Selection = None
-        self._apply(self._single or (bank.names[0] if bank.names else None))
-
-    # experts
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the installed experts."""
-        return self._bank.names
-
-    @property
-    def selection(self) -> Selection:
-        """What is in use: an expert's name, a blend, "routed", or None."""
-        return self._selection
-
-    @property
-    def provider(self) -> str:
-        """The execution provider the engine took."""
-        return self._engine.provider
-
-    def use(self, selection: Selection) -> None:
-        """Switch the expert; nothing is reloaded ("routed" loads its graph once).
-
-        Args:
-            selection: an expert's name, {name: weight} summing to 1, "routed" where the checkpoint
-                routes, or None for the original model.
-        Raises:
-            LimeEdgeError: unknown name, bad weights, no routed graph, a single-expert bundle, or None
-                for an adapter that cannot be switched off.
-        """
-        self._apply(selection)
-
-    def _apply(self, selection: Selection) -> None:
-        variant = self.bundle.manifest.adapter["variant"]
-        if self._single is not None:
-            if selection != self._single:
-                asked = describe_selection(selection)
-                raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
-                                    "export it without --single")  # fmt: skip
-        elif selection == ROUTED:
-            if not self._facts.get("routed"):
-                raise LimeEdgeError("this bundle has no routed graph", "pick an expert, a blend or none")
-            self._engine.set_routed()
-        elif selection is None and variant in ALWAYS_ON:
-            raise LimeEdgeError(
-                f"a {variant} adapter cannot be switched off: no expert vector gives the original model",
-                "pick an expert or a blend",
-            )
-        else:
-            self._engine.set_expert(self._bank.residual(selection))
-        self._selection = dict(selection) if isinstance(selection, Mapping) else selection
-
-    def install(self, path: Path | str, name: str | None = None) -> str:
-        """Add an expert file while running; returns its name. Nothing is written; routing does not know it.
-
-        Raises:
-            LimeEdgeError: damaged, NaN, wrong length, or made for another model.
-        """
-        expert = read_expert(Path(path))
-        expert = replace(expert, name=name) if name else expert
-        if self._single is not None:
-            raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")
-        self._bank.install(expert, str(path))
-        if self._uses(expert.name):
-            self._apply(self._selection)
-        return expert.name
-
-    def remove(self, name: str) -> None:
-        """Forget an installed expert; the one in use cannot be removed."""
-        if self._uses(name):
-            raise LimeEdgeError(f"expert {name!r} is in use", "switch to another one first")
-        self._bank.remove(name)
-
-    def _uses(self, name: str) -> bool:
-        used = self._selection
-        return name == used if isinstance(used, str) else used is not None and name in used
-
-    # running
+        self._engine = engine
+        super().__init__(bundle, engine, bank, target)
 
     @property
     def inputs(self) -> tuple[str, ...]:

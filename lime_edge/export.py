@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lime_edge import __version__
 from lime_edge.bundle import Manifest, hash_file, write_bundle
@@ -99,13 +100,21 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
     rounding = {"rounding": choose_rounding(compiling, calibration),
                 "calibration": calibration.source if calibration else None, "survival": survival}  # fmt: skip
     manifest = describe(checkpoint, compiled, targets, device.name, rounding)
-    experts = [
-        Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
-        for name, vector in compiled.experts.items()
-    ]
-    manifest = write_bundle(stage, manifest, experts, compiled.reference.numpy())
+    manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
     progress("hash", 1, 1)
     return manifest
+
+
+def complete_bundle(stage: Path, manifest: Manifest, experts: Mapping[str, torch.Tensor],
+                    reference: torch.Tensor) -> Manifest:  # fmt: skip
+    """Write a staged bundle's experts, reference vector and lime.json.
+
+    Args:
+        manifest: without its experts and files. experts: full vectors (sum_H,) as they are stored.
+        reference: p_ref (sum_H,) float32.
+    """
+    files = [Expert(n, v.numpy(), manifest.fingerprint, manifest.sites.hash) for n, v in experts.items()]
+    return write_bundle(stage, manifest, files, reference.numpy())
 
 
 def find_calibration(checkpoint: Checkpoint, compiling: CompileOptions, options: ExportOptions,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lime_edge import __version__
-from lime_edge.bundle import Manifest, write_bundle
+from lime_edge.bundle import Manifest
 from lime_edge.compiler.calibrate import built_in_calibration, read_calibration, render_exchange, vocabulary_words
 from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.encoder import EncoderBackbone, EncoderCheckpoint, is_encoder, read_encoder_checkpoint
@@ -22,8 +22,7 @@ from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.devices import Device
 from lime_edge.encoder_session import KIND
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import Expert
-from lime_edge.export import VERSIONED, ExportOptions, Progress, copy_tokenizer
+from lime_edge.export import VERSIONED, ExportOptions, Progress, complete_bundle, copy_tokenizer
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.targets import check_target
@@ -58,11 +57,7 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
         progress("hash", 0, 1)
         source = calibration.source if calibration and compiled.rounding == "gptq" else None
         manifest = _describe(compiled, targets, device.name, source)
-        experts = [
-            Expert(name, vector.numpy(), compiled.fingerprint, compiled.sites.hash)
-            for name, vector in compiled.experts.items()
-        ]
-        manifest = write_bundle(stage, manifest, experts, compiled.reference.numpy())
+        manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
         progress("hash", 1, 1)
     return manifest
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import ExpertBank, Selection, describe_selection, read_expert
+from lime_edge.experts import ExpertBank, Selection, describe_selection
 from lime_edge.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.prompts import TextCodec
+from lime_edge.switching import ROUTED, ExpertSwitch, SwitchableEngine
 
-ROUTED = "routed"
-ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # no p gives the original layer back
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 
@@ -34,18 +32,11 @@ class SessionOptions:
     providers: tuple[str, ...] = ()
 
 
-class Engine(Protocol):
+class Engine(SwitchableEngine, Protocol):
     """What a runtime file provides: a model with a cache that takes an expert residual."""
 
-    provider: str
     length: int
     capacity: int
-
-    def set_expert(self, residual: np.ndarray) -> None:
-        """Use d (sum_H,) float32 from the next call on."""
-
-    def set_routed(self) -> None:
-        """Weigh the bundle's own experts per token from the next call on."""
 
     def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
         """Append ids (S,) int64 to the cache; logits (keep or S, V) float32 of the last positions."""
@@ -62,11 +53,8 @@ class Segment:
     tokens: int
 
 
-class Session:
-    """An opened bundle on one target.
-
-    "routed" mixes the experts of the checkpoint: that bank is frozen in the artifact, and experts
-    installed later are pinned or blended, never routed to. A routed prompt is run in one call.
+class Session(ExpertSwitch):
+    """An opened language model on one target. A routed prompt is run in one call.
 
     A cache belongs to the expert that filled it. `use` starts a new cache when the selection
     changes, unless keep_cache=True; `cache` tells who filled what. `generate` starts a new sequence
@@ -76,90 +64,25 @@ class Session:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, bank: ExpertBank, target: str):
-        self.bundle, self.target = bundle, target
-        self._engine, self._bank = engine, bank
+        self._engine = engine
         self._codec: TextCodec | None = None
         self._ids: list[int] = []
         self._segments: list[Segment] = []
-        self._single: str | None = bundle.manifest.adapter.get("single")
-        self._variant: str = bundle.manifest.adapter.get("variant", "lora")
-        self._selection: Selection = None
-        first = self._single or (bank.names[0] if bank.names else None)
-        self._apply(first)
-
-    # experts
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the installed experts."""
-        return self._bank.names
-
-    @property
-    def selection(self) -> Selection:
-        """What is in use: an expert's name, a blend, or None."""
-        return self._selection
-
-    @property
-    def provider(self) -> str:
-        """The execution provider the engine took."""
-        return self._engine.provider
+        super().__init__(bundle, engine, bank, target)
 
     def use(self, selection: Selection, keep_cache: bool = False) -> None:
-        """Switch the expert; nothing is reloaded.
+        """Switch the expert; nothing is reloaded ("routed" loads its graph once).
 
         Args:
-            selection: an expert's name, {name: weight} summing to 1, None for the original backbone,
-                or "routed": the experts of the checkpoint weighed per token and site.
+            selection: see ExpertSwitch.use.
             keep_cache: keep what another expert wrote into the cache (then it is a mixture, and
                 `cache` says so); otherwise the cache starts anew.
         Raises:
-            LimeEdgeError: unknown name, bad weights, a single-expert bundle, a bundle without routing,
-                or None for a variant that cannot be switched off.
+            LimeEdgeError: see ExpertSwitch.use.
         """
-        self._apply(selection)
+        super().use(selection)
         if not keep_cache and any(s.selection != describe_selection(selection) for s in self._segments):
             self.reset()
-
-    def _apply(self, selection: Selection) -> None:
-        if self._single is not None:
-            if selection != self._single:
-                asked = describe_selection(selection)
-                raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
-                                    "export it without --single")  # fmt: skip
-        elif selection == ROUTED:
-            self._engine.set_routed()
-        elif selection is None and self._variant in ALWAYS_ON:
-            raise LimeEdgeError(f"a {self._variant} adapter cannot be switched off: no expert vector gives the "
-                                "original layer", "pick an expert, or use the original model")  # fmt: skip
-        else:
-            self._engine.set_expert(self._bank.residual(selection))
-        self._selection = dict(selection) if isinstance(selection, Mapping) else selection
-
-    def install(self, path: Path | str, name: str | None = None) -> str:
-        """Add an expert file while running; returns its name. Nothing is written.
-
-        Raises:
-            LimeEdgeError: damaged, NaN, wrong length, or made for another backbone.
-        """
-        expert = read_expert(Path(path))
-        expert = replace(expert, name=name) if name else expert
-        if self._single is not None:
-            raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")
-        self._bank.install(expert, str(path))
-        if self._uses(expert.name):
-            self.reset()
-            self._apply(self._selection)
-        return expert.name
-
-    def remove(self, name: str) -> None:
-        """Forget an installed expert; the one in use cannot be removed."""
-        if self._uses(name):
-            raise LimeEdgeError(f"expert {name!r} is in use", "switch to another one first")
-        self._bank.remove(name)
-
-    def _uses(self, name: str) -> bool:
-        used = self._selection
-        return name == used if isinstance(used, str) else used is not None and name in used
 
     # the cache
 

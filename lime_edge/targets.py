@@ -43,11 +43,22 @@ def open_session(
     if bundle.manifest.model.get("kind") == "encoder":
         raise LimeEdgeError(f"{bundle.path} holds an encoder: it answers no prompts",
                             "call lime_edge.open(BUNDLE).run(**inputs)")  # fmt: skip
+    target, runtime = load_runtime(bundle, target)
+    bank = bundle.open_bank()
+    return Session(bundle, runtime.open_engine(bundle, options or SessionOptions()), bank, target)
+
+
+def load_runtime(bundle: Bundle, target: str | None, kind: str = "") -> tuple[str, ModuleType]:
+    """The target that is meant and its lime_edge.runtimes module.
+
+    Args:
+        target: None takes the bundle's first. kind: "" for language models, "_encoder" for encoders.
+    Raises:
+        LimeEdgeError: no such target, or the bundle was not exported for it.
+    """
     present = tuple(bundle.manifest.targets)
     target = target or present[0]
     module = check_target(target)
     if target not in present:
         raise LimeEdgeError(f"{bundle.path}: holds no {target} artifact", f"it holds {', '.join(present)}")
-    runtime = importlib.import_module(f"lime_edge.runtimes.{module}")
-    bank = bundle.open_bank()
-    return Session(bundle, runtime.open_engine(bundle, options or SessionOptions()), bank, target)
+    return target, importlib.import_module(f"lime_edge.runtimes.{module}{kind}")

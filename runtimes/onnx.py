@@ -45,9 +45,7 @@ class OnnxEngine:
         self._virtual_ids = np.arange(self._virtual, dtype=np.int64)[None]
         if self.capacity + self._virtual > model["context"]:
             self.capacity = model["context"] - self._virtual
-        providers = choose_providers(options.providers or tuple(facts["providers"]))
-        threads = options.threads or facts.get("threads")
-        self._load = partial(_load, bundle, providers=providers, threads=threads)
+        self._load = partial(load_graph, bundle, options=options)
         self._caches = make_caches(model, self.capacity + self._virtual)
         self._vocab = model["vocab"]
         self._mask = np.ones((1, self.capacity + self._virtual), np.int64)
@@ -84,9 +82,7 @@ class OnnxEngine:
     def set_routed(self) -> None:
         """Weigh the frozen bank per token from now on; the first time loads the routed graph."""
         if self._routed is None:
-            if self._routed_file is None:
-                raise LimeEdgeError("this bundle has no routed graph",
-                                    "export an adapter that was trained with routing")  # fmt: skip
+            assert self._routed_file is not None, "the session asks for it only where there is one"
             self._routed = self._bind(self._load(self._routed_file))
         self._active = self._routed
 
@@ -146,14 +142,22 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _load(bundle: Bundle, name: str, providers: list[str], threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
+def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.InferenceSession:
+    """Load one of the bundle's graphs with the threads and execution providers that are meant.
+
+    Args:
+        name: path inside the bundle.
+    Raises:
+        LimeEdgeError: no execution provider, or ONNX Runtime refuses the file.
+    """
+    facts, settings = bundle.manifest.targets["onnx"], ort.SessionOptions()
+    settings.log_severity_level = 3
+    if threads := options.threads or facts.get("threads"):
+        settings.intra_op_num_threads = threads
+    providers = choose_providers(options.providers or tuple(facts["providers"]))
     file = bundle.path / name
     try:
-        return ort.InferenceSession(str(file), options, providers=providers)
+        return ort.InferenceSession(str(file), settings, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no public base
         first = str(error).splitlines()[0]
         hint = "lime-edge inspect BUNDLE --verify compares the hashes"

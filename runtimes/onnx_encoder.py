@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle import Bundle
-from lime_edge.errors import LimeEdgeError
-from lime_edge.runtimes.onnx import choose_providers, ort
+from lime_edge.runtimes.onnx import load_graph
 from lime_edge.session import SessionOptions
 
 EXPERT = "expert"
@@ -27,8 +27,8 @@ class OnnxEncoderEngine:
     """The loaded graphs; implements lime_edge.encoder_session.EncoderEngine. The routed one loads on first use."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        self._bundle, self._facts = bundle, bundle.manifest.targets["onnx"]
-        self._options = options
+        self._facts = bundle.manifest.targets["onnx"]
+        self._load = partial(load_graph, bundle, options=options)
         self._pinned = self._load(self._facts["file"])
         self._routed: Any = None
         self._routing = False
@@ -51,17 +51,3 @@ class OnnxEncoderEngine:
         if not self._routing and self._facts["expert_input"]:
             inputs = inputs | {EXPERT: self._residual}
         return dict(zip(names, session.run(names, inputs), strict=True))
-
-    def _load(self, name: str) -> Any:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads := self._options.threads or self._facts.get("threads"):
-            options.intra_op_num_threads = threads
-        providers = choose_providers(self._options.providers or tuple(self._facts["providers"]))
-        file = self._bundle.path / name
-        try:
-            return ort.InferenceSession(str(file), options, providers=providers)
-        except Exception as error:  # onnxruntime's exceptions share no public base
-            first = str(error).splitlines()[0]
-            hint = "lime-edge inspect BUNDLE --verify compares the hashes"
-            raise LimeEdgeError(f"{file}: ONNX Runtime cannot load it: {first}", hint) from None
