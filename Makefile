@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TARGETS_EXTRAS := onnx,export
+TARGETS_EXTRAS := onnx,export,executorch,coreml
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 

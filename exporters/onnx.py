@@ -19,6 +19,7 @@ from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx_prompt import declare_expert, prepend_virtual
 from lime_edge.exporters.onnx_weights import pack_weight
+from lime_edge.target_options import TargetOptions
 
 FILE = "model.onnx"
 ROUTED_FILE = "routed.onnx"
@@ -26,14 +27,14 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention with rotation; Source: onnxruntime's e
 Progress = Callable[[str, int, int], None]
 
 
-def export(model: CompiledModel, directory: Path, progress: Progress) -> dict[str, Any]:
+def export(model: CompiledModel, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
     """Write model.onnx and model.onnx.data; for a routed checkpoint also routed.onnx on the same data.
 
     Two graphs, because routing costs: a pinned expert must not pay for it, and both read one weight file.
 
     Args:
         model: compiled; its integers are only re-packed. directory: exists, empty.
-        progress: called with (step, done, total).
+        options: none of them is ONNX's. progress: called with (step, done, total).
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
     """

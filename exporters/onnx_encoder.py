@@ -30,6 +30,7 @@ from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.onnx_graph import ALIGNMENT, INLINE_BYTES, MICROSOFT, OPSET
 from lime_edge.exporters.onnx_weights import pack_weight
+from lime_edge.target_options import TargetOptions
 
 FILE, ROUTED, EXPERT = "model.onnx", "routed.onnx", "expert"
 PREFIX = "module.model."  # where the tracer finds the transformers model
@@ -37,12 +38,12 @@ ACCURACY_LEVEL = 4  # MatMulNBits computes with int8 activations in blocks, as i
 Progress = Callable[[str, int, int], None]
 
 
-def export(compiled: CompiledEncoder, directory: Path, progress: Progress) -> dict[str, Any]:
+def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
     """Write model.onnx, routed.onnx where the checkpoint routes, and model.onnx.data.
 
     Args:
         compiled: its integers are only re-packed. directory: exists, empty.
-        progress: called with (step, done, total).
+        options: none of them is ONNX's. progress: called with (step, done, total).
     Returns:
         The target's manifest entry.
     Raises:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lime_edge import __version__, cli_import, cli_interchange, cli_profile, terminal
+from lime_edge import __version__, cli_bench, cli_export, cli_import, cli_interchange, cli_profile, terminal
 from lime_edge.cli_experts import experts_app
+from lime_edge.cli_options import BundlePath, ExpertOption, Json, Target, Threads
 from lime_edge.errors import LimeEdgeError
 
 if TYPE_CHECKING:
@@ -25,19 +26,11 @@ app = typer.Typer(
     device is missing, 5 nothing could be written, 1 a bug.""",
 )  # fmt: skip
 app.add_typer(experts_app, name="experts")
+cli_export.register(app)
+cli_bench.register(app)
 cli_import.register(app)
 cli_interchange.register(experts_app)
 cli_profile.register(experts_app)
-
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bundle's first by default.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
-ExpertOption = Annotated[
-    str | None,
-    typer.Option("--expert", "-e", help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; else the bundle's first."),
-]
-
 
 def _version(asked: bool) -> None:
     if asked:
@@ -52,73 +45,6 @@ def root(
     ] = False,
 ) -> None:
     """Options of every command."""
-
-
-EXPORT_EXAMPLES = """
-
-[bold]Examples[/bold]
-
- lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o smollm2.lime
-
- lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
-
- lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
-
- lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --keep-int8 none --calibration prompts.jsonl
-"""
-
-
-@app.command(epilog=EXPORT_EXAMPLES)
-def export(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory, or a GGUF file.")],
-    adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write (OUT.lime).")],
-    target: Annotated[list[str] | None, typer.Option(help="onnx (default); may be repeated.")] = None,
-    quant: Annotated[str, typer.Option(help="int4, int8 or none (float32).")] = "int4",
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
-    ] = None,
-    rounding: Annotated[str, typer.Option(help="gptq (int4, calibrated), search or nearest.")] = "gptq",
-    calibration: Annotated[
-        Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
-    ] = None,
-    keep_int8: Annotated[
-        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
-    ] = "head,qkv,down",
-    fold: Annotated[
-        str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
-    ] = "shared",
-    single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
-    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
-    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
-    sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compile a model and its LiME adapter into a bundle.
-
-    Shows at the end how much of the experts' effect survived the rounding (error: 0 exact, 1 as loud as the
-    expert; kept: share still there) and warns where the median error is above 1 or less than 75% was kept.
-    """
-    from lime_edge.devices import find_device
-
-    chosen = find_device(device)
-    try:
-        from lime_edge.compiler.compile import CompileOptions
-        from lime_edge.export import ExportOptions, export_bundle
-        from lime_edge.export_encoder import export_encoder_bundle, is_encoder
-    except ModuleNotFoundError as error:
-        from lime_edge.errors import need
-
-        raise need(error.name or "torch", "export") from None
-    kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
-    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
-    options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration)
-    with terminal.show_steps() as progress:
-        write = export_encoder_bundle if is_encoder(model) else export_bundle
-        write(model, adapter, output, compiling, chosen, options, progress)
-    show_bundle(output, as_json, sites)
-    warn_of_losses(output)
 
 
 RUN_EXAMPLES = """
@@ -173,29 +99,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle: model, sites, experts, sizes, fingerprint."""
+    from lime_edge.inspect import show_bundle
+
     show_bundle(bundle, as_json, sites, verify)
-
-
-def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:
-    """Print a bundle's facts as tables or JSON."""
-    from lime_edge.bundle import Bundle
-    from lime_edge.inspect import describe_bundle, print_bundle
-
-    opened = Bundle.open(path, verify)
-    if as_json:
-        terminal.print_json(describe_bundle(opened))
-    else:
-        print_bundle(opened, sites)
-
-
-def warn_of_losses(path: Path) -> None:
-    """Say on standard error where the rounding drowned the experts."""
-    from lime_edge.bundle import Bundle
-    from lime_edge.inspect import SURVIVAL_HINT, find_losses
-
-    for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
-        text = f"[bold yellow]warning:[/bold yellow] {escape(line)}\n  hint: {SURVIVAL_HINT}"
-        terminal.err.print(text, soft_wrap=True)
 
 
 EVAL_EXAMPLES = """
@@ -246,41 +152,6 @@ def evaluate(
         terminal.print_table(f"{bundle}", {"": "left", "value": "right"}, rows)
 
 
-BENCH_EXAMPLES = """
-
-[bold]Examples[/bold]
-
- lime-edge bench smollm2.lime --expert movie --threads 4
-
- lime-edge bench smollm2.lime --prompt-tokens 512 --gen-tokens 128 --repeat 10 --json
-"""
-
-
-@app.command(epilog=BENCH_EXAMPLES)
-def bench(
-    bundle: BundlePath,
-    expert: ExpertOption = None,
-    target: Target = None,
-    threads: Threads = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the (random) prompt.")] = 128,
-    gen_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Time load, prefill, decode and switching; peak memory."""
-    from lime_edge.bench import FIRST, BenchOptions, bench_bundle, print_report
-    from lime_edge.experts import parse_selection
-
-    selection = FIRST if expert is None else parse_selection(expert)
-    options = BenchOptions(prompt_tokens, gen_tokens, repeat)
-    with terminal.show_steps() as progress:
-        facts = bench_bundle(bundle, target, selection, threads, options, progress)
-    if as_json:
-        terminal.print_json(facts)
-    else:
-        print_report(facts)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the bundle.")] = Path(
@@ -314,19 +185,12 @@ def main() -> None:
     try:
         app(prog_name="lime-edge")
     except LimeEdgeError as error:
-        terminal.err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        terminal.err.print(f"[bold red]error:[/bold red] {terminal.escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-
-
-def escape(text: str) -> str:
-    """Keep square brackets of a message from being read as markup."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Expert
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
+from lime_edge.target_options import TargetOptions
 from lime_edge.targets import check_target, load_exporter
 
 TOKENIZER_FILES = (
@@ -51,13 +52,14 @@ class ExportOptions:
     """What to write besides how to compile.
 
     targets: keys of lime_edge.targets. tokenizer: put it into the bundle. force: replace a bundle.
-    calibration: JSONL of prompts for gptq; the built-in text otherwise.
+    calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: for the exporters.
     """
 
     targets: tuple[str, ...] = ("onnx",)
     tokenizer: bool = True
     force: bool = False
     calibration: Path | None = None
+    target_options: TargetOptions = field(default_factory=TargetOptions)
 
 
 def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOptions, device: Device,
@@ -94,8 +96,8 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
     targets = {}
     for target in options.targets:
         (stage / target).mkdir()
-        facts = load_exporter(target).export(compiled, stage / target, progress)
-        targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
+        facts = load_exporter(target).export(compiled, stage / target, options.target_options, progress)
+        targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     progress("hash", 0, 1)
     rounding = {"rounding": choose_rounding(compiling, calibration),
                 "calibration": calibration.source if calibration else None, "survival": survival}  # fmt: skip

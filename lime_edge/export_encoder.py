@@ -52,8 +52,8 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
         targets = {}
         for target, exporter in exporters.items():
             (stage / target).mkdir()
-            facts = exporter.export(compiled, stage / target, progress)
-            targets[target] = facts | {"providers": list(device.providers), "threads": device.threads}
+            facts = exporter.export(compiled, stage / target, options.target_options, progress)
+            targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
         progress("hash", 0, 1)
         source = calibration.source if calibration and compiled.rounding == "gptq" else None
         manifest = _describe(compiled, targets, device.name, source)

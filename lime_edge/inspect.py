@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lime_edge import terminal
@@ -10,6 +11,15 @@ from lime_edge.bundle import Bundle, expert_file
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
 SURVIVAL_HINT = "measure with lime-edge eval; --keep-int8, --calibration, --fold none or --quant int8 hold more"
+
+
+def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:
+    """Print a bundle's facts as tables or JSON."""
+    opened = Bundle.open(path, verify)
+    if as_json:
+        terminal.print_json(describe_bundle(opened))
+    else:
+        print_bundle(opened, sites)
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from lime_edge.session import Session, SessionOptions
 
 TARGETS = {
     "onnx": "onnx",  # key -> module name in lime_edge.exporters and lime_edge.runtimes
+    "executorch": "executorch",
+    "coreml": "coreml",
 }
 
 

@@ -65,3 +65,10 @@ def _progress() -> Progress:
         TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=err, transient=not err.is_terminal,
     )  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """Keep square brackets of a message from being read as markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)

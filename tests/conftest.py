@@ -69,14 +69,16 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make) -> 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny_adapter: Make) -> Make:
-    """tiny_bundle(model=None, adapter=None, **options): a bundle; `options` are CompileOptions' fields.
+    """tiny_bundle(model=None, adapter=None, **options): a bundle; `targets` of the export, `options` are
+    CompileOptions' fields.
 
     Without `quant` it is a float32 bundle. It is shared: a test that writes to it copies it first.
     """
     if directory := prebuilt_directory():
         return serve_prebuilt(directory)
 
-    def make(directory: Path, model: Path | None = None, adapter: Path | None = None, **options: Any) -> Path:
+    def make(directory: Path, model: Path | None = None, adapter: Path | None = None,
+             targets: tuple[str, ...] = ("onnx",), **options: Any) -> Path:  # fmt: skip
         from lime_edge.compiler.compile import CompileOptions
         from lime_edge.devices import find_device
         from lime_edge.export import ExportOptions, export_bundle
@@ -84,7 +86,8 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
         model = model or tiny_model()
         compiling = CompileOptions(**({"quant": "none"} | options))
         output = directory.with_suffix(".lime")
-        export_bundle(model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"), ExportOptions())
+        export_bundle(model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"),
+                      ExportOptions(targets))  # fmt: skip
         return output
 
     return _remember(tmp_path_factory.mktemp("bundles"), make)

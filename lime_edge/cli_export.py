@@ -1,0 +1,135 @@
+"""lime-edge export: a model and its adapter become a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lime_edge import terminal
+from lime_edge.cli_options import Json
+from lime_edge.errors import LimeEdgeError
+from lime_edge.target_options import CoremlOptions, ExecutorchOptions, TargetOptions
+
+STATIC = "Targets with a static cache"
+EXPORT_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o smollm2.lime
+
+ lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --keep-int8 none --calibration prompts.jsonl
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `export`."""
+    app.command(epilog=EXPORT_EXAMPLES)(export)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory, or a GGUF file.")],
+    adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write (OUT.lime).")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="onnx (default), executorch or coreml; may be repeated.")
+    ] = None,
+    quant: Annotated[str, typer.Option(help="int4, int8 or none (float32).")] = "int4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="gptq (int4, calibrated), search or nearest.")] = "gptq",
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
+    ] = None,
+    keep_int8: Annotated[
+        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
+    ] = "head,qkv,down",
+    fold: Annotated[
+        str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
+    ] = "shared",
+    single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
+    max_seq_len: Annotated[
+        int, typer.Option(min=1, help="ExecuTorch, Core ML: tokens the static cache holds.", rich_help_panel=STATIC)
+    ] = 1024,
+    backend: Annotated[
+        str, typer.Option(help="ExecuTorch: what it is delegated to.", rich_help_panel=STATIC)
+    ] = "xnnpack",
+    stock_runner: Annotated[
+        bool,
+        typer.Option(help="ExecuTorch: add set_expert, for runners that pass tokens only.", rich_help_panel=STATIC),
+    ] = False,
+    prompt_lengths: Annotated[
+        str, typer.Option(help="Core ML: enumerated prompt lengths.", rich_help_panel=STATIC)
+    ] = "32,128",
+    compute_units: Annotated[
+        str, typer.Option(help="Core ML: all, cpu_and_ne, cpu_and_gpu or cpu_only.", rich_help_panel=STATIC)
+    ] = "all",
+    minimum_os: Annotated[
+        str, typer.Option(help="Core ML: oldest system, iOS18 or later.", rich_help_panel=STATIC)
+    ] = "iOS18",
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
+    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and its LiME adapter into a bundle.
+
+    Shows at the end how much of the experts' effect survived the rounding (error: 0 exact, 1 as loud as the
+    expert; kept: share still there) and warns where the median error is above 1 or less than 75% was kept.
+    """
+    from lime_edge.devices import find_device
+
+    chosen = find_device(device)
+    try:
+        from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.export import ExportOptions, export_bundle
+        from lime_edge.export_encoder import export_encoder_bundle, is_encoder
+        from lime_edge.inspect import show_bundle
+    except ModuleNotFoundError as error:
+        from lime_edge.errors import need
+
+        raise need(error.name or "torch", "export") from None
+    kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
+    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
+    static = TargetOptions(
+        ExecutorchOptions(max_seq_len, backend, stock_runner),
+        CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
+    )
+    options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration, static)
+    with terminal.show_steps() as progress:
+        write = export_encoder_bundle if is_encoder(model) else export_bundle
+        write(model, adapter, output, compiling, chosen, options, progress)
+    show_bundle(output, as_json, sites)
+    warn_of_losses(output)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """"32,128" to (32, 128).
+
+    Raises:
+        LimeEdgeError: not positive integers.
+    """
+    try:
+        lengths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        lengths = ()
+    if not lengths or lengths[0] < 1:
+        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {text!r}", "for example 32,128")
+    return lengths
+
+
+def warn_of_losses(path: Path) -> None:
+    """Say on standard error where the rounding drowned the experts."""
+    from lime_edge.bundle import Bundle
+    from lime_edge.inspect import SURVIVAL_HINT, find_losses
+
+    for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
+        text = f"[bold yellow]warning:[/bold yellow] {terminal.escape(line)}\n  hint: {SURVIVAL_HINT}"
+        terminal.err.print(text, soft_wrap=True)
