@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TARGETS_EXTRAS := onnx,export,executorch,coreml
+TARGETS_EXTRAS := onnx,export,executorch,coreml,report
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-experts fidelity accuracy test-arm64 clean help
+.PHONY: demo test lint bench bench-experts bench-peers performance fidelity accuracy test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,14 +36,23 @@ lint: $(VENV)/.dev  ## ruff and mypy (on an installed copy: the mapped packages 
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
 	rm -rf build/lib
 
-bench: $(VENV)/.base build/demo.lime  ## latency and memory of the demo bundle
-	$(BIN)/lime-edge bench build/demo.lime
+bench: $(VENV)/.base build/demo.lime build/demo-single.lime  ## the standard set: time, memory, energy; plots in build/bench
+	rm -rf build/bench
+	$(BIN)/lime-edge bench build/demo.lime --baseline build/demo-single.lime --prompt-tokens 128,512 \
+	  --gen-tokens 128 --repeat 9 --report build/bench
 
-build/demo.lime:
+build/demo.lime: | $(VENV)/.base
 	$(BIN)/lime-edge demo
+
+build/demo-single.lime: | $(VENV)/.base
+	$(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.demo import find_backbone; print(find_backbone())')" \
+	  --adapter examples/demo_adapter/adapter --fold plural --single -o $@
 
 bench-experts: $(VENV)/.base  ## pinned and routed beside branchless, into docs/benchmarks.md (5 minutes)
 	$(BIN)/python tools/benchmarks.py
+
+performance: $(VENV)/.base  ## where a decode step's time goes, and what other branches would cost, into docs/performance.md
+	$(BIN)/python tools/performance.py
 
 fidelity: $(VENV)/.base  ## float32 bundles of the real model against transformers (10 minutes)
 	$(BIN)/python tools/fidelity.py

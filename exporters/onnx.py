@@ -19,6 +19,7 @@ from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx_prompt import declare_expert, prepend_virtual
 from lime_edge.exporters.onnx_weights import pack_weight
+from lime_edge.genai import CONFIG
 from lime_edge.target_options import TargetOptions
 
 FILE = "model.onnx"
@@ -48,6 +49,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": model.swaps,
         "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
         "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
+        "genai": CONFIG if model.virtual is None else None,
     }  # fmt: skip
     if model.routing is not None and model.swaps:
         routed = graph.share_data()
@@ -126,8 +128,9 @@ class DecoderWriter:
             return g.node("Mul", [y, self.experts.multiply(branch, y, y, path)], f"{path}/lime/Mul")
         table = g.constant(f"{path}.lime_a", branch.a.numpy())
         b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
-        delta = g.node("MatMul", [g.node("Gather", [table, "input_ids"], f"{path}/lime/A"), b], f"{path}/lime/B")
-        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, delta, path)], f"{path}/lime/Mul")
+        hidden = g.node("Gather", [table, "input_ids"], f"{path}/lime/A")
+        delta = g.node("MatMul", [hidden, b], f"{path}/lime/B")
+        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, hidden, path)], f"{path}/lime/Mul")
         return g.node("Add", [y, scaled], f"{path}/lime/Add")
 
     def _look_up(self) -> str:
@@ -248,8 +251,9 @@ class DecoderWriter:
         y = self._matmul(names, bias, x, path)
         a = g.constant(f"{path}.lime_a", branch.a.T.numpy())
         b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
-        delta = g.node("MatMul", [g.node("MatMul", [x, a], f"{path}/lime/A"), b], f"{path}/lime/B")
-        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, delta, path)], f"{path}/lime/Mul")
+        hidden = g.node("MatMul", [x, a], f"{path}/lime/A")
+        delta = g.node("MatMul", [hidden, b], f"{path}/lime/B")
+        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, hidden, path)], f"{path}/lime/Mul")
         return g.node("Add", [y, scaled], f"{path}/lime/Add")
 
     def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str, share: str = "") -> str:

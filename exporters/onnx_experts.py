@@ -46,8 +46,8 @@ class PinnedExperts:
             cuts = graph.constant("expert_sizes", np.array(sizes, np.int64))
             graph.node("Split", ["expert", cuts], "/expert/Split", names, axis=0)
 
-    def multiply(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
-        """The group's multiplier (N,)."""
+    def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
+        """The group's multiplier (N,); it reads neither y nor hidden."""
         graph, runs = self.graph, find_runs(branch)
         if len(runs) == 1 and runs[0][1] == sum(part.width for part in branch.parts):
             return self.pieces[runs[0]]
@@ -76,7 +76,7 @@ def find_runs(branch: GroupBranch) -> list[tuple[int, int]]:
 
 
 class RoutedExperts:
-    """Zero-parameter routing of every group's sites together: (B, S, G, E) weights, then the bank."""
+    """Zero-parameter routing of every group's sites together: (B, S, G * E) weights, then the bank."""
 
     def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
         self.model, self.graph, self.config = model, graph, config
@@ -88,7 +88,13 @@ class RoutedExperts:
         graph.constant("routing/tiny", np.array(SMALLEST_SCALE, np.float32))
         graph.constant("routing/tiny_sum", np.array(SMALLEST_SUM, np.float32))
         graph.constant("routing/last_axis", np.array([-1], np.int64))
-        graph.constant("routing/call_axes", np.array([0, 1, 3], np.int64))
+        graph.constant("routing/call_axes", np.array([0, 1, 4], np.int64))
+        share = self.config.gamma_routing
+        shares = [1.0] if self.model.variant == "slicefine" else [1.0 - share, share]
+        scales = np.array([shares], np.float32) / np.float32(max(self.config.temperature, SMALLEST_SCALE))
+        graph.constant("routing/shares", scales)
+        graph.constant("routing/split", np.array([0, 0, -1, len(shares), self.count], np.int64))
+        graph.constant("routing/flat", np.array([0, 0, -1], np.int64))
         if self.config.n_gram > 1:
             self._find_anchors(self.config.n_gram)
 
@@ -106,12 +112,15 @@ class RoutedExperts:
         last = graph.node("Sub", [tokens, names["step"]], "/routing/Last")
         graph.node("Min", [end, last], "/routing/Min", ["routing_anchors"])
 
-    def multiply(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
-        """The group's multiplier per token, (B, S, N). y: before the residual (SliceFine: before the bias)."""
+    def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
+        """The group's multiplier per token, (B, S, N).
+
+        Args:
+            y: before the residual (SliceFine: before the bias). hidden: A x (B, S, R), not read by SliceFine.
+        """
         graph, path = self.graph, f"{path}/route"
-        weights = self._select(self._softmax(self._logits(branch, y, delta, path), path), path)
-        flat = graph.constant(f"{path}/flat", np.array([0, 0, -1], np.int64))
-        weights = graph.node("Reshape", [weights, flat], f"{path}/Flat")
+        anchors = "routing_anchors" if self.config.n_gram > 1 else ""
+        weights = self._weigh(self._stack(branch, y, hidden, path), anchors, path)
         bank = graph.constant(f"{path}/bank", self._stack_banks(branch).numpy())
         chosen = graph.node("MatMul", [weights, bank], f"{path}/Bank")
         if branch.a is not None:
@@ -120,18 +129,16 @@ class RoutedExperts:
         return graph.node("Add", [chosen, ones], f"{path}/Fixed")
 
     def weigh(self, frozen: str, adapted: str, path: str) -> str:
-        """Weights (B, V, E) of virtual tokens from their first E columns, (B, V, E) and (1, V, E)."""
+        """Weights (1, V, E) of virtual tokens from their first E columns, (1, V, E) each."""
         graph, path = self.graph, f"{path}/route"
         assert self.model.virtual is not None
-        anchors = find_anchors(self.model.virtual.base.shape[0], self.config.n_gram, None, torch.device("cpu"))
+        anchors = ""
         if self.config.n_gram > 1:
-            index = graph.constant(f"{path}/anchors", anchors.numpy())
-            frozen = graph.node("Gather", [frozen, index], f"{path}/FrozenAnchors", axis=1)
-            adapted = graph.node("Gather", [adapted, index], f"{path}/AdaptedAnchors", axis=1)
-        first = self._relative(frozen, 1.0 - self.config.gamma_routing, f"{path}/frozen", windows=False)
-        second = self._relative(adapted, self.config.gamma_routing, f"{path}/adapted", windows=False)
-        weights = self._select(self._softmax(graph.node("Add", [first, second], f"{path}/Logits"), path), path)
-        return graph.node("Squeeze", [weights, graph.constant(f"{path}/sites", np.array([2], np.int64))], f"{path}/One")
+            count = self.model.virtual.base.shape[0]
+            found = find_anchors(count, self.config.n_gram, None, torch.device("cpu"))
+            anchors = graph.constant(f"{path}/anchors", found.numpy())
+        stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
+        return self._weigh(stack, anchors, path)
 
     def _stack_banks(self, branch: GroupBranch) -> torch.Tensor:
         """(G * E, N): every site's residuals in its own rows and columns."""
@@ -146,28 +153,29 @@ class RoutedExperts:
             column += part.width
         return bank
 
-    def _logits(self, branch: GroupBranch, y: str, delta: str, path: str) -> str:
-        """l / T = ((1-g) frozen / max|frozen| + g delta / max|delta|) / T, (B, S, G, E). Source: routing.py."""
-        graph, config = self.graph, self.config
-        columns: list[int] = []
-        starts = 0
+    def _stack(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
+        """What routing reads, (B, S, G * K * E): per site the frozen output's first E columns, then delta's.
+
+        One product: frozen is recovered from y by what of delta it lacks, -p_ref (for DoRA 1 - p_ref), and both
+        come from the few numbers of `hidden`. SliceFine routes on y alone (K = 1).
+        """
+        graph, starts, width = self.graph, [], 0
         for part in branch.parts:
             if part.site is not None:
-                columns.extend(range(starts, starts + self.count))
-            starts += part.width
-        index = graph.constant(f"{path}/columns", np.array(columns, np.int64))
-        frozen = graph.node("Gather", [y, index], f"{path}/Frozen", axis=2)
-        share = 1.0 if branch.a is None else 1.0 - config.gamma_routing
-        if branch.a is None:
-            return self._relative(frozen, share, f"{path}/frozen")
-        adapted = graph.node("Gather", [delta, index], f"{path}/Adapted", axis=2)
-        factor = self._recovery(branch)
-        if factor.any():
-            scaled = graph.node("Mul", [adapted, graph.constant(f"{path}/p_ref", factor)], f"{path}/Folded")
-            frozen = graph.node("Add", [frozen, scaled], f"{path}/Recover")
-        first = self._relative(frozen, share, f"{path}/frozen")
-        second = self._relative(adapted, config.gamma_routing, f"{path}/adapted")
-        return graph.node("Add", [first, second], f"{path}/Logits")
+                starts.append(width)
+            width += part.width
+        columns = np.concatenate([np.arange(start, start + self.count) for start in starts])
+        picked = graph.node("Gather", [y, graph.constant(f"{path}/columns", columns)], f"{path}/Pick", axis=2)
+        if branch.b is None:
+            return picked
+        rows = branch.b.numpy()[columns].reshape(len(starts), self.count, -1)
+        lacking = self._recovery(branch).reshape(len(starts), self.count, 1) * rows
+        identity = np.eye(columns.size, dtype=np.float32).reshape(len(starts), self.count, -1)
+        frozen = np.concatenate([lacking, identity], axis=2)
+        adapted = np.concatenate([rows, np.zeros_like(identity)], axis=2)
+        read = np.stack([frozen, adapted], axis=1).reshape(2 * columns.size, -1).T
+        joined = graph.node("Concat", [hidden, picked], f"{path}/Join", axis=2)
+        return graph.node("MatMul", [joined, graph.constant(f"{path}/read", read)], f"{path}/Stack")
 
     def _recovery(self, branch: GroupBranch) -> np.ndarray:
         """What of delta is added to get the output that routing reads: -p_ref, for DoRA 1 - p_ref."""
@@ -176,20 +184,22 @@ class RoutedExperts:
         rows = [kept - self.model.reference[start : start + self.count].numpy() for start in starts]
         return np.concatenate(rows).astype(np.float32)
 
-    def _relative(self, x: str, share: float, path: str, windows: bool = True) -> str:
-        """share / T * x / max|x| per site over the whole call: (B, S, G*E) -> (B, S, G, E)."""
-        graph, config = self.graph, self.config
-        if config.n_gram > 1 and windows:
-            x = graph.node("Gather", [x, "routing_anchors"], f"{path}/Anchor", axis=1)
-        split = graph.constant(f"{path}/split", np.array([0, 0, -1, self.count], np.int64))
-        x = graph.node("Reshape", [x, split], f"{path}/Split")
+    def _weigh(self, stack: str, anchors: str, path: str) -> str:
+        """Weights (B, S, G * E) from what routing reads (B, S, G * K * E).
+
+        l / T = sum_k share_k x_k / max|x_k| / T, the maxima per site over the whole call; then softmax and
+        selection. Source: routing.measure_logits, routing.route.
+        """
+        graph = self.graph
+        if anchors:
+            stack = graph.node("Gather", [stack, anchors], f"{path}/Anchor", axis=1)
+        x = graph.node("Reshape", [stack, "routing/split"], f"{path}/Split")
         top = graph.node("ReduceMax", [graph.node("Abs", [x], f"{path}/Abs"), "routing/call_axes"], f"{path}/Max")
         top = graph.node("Max", [top, "routing/tiny"], f"{path}/Guard")
-        scale = graph.constant(f"{path}/share", np.array(share / max(config.temperature, SMALLEST_SCALE), np.float32))
-        return graph.node("Mul", [x, graph.node("Div", [scale, top], f"{path}/Scale")], f"{path}/Relative")
-
-    def _softmax(self, logits: str, path: str) -> str:
-        return self.graph.node("Softmax", [logits], f"{path}/Softmax", axis=-1)
+        x = graph.node("Div", [x, top], f"{path}/Relative")
+        logits = graph.node("MatMul", ["routing/shares", x], f"{path}/Logits")
+        probs = graph.node("Softmax", [logits], f"{path}/Softmax", axis=-1)
+        return graph.node("Reshape", [self._select(probs, path), "routing/flat"], f"{path}/Flat")
 
     def _select(self, probs: str, path: str) -> str:
         """The configured selection over the last axis. Source: routing.select."""
@@ -237,9 +247,7 @@ class RoutedExperts:
         heat = graph.constant(f"{path}/heat", np.array(self.config.soft_topk_temperature, np.float32))
         gate = graph.node("Sigmoid", [graph.node("Div", [above, heat], f"{path}/Heat")], f"{path}/Sigmoid")
         gated = graph.node("Mul", [probs, gate], f"{path}/Gate")
-        total = graph.node("ReduceSum", [gated, "routing/last_axis"], f"{path}/Sum")
-        total = graph.node("Add", [total, "routing/tiny_sum"], f"{path}/GuardSum")
-        return graph.node("Div", [gated, total], f"{path}/Renormalise")
+        return graph.node("LpNormalization", [gated], f"{path}/Renormalise", axis=-1, p=1)
 
 
 def _ones_where_fixed(part: Part) -> np.ndarray:

@@ -1,158 +1,331 @@
-"""Latency and memory of a bundle on this machine. numpy only: it runs on the device."""
+"""The benchmark: time, memory and energy of a bundle on this machine, as one document. numpy only.
+
+docs/bench-schema.md says what every key means and how it is measured.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import lime_edge
-from lime_edge import terminal
-from lime_edge.bundle import Bundle
-from lime_edge.errors import LimeEdgeError
+from lime_edge.bench_energy import find_meter, spend_energy
+from lime_edge.bench_inputs import takes_text
+from lime_edge.bench_load import Loads, time_loads
+from lime_edge.bench_machine import SYS, count_cores, describe_machine, measure_copy, read_temperature
+from lime_edge.bench_memory import FIRST, MemoryRequest, find_imports, measure_experts, measure_stages
+from lime_edge.bench_rounds import Series, summarize, time_decoder, time_encoder
+from lime_edge.bench_timing import percentiles, time_round, time_switches
+from lime_edge.bundle import Bundle, expert_file
+from lime_edge.encoder_session import KIND as ENCODER
+from lime_edge.encoder_session import open_encoder_session
+from lime_edge.errors import EXIT_MISSING, Faults, LimeEdgeError
 from lime_edge.experts import Selection, describe_selection
-from lime_edge.session import Session, SessionOptions
-from lime_edge.targets import open_session
+from lime_edge.session import SessionOptions
+from lime_edge.switching import ROUTED
+from lime_edge.targets import load_runtime, open_session
 
-SCHEMA = 1
-SWITCHES = 500
-FIRST = ""  # what the session opens with: the bundle's first expert
+__all__ = ["FIRST", "SCHEMA", "BenchOptions", "bench_bundle", "describe_machine", "percentiles", "time_round",
+           "time_switches"]  # fmt: skip
+
+SCHEMA = 2
+LOADS = 5  # loads timed cold and warm, at most
+INTERPRETER = "interpreter"  # the provider of a runtime that only imitates its engine
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure: prompt and generated tokens per round, rounds, warm-up rounds."""
+    """What to measure.
 
-    prompt_tokens: int = 128
-    gen_tokens: int = 64
+    prompt_tokens: length of the prompt; several lengths make several runs. gen_tokens: decoded per round. repeat,
+    warmup: rounds counted, rounds thrown away first. depth: tokens in the cache before decoding is timed, None: the
+    prompt's. baseline: a `--single` bundle of the same backbone. sysfs: where the kernel shows its sensors.
+    """
+
+    prompt_tokens: int | tuple[int, ...] = 128
+    gen_tokens: int = 128
     repeat: int = 5
     warmup: int = 1
+    depth: int | None = None
+    baseline: Path | None = None
+    sysfs: Path = SYS
+
+    def __post_init__(self) -> None:
+        with Faults("bench") as faults:
+            numbers = {"prompt tokens": min(self.lengths, default=0), "generated tokens": self.gen_tokens,
+                       "repeat": self.repeat, "depth": 1 if self.depth is None else self.depth}  # fmt: skip
+            for name, number in numbers.items():
+                if number < 1:
+                    faults.add(name, "at least 1", number)
+            if len(set(self.lengths)) < len(self.lengths):
+                faults.add("prompt tokens", "each length once", ",".join(map(str, self.lengths)))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The prompt lengths."""
+        return (self.prompt_tokens,) if isinstance(self.prompt_tokens, int) else self.prompt_tokens
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache must hold."""
+        return max(*self.lengths, self.depth or 0) + self.gen_tokens
 
 
-def bench_bundle(path: Path, target: str | None, selection: Selection, threads: int | None,
+@dataclass(frozen=True)
+class Job:
+    """One target of one bundle, and how to measure it."""
+
+    bundle: Bundle
+    target: str
+    selection: Selection
+    threads: int | None
+    options: BenchOptions
+    progress: Progress
+
+    @property
+    def used_threads(self) -> int:
+        """Threads of the engine: asked for, the bundle's, or one a core."""
+        return self.threads or self.bundle.manifest.targets[self.target].get("threads") or count_cores()
+
+    @property
+    def encoder(self) -> bool:
+        """Whether it is an encoder or a vision model."""
+        return self.bundle.manifest.model.get("kind") == ENCODER
+
+    def tell(self, step: str) -> Callable[[int, int], None]:
+        """Progress of one step: (done, total) -> None."""
+        return lambda done, total: self.progress(f"{self.target} {step}", done, total)
+
+    def open(self, bundle: Bundle) -> Any:
+        """A session of `bundle` on the target.
+
+        Raises:
+            LimeEdgeError: what opening raises, or the runtime only imitates its engine.
+        """
+        if self.encoder:
+            session: Any = open_encoder_session(bundle, self.target, SessionOptions(self.threads))
+        else:
+            session = open_session(bundle, self.target, SessionOptions(self.threads, self.options.capacity))
+        if session.provider.startswith(INTERPRETER):
+            raise LimeEdgeError(f"{self.target} runs in an interpreter here: its times say nothing about a device",
+                                "run lime-edge bench where the engine itself runs", EXIT_MISSING)  # fmt: skip
+        return session
+
+    def use(self, session: Any) -> None:
+        """Switch to the selection."""
+        if self.selection != FIRST:
+            session.use(self.selection)
+
+
+def bench_bundle(path: Path, target: str | Sequence[str] | None, selection: Selection, threads: int | None,
                  options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:  # fmt: skip
-    """Load a bundle and time prefill, decode and switching with one selection (FIRST: the bundle's first).
+    """Measure a bundle with one selection (FIRST: the bundle's first expert).
 
+    Args:
+        target: one or several; None takes the bundle's first. progress: (step, done, total) -> None.
     Returns:
-        Medians over the rounds, keys as documented in docs/benchmarks.md.
+        The document that docs/bench-schema.md describes: the first run's keys, the machine, all runs.
+    Raises:
+        LimeEdgeError: what opening raises; a baseline that is no branchless bundle of the same backbone; a runtime
+            that is an interpreter.
     """
-    begin = time.perf_counter()
-    length = options.prompt_tokens + options.gen_tokens + 1
-    session = open_session(Bundle.open(path), target, SessionOptions(threads, length))
-    loaded = time.perf_counter() - begin
-    if selection != FIRST:
-        session.use(selection)
-    prompt = np.random.default_rng(0).integers(0, session.bundle.manifest.model["vocab"], options.prompt_tokens)
-    firsts, steps = [], []
-    total = options.warmup + options.repeat
-    for index in range(total):
-        progress("bench", index, total)
-        first, decode = time_round(session, prompt.tolist(), options.gen_tokens)
-        if index >= options.warmup:
-            firsts.append(first)
-            steps.append(decode)
-    progress("bench", total, total)
-    ttft = float(np.median(firsts))
+    bundle = Bundle.open(path)
+    names = [target] if target is None or isinstance(target, str) else list(target)
+    names = [load_runtime(bundle, name, _runtime_kind(bundle))[0] for name in names]  # imports are not loads
+    _check(bundle, names, options)
+    machine = describe_machine(options.sysfs)
+    jobs = [Job(bundle, name, selection, threads, options, progress) for name in names]
+    for job in jobs:  # what cannot run is refused before anything is timed, and the first load warms up
+        job.use(job.open(bundle))
+    speeds = _measure_copies(jobs)
+    runs = [run for job in jobs for run in _bench_target(job, speeds.get(job.used_threads))]
     return {
-        "schema": SCHEMA, "bundle": str(path), "target": session.target, "provider": session.provider,
-        "expert": describe_selection(session.selection), "threads": threads,
-        "quant": session.bundle.manifest.quantization["quant"],
-        "prompt_tokens": options.prompt_tokens, "gen_tokens": options.gen_tokens, "repeat": options.repeat,
-        "load_ms": loaded * 1e3, "ttft_ms": ttft * 1e3,
-        "prefill_tokens_per_s": options.prompt_tokens / ttft,
-        "decode_tokens_per_s": 1.0 / float(np.median([np.median(s) for s in steps])),
-        "token_ms": percentiles(np.concatenate(steps) * 1e3),
-        "switch_us": percentiles(time_switches(session)), "peak_rss_bytes": read_peak_rss(),
-        "bundle_bytes": session.bundle.total_bytes, "machine": describe_machine(),
+        "schema": SCHEMA, "lime_edge": lime_edge.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bundle": str(path), "model": bundle.manifest.model["name"], "fingerprint": bundle.manifest.fingerprint,
+        **runs[0], "machine": machine, "runs": runs,
     }  # fmt: skip
 
 
-def time_round(session: Session, prompt: list[int], count: int) -> tuple[float, np.ndarray]:
-    """One prompt and `count` greedy tokens: seconds to the first logits, seconds of every decode step."""
-    begin = time.perf_counter()
-    logits = session.logits(prompt, keep=1)
-    first = time.perf_counter() - begin
-    steps = np.empty(count)
-    for index in range(count):
-        token = int(logits[-1].argmax())
-        begin = time.perf_counter()
-        logits = session.extend([token])
-        steps[index] = time.perf_counter() - begin
-    return first, steps
+def _runtime_kind(bundle: Bundle) -> str:
+    return "_encoder" if bundle.manifest.model.get("kind") == ENCODER else ""
 
 
-def time_switches(session: Session) -> np.ndarray:
-    """Microseconds of `use(NAME)` over all experts in random order; the selection is restored."""
-    if len(session.experts) < 2:
-        return np.zeros(1)
-    before = session.selection
-    random = np.random.default_rng(0)
-    times = np.empty(SWITCHES)
-    for index in range(SWITCHES):
-        name = session.experts[int(random.integers(len(session.experts)))]
-        begin = time.perf_counter()
-        session.use(name)
-        times[index] = (time.perf_counter() - begin) * 1e6
-    session.use(before)
-    return times
+def _check(bundle: Bundle, targets: list[str], options: BenchOptions) -> None:
+    """Refuse before anything is timed."""
+    context = bundle.manifest.model.get("context")  # pictures have none
+    needed = max(options.lengths) if _runtime_kind(bundle) else options.capacity
+    with Faults(str(bundle.path)) as faults:
+        if context and needed > context:
+            faults.add("tokens of the prompt (or --depth) and the answer", f"at most {context}", needed)
+        if len(set(targets)) < len(targets):
+            faults.add("targets", "each once", ", ".join(targets))
+    if options.baseline is not None:
+        check_baseline(bundle, Bundle.open(options.baseline), targets)
 
 
-def percentiles(values: np.ndarray) -> dict[str, float]:
-    """p50, p95 and p99."""
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
+def check_baseline(bundle: Bundle, baseline: Bundle, targets: list[str]) -> None:
+    """Refuse a baseline that overheads cannot be measured against.
+
+    Raises:
+        LimeEdgeError: it has branches (no --single), another backbone, other weights, or lacks a target.
+    """
+    own, base = bundle.manifest, baseline.manifest
+    hint = "export the same checkpoint with --single, everything else as before"
+    with Faults(f"{baseline.path} as baseline", hint) as faults:
+        if not base.adapter.get("single"):
+            faults.add("branches", "none (--single)", "a bundle with expert branches")
+        if base.fingerprint != own.fingerprint:
+            faults.add("backbone fingerprint", own.fingerprint[:16], base.fingerprint[:16])
+        for key in ("quant", "group", "matrices"):
+            if base.quantization.get(key) != own.quantization.get(key):
+                faults.add(key, own.quantization.get(key), base.quantization.get(key))
+        for target in set(targets) - set(base.targets):
+            faults.add("targets", target, ", ".join(base.targets))
 
 
-def read_peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes (Linux: VmHWM)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        raise LimeEdgeError("peak memory cannot be read on this platform") from None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
+    """A run for every prompt length, on one target.
 
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores and versions, for the record."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-                 if line.startswith(("model name", "Model"))]  # fmt: skip
-        model = names[0] if names else model
-    return {
-        "cpu": model, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "arch": platform.machine(), "system": platform.platform(), "python": platform.python_version(),
-        "lime_edge": lime_edge.__version__,
+    Args:
+        copy: bytes per second of a copy of memory with as many threads.
+    """
+    options, target = job.options, job.bundle.manifest.targets[job.target]
+    loads = _time_loads(job)
+    session = job.open(job.bundle)
+    job.use(session)
+    baseline = job.open(Bundle.open(options.baseline)) if options.baseline else None
+    heat = read_temperature(options.sysfs)
+    found = _time_rounds(job, session, baseline)
+    heat_after = read_temperature(options.sysfs)
+    facts = {
+        "kind": "encoder" if job.encoder else "decoder", "target": job.target, "provider": session.provider,
+        "expert": describe_selection(session.selection), "quant": job.bundle.manifest.quantization["quant"],
+        "threads": job.threads or target.get("threads"), "repeat": options.repeat, "warmup": options.warmup,
+        "cache_dropped": loads.dropped, "bundle_bytes": job.bundle.total_bytes,
+        "temperature_c": None if heat is None else {"before": heat, "after": heat_after},
+        "expert_bytes": _size_experts(job.bundle),
     }  # fmt: skip
+    meter = find_meter(options.sysfs)
+    energy = {length: meter and spend_energy(meter, session, length, options.depth, options.gen_tokens)
+              for length in found}  # fmt: skip
+    text = not job.encoder or takes_text(session)
+    del session, baseline  # the memory of the machine belongs to the fresh process now
+    tell = job.tell("memory")
+    tell(0, len(found) + 2)
+    modules = find_imports(MemoryRequest(str(job.bundle.path), job.target, job.selection, job.threads, 1, None, 1))
+    tell(1, len(found) + 2)
+    experts = _count_experts(job)
+    runs = []
+    for place, (length, series) in enumerate(found.items()):
+        tell(place + 2, len(found) + 2)
+        series.rounds |= {"load_ms": [t * 1e3 for t in loads.warm], "load_cold_ms": [t * 1e3 for t in loads.cold]}
+        summary = summarize(series, length)
+        ratios = summary.pop("ratios")
+        runs.append({
+            **facts, "prompt_tokens": length if text else None, **_describe_decoding(job, length), **summary,
+            **_measure_stages(job, length, modules, experts), "energy": energy[length],
+            "bandwidth": _compare_bandwidth(job, copy, summary["decode_tokens_per_s"]),
+            "baseline": ratios and {"bundle": str(options.baseline), **ratios},
+        })  # fmt: skip
+    tell(len(found) + 2, len(found) + 2)
+    return runs
 
 
-def print_report(facts: dict[str, Any]) -> None:
-    """The table of `lime-edge bench`."""
-    switch, token = facts["switch_us"], facts["token_ms"]
-    rows = [
-        ["load", f"{facts['load_ms']:.0f} ms"],
-        [f"first token after {facts['prompt_tokens']}", f"{facts['ttft_ms']:.1f} ms"],
-        ["prefill", f"{facts['prefill_tokens_per_s']:.0f} tokens/s"],
-        ["decode", f"{facts['decode_tokens_per_s']:.1f} tokens/s"],
-        ["decode step p50 / p95 / p99", " / ".join(f"{token[p]:.2f}" for p in token) + " ms"],
-        ["switch p50 / p95 / p99", " / ".join(f"{switch[p]:.1f}" for p in switch) + " us"],
-        ["peak memory", terminal.show_size(facts["peak_rss_bytes"])],
-        ["bundle", terminal.show_size(facts["bundle_bytes"])],
-    ]
-    machine = facts["machine"]
-    title = (f"{facts['bundle']} ({facts['quant']}, {facts['target']} on {facts['provider']}, expert "
-             f"{facts['expert']}, {facts['repeat']} rounds, {machine['cpu']}, {machine['cores']} cores)")  # fmt: skip
-    terminal.print_table(title, {"": "left", "median": "right"}, rows)
+def _describe_decoding(job: Job, length: int) -> dict[str, int | None]:
+    if job.encoder:
+        return {"gen_tokens": None, "depth": None}
+    return {"gen_tokens": job.options.gen_tokens, "depth": length if job.options.depth is None else job.options.depth}
+
+
+def _measure_copies(jobs: list[Job]) -> dict[int, float]:
+    """Bytes per second by number of threads: measured once, so that targets are compared with one number."""
+    wanted = sorted({job.used_threads for job in jobs if not job.encoder})
+    found = {}
+    for place, threads in enumerate(wanted):
+        jobs[0].progress("copying memory", place, len(wanted))
+        found[threads] = measure_copy(threads)
+        jobs[0].progress("copying memory", place + 1, len(wanted))
+    return found
+
+
+def _time_loads(job: Job) -> Loads:
+    files = [job.bundle.path / name for name in job.bundle.manifest.files]
+    count, tell = min(job.options.repeat, LOADS), job.tell("loads")
+    done = 0
+
+    def load() -> Any:
+        nonlocal done
+        tell(done, 2 * count)
+        done += 1
+        return job.open(Bundle.open(job.bundle.path))
+
+    loads = time_loads(load, files, count)
+    tell(2 * count, 2 * count)
+    return loads
+
+
+def _time_rounds(job: Job, session: Any, baseline: Any) -> dict[int, Series]:
+    options = job.options
+    if job.encoder:
+        lengths = options.lengths if takes_text(session) else options.lengths[:1]
+        return time_encoder(session, baseline, lengths, options.warmup, options.repeat, job.tell("rounds"))
+    return time_decoder(session, baseline, options.lengths, options.gen_tokens, options.depth, options.warmup,
+                        options.repeat, job.tell("rounds"))  # fmt: skip
+
+
+def _size_experts(bundle: Bundle) -> dict[str, int] | None:
+    """Bytes of one expert: its file, its vector in memory, its float32 residual while it is kept ready."""
+    manifest = bundle.manifest
+    if not manifest.experts:
+        return None
+    wide = manifest.adapter["expert_dtype"] == "float32"
+    total = manifest.sites.total
+    return {"file": manifest.files[expert_file(manifest.experts[0])].size, "vector": total * (4 if wide else 2),
+            "ready": total * 4}  # fmt: skip
+
+
+def _count_experts(job: Job) -> dict[str, Any] | None:
+    """Memory with 1, 10, 100 experts; None where no expert can be installed."""
+    manifest = job.bundle.manifest
+    if manifest.adapter.get("single") or not manifest.experts:
+        return None
+    tokens = min(job.options.lengths)
+    return measure_experts(MemoryRequest(str(job.bundle.path), job.target, FIRST, job.threads, tokens, None, 1))
+
+
+def _measure_stages(job: Job, length: int, modules: tuple[str, ...],
+                    experts: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+    """Memory by stage in a fresh process; the routed graph counts when it is what runs."""
+    options = job.options
+    stages = measure_stages(MemoryRequest(str(job.bundle.path), job.target, job.selection, job.threads, length,
+                                          options.depth, options.gen_tokens, modules))  # fmt: skip
+    peak, imports = stages["switches"]["peak_bytes"], stages["imports"]["rss_bytes"]
+    net = None if peak is None or imports is None else peak - imports
+    return {
+        "peak_rss_bytes": peak,
+        "memory": {"net_peak_bytes": net, "artifact_bytes": size_artifact(job), "stages": stages, "experts": experts},
+    }
+
+
+def size_artifact(job: Job) -> int:
+    """Bytes of what the selection runs: its graph, pinned or routed, and the weights beside it (FILE.*, FILE/*)."""
+    target, files = job.bundle.manifest.targets[job.target], job.bundle.manifest.files
+    file = chosen = str(target["file"])
+    if job.selection == ROUTED and target["routed"] in files:  # else it lies in the same file
+        chosen = target["routed"]
+    beside = tuple(f"{name}{mark}" for name in (file, chosen) for mark in "./")
+    return sum(entry.size for name, entry in files.items() if name == chosen or name.startswith(beside))
+
+
+def _compare_bandwidth(job: Job, copy: float | None, rate: float | None) -> dict[str, Any] | None:
+    """How near decoding comes to what memory can do: the artifact's bytes per token, at this rate, beside a copy."""
+    if copy is None or rate is None:
+        return None
+    size = size_artifact(job)
+    return {"threads": job.used_threads, "copy_bytes_per_s": copy, "weight_bytes_per_token": size,
+            "read_bytes_per_s": size * rate, "fraction": size * rate / copy}  # fmt: skip

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save
 
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.experts import Expert, ExpertBank, check_name, read_expert
+from lime_edge.genai import adapter_file, encode_adapter, takes_adapters, write_genai
 from lime_edge.sites import SiteTable
 from lime_edge.staging import write_file
 
@@ -52,13 +53,15 @@ class Manifest:
     files: dict[str, FileEntry] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    added: tuple[str, ...] = ()  # experts added or replaced after the export
 
     def to_json(self) -> str:
         """The text of lime.json."""
         body = {
             "format": FORMAT, "schema": SCHEMA, "fingerprint": self.fingerprint, "model": self.model,
             "adapter": self.adapter, "quantization": self.quantization, "device": self.device,
-            "experts": list(self.experts), "targets": self.targets, "versions": self.versions,
+            "experts": list(self.experts), "added": list(self.added), "targets": self.targets,
+            "versions": self.versions,
             "sites": [asdict(site) for site in self.sites],
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
         }  # fmt: skip
@@ -97,6 +100,7 @@ def read_manifest(path: Path) -> Manifest:
             quantization=body["quantization"], device=body["device"], versions=body["versions"],
             sites=SiteTable.from_widths(widths), experts=tuple(body["experts"]), targets=body["targets"],
             files={name: FileEntry(**entry) for name, entry in body["files"].items()},
+            added=tuple(body.get("added", ())),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise LimeEdgeError(f"{file}: damaged: {error!r}", "copy the bundle again") from None
@@ -157,7 +161,8 @@ class Bundle:
         except (SafetensorError, OSError, KeyError) as error:
             raise LimeEdgeError(f"{file}: damaged: {error}", "copy the bundle again") from None
         if reference.shape != (self.manifest.sites.total,):
-            raise LimeEdgeError(f"{file}: length: expected {self.manifest.sites.total}, found {reference.shape}")
+            raise LimeEdgeError(f"{file}: length: expected {self.manifest.sites.total}, found {reference.shape}",
+                                "copy the bundle again")  # fmt: skip
         return reference
 
     def open_bank(self) -> ExpertBank:
@@ -167,29 +172,35 @@ class Bundle:
             file = self.path / expert_file(name)
             expert = read_expert(file)
             if expert.name != name:
-                raise LimeEdgeError(f"{file}: name: expected {name!r}, found {expert.name!r}")
+                raise LimeEdgeError(f"{file}: name: expected {name!r}, found {expert.name!r}",
+                                    "the file was renamed: add it with lime-edge experts add --name")  # fmt: skip
             bank.install(expert, str(file))
         return bank
 
     def add_expert(self, expert: Expert, replace_existing: bool = False) -> Bundle:
-        """Write an expert into the bundle: its file first, then the manifest.
+        """Write an expert into the bundle: its files first, then the manifest.
 
         Raises:
             LimeEdgeError: it does not fit, its name is taken, or nothing can be written.
         """
         self.check_expert(expert, replace_existing)
         name = expert.name
-        data = expert.to_bytes()
-        write_file(self.path / expert_file(name), data)
-        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        written = {expert_file(name): expert.to_bytes()}
+        if takes_adapters(self.manifest.targets):
+            residual = expert.vector.astype(np.float32) - self.read_reference()
+            written[adapter_file(name)] = encode_adapter(residual)
+        for file, data in written.items():
+            write_file(self.path / file, data)
+        entries = {file: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for file, data in written.items()}
         names = tuple(n for n in self.manifest.experts if n != name) + (name,)
-        return self._rewrite(names, {**self.manifest.files, expert_file(name): entry})
+        added = tuple(n for n in self.manifest.added if n != name) + (name,)
+        return self._rewrite(names, self.manifest.files | entries, added)
 
     def check_expert(self, expert: Expert, replace_existing: bool = False) -> None:
         """Refuse what `add_expert` would refuse; nothing is written."""
         name = expert.name
         if problem := check_name(name):
-            raise LimeEdgeError(problem)
+            raise LimeEdgeError(problem, "pass --name with another one")
         if name in self.manifest.experts and not replace_existing:
             raise LimeEdgeError(f"{self.path}: expert {name!r} exists already", "pass --force or --name OTHER")
         if single := self.manifest.adapter.get("single"):
@@ -199,17 +210,20 @@ class Bundle:
         bank.check(expert, f"expert {name!r}")
 
     def remove_expert(self, name: str) -> Bundle:
-        """Take an expert out of the bundle: the manifest first, then its file."""
+        """Take an expert out of the bundle: the manifest first, then its files."""
         if name not in self.manifest.experts:
             known = ", ".join(self.manifest.experts)
             raise LimeEdgeError(f"{self.path}: unknown expert {name!r}", f"experts: {known}")
-        files = {n: e for n, e in self.manifest.files.items() if n != expert_file(name)}
-        changed = self._rewrite(tuple(n for n in self.manifest.experts if n != name), files)
-        (self.path / expert_file(name)).unlink(missing_ok=True)
+        own = (expert_file(name), adapter_file(name))
+        files = {n: e for n, e in self.manifest.files.items() if n not in own}
+        kept, added = (tuple(n for n in names if n != name) for names in (self.manifest.experts, self.manifest.added))
+        changed = self._rewrite(kept, files, added)
+        for file in own:
+            (self.path / file).unlink(missing_ok=True)
         return changed
 
-    def _rewrite(self, experts: tuple[str, ...], files: dict[str, FileEntry]) -> Bundle:
-        manifest = replace(self.manifest, experts=experts, files=files)
+    def _rewrite(self, experts: tuple[str, ...], files: dict[str, FileEntry], added: tuple[str, ...]) -> Bundle:
+        manifest = replace(self.manifest, experts=experts, files=files, added=added)
         write_file(self.path / MANIFEST, manifest.to_json().encode())
         return Bundle(self.path, manifest)
 
@@ -222,16 +236,17 @@ def write_bundle(stage: Path, manifest: Manifest, experts: Iterable[Expert], ref
         manifest: without its `experts` and `files`. reference: p_ref (sum_H,) float32.
     """
     (stage / "experts").mkdir()
-    names = []
+    vectors = {}
     for expert in experts:
         (stage / expert_file(expert.name)).write_bytes(expert.to_bytes())
-        names.append(expert.name)
+        vectors[expert.name] = expert.vector
     (stage / REFERENCE).write_bytes(save({"reference": np.ascontiguousarray(reference, np.float32)}))
+    write_genai(stage, manifest, vectors, reference)
     files = {
         str(file.relative_to(stage).as_posix()): hash_file(file)
         for file in sorted(stage.rglob("*"))
         if file.is_file()
     }
-    complete = replace(manifest, experts=tuple(names), files=files)
+    complete = replace(manifest, experts=tuple(vectors), files=files)
     (stage / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
     return complete

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lime_edge import __version__, cli_bench, cli_export, cli_import, cli_interchange, cli_profile, terminal
+from lime_edge import __version__, cli_bench, cli_export, cli_import, cli_interchange, cli_profile, cli_verify, terminal
 from lime_edge.cli_experts import experts_app
 from lime_edge.cli_options import BundlePath, ExpertOption, Json, Target, Threads
 from lime_edge.errors import LimeEdgeError
@@ -29,6 +29,7 @@ app.add_typer(experts_app, name="experts")
 cli_export.register(app)
 cli_bench.register(app)
 cli_import.register(app)
+cli_verify.register(app)
 cli_interchange.register(experts_app)
 cli_profile.register(experts_app)
 

@@ -82,12 +82,15 @@ def pack(
     output: Annotated[Path, typer.Option("--output", "-o", help="The expert file to write (.safetensors).")],
     bundle: Annotated[Path, typer.Option(help="A bundle of the same backbone and shared adapter.")],
     expert: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Make a folder of vectors into one file to deliver: session.install and experts add take it."""
     from lime_edge.bundle import Bundle
     from lime_edge.staging import write_file
     from lime_edge.vectors import read_vectors
 
+    if output.exists() and not force:
+        raise LimeEdgeError(f"{output}: already exists", "choose another name or pass --force")
     chosen = _only(read_vectors(folder, Bundle.open(bundle)), expert, folder)
     data = chosen.to_bytes()
     write_file(output, data)

@@ -108,6 +108,7 @@ def export(
         write(model, adapter, output, compiling, chosen, options, progress)
     show_bundle(output, as_json, sites)
     warn_of_losses(output)
+    warn_of_overflow(output)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -133,3 +134,16 @@ def warn_of_losses(path: Path) -> None:
     for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
         text = f"[bold yellow]warning:[/bold yellow] {terminal.escape(line)}\n  hint: {SURVIVAL_HINT}"
         terminal.err.print(text, soft_wrap=True)
+
+
+def warn_of_overflow(path: Path) -> None:
+    """Say on standard error where activations come within half of float16's limit in a target that computes in it."""
+    from lime_edge.bundle import Bundle
+
+    for target, facts in Bundle.open(path).manifest.targets.items():
+        peak = facts.get("peak")
+        if peak and not peak["value"] < peak["limit"] / 2:
+            text = (f"[bold yellow]warning:[/bold yellow] {target}: {terminal.escape(peak['site'])} reaches "
+                    f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
+                    "or take a target that computes in float32 (--target onnx)")  # fmt: skip
+            terminal.err.print(text, soft_wrap=True)

@@ -44,5 +44,6 @@ def find_device(name: str) -> Device:
         LimeEdgeError: unknown.
     """
     if name not in DEVICES:
-        raise LimeEdgeError(f"--device: expected {', '.join(DEVICES)}, found {name!r}")
+        raise LimeEdgeError(f"--device: expected {', '.join(DEVICES)}, found {name!r}",
+                            "cpu suits any computer; the device only sets defaults")  # fmt: skip
     return DEVICES[name]

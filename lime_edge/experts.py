@@ -19,6 +19,7 @@ from lime_edge.sites import SiteTable
 FORMAT = "lime-edge-expert"
 SCHEMA = 1
 RESERVED = ("none", "routed")
+ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # variants: no p gives the original model back
 DTYPES = {"float16": np.float16, "float32": np.float32}
 Selection = str | Mapping[str, float] | None
 READY_BYTES = 1 << 20  # fp32 residuals kept ready for a switch back, per session
@@ -97,7 +98,7 @@ def read_expert(path: Path) -> Expert:
     if not header.get("schema", "").isdigit() or int(header["schema"]) > SCHEMA:
         hint = "upgrade lime-edge"
         raise LimeEdgeError(f"{path}: schema: expected at most {SCHEMA}, found {header.get('schema')}", hint)
-    with Faults(str(path)) as faults:
+    with Faults(str(path), "write it anew with lime-edge experts pack") as faults:
         if vector.dtype not in (np.float16, np.float32):
             faults.add("dtype", "float16 or float32", vector.dtype)
         elif vector.ndim != 1:

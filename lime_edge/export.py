@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from lime_edge import __version__
 from lime_edge.bundle import Manifest, hash_file, write_bundle
-from lime_edge.compiler.adapter_checks import WEIGHTS
+from lime_edge.compiler.adapter_checks import CONFIG, WEIGHTS
 from lime_edge.compiler.backbone import find_gguf, quiet
 from lime_edge.compiler.calibrate import (
     Calibration,
@@ -27,13 +28,15 @@ from lime_edge.compiler.calibrate import (
     vocabulary_words,
 )
 from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
-from lime_edge.compiler.compile import CompileOptions, choose_rounding, compile_checkpoint, fold_checkpoint
+from lime_edge.compiler.compile import CompileOptions, check_fold, choose_rounding, compile_checkpoint, fold_checkpoint
 from lime_edge.compiler.compiled import CompiledModel
+from lime_edge.compiler.oracle import ask_decoder
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.compiler.survival import choose_sequences, list_groups, measure_survival, summarize
 from lime_edge.devices import Device
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Expert
+from lime_edge.golden import write_golden
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.target_options import TargetOptions
@@ -74,6 +77,7 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
     """
     for target in options.targets:
         check_target(target)
+    check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
         checkpoint = read_checkpoint(model, adapter)
@@ -81,6 +85,19 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
             copy_tokenizer(model, stage / "tokenizer")
         progress("read", 1, 1)
         return fill_bundle(checkpoint, stage, compiling, device, options, progress)
+
+
+def check_fold_early(adapter: Path, fold: str) -> None:
+    """Refuse an unknown expert in `--fold` before anything large is read.
+
+    Raises:
+        LimeEdgeError: neither a policy nor one of the experts that the adapter's config names.
+    """
+    try:
+        names = tuple(map(str, json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["expert_names"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # reading the adapter will say what is wrong with it
+    check_fold(fold, names)
 
 
 def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, device: Device,
@@ -98,6 +115,7 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
         (stage / target).mkdir()
         facts = load_exporter(target).export(compiled, stage / target, options.target_options, progress)
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
+    write_golden(stage, ask_decoder(compiled, find_encoder(stage / "tokenizer"), progress))
     progress("hash", 0, 1)
     rounding = {"rounding": choose_rounding(compiling, calibration),
                 "calibration": calibration.source if calibration else None, "survival": survival}  # fmt: skip
@@ -105,6 +123,11 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
     manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
     progress("hash", 1, 1)
     return manifest
+
+
+def find_encoder(tokenizer: Path) -> Callable[[str], list[int]] | None:
+    """Text to token ids as the model reads them, special tokens added; None for a bundle without a tokenizer."""
+    return partial(TextCodec(tokenizer).encode, add_special_tokens=True) if tokenizer.is_dir() else None
 
 
 def complete_bundle(stage: Path, manifest: Manifest, experts: Mapping[str, torch.Tensor],

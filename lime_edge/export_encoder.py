@@ -18,11 +18,21 @@ from lime_edge.compiler.calibrate import built_in_calibration, read_calibration,
 from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.encoder import EncoderBackbone, EncoderCheckpoint, is_encoder, read_encoder_checkpoint
 from lime_edge.compiler.encoder_compile import CompiledEncoder, EncoderCalibration, compile_encoder
+from lime_edge.compiler.oracle import ask_encoder
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.devices import Device
 from lime_edge.encoder_session import KIND
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import VERSIONED, ExportOptions, Progress, complete_bundle, copy_tokenizer
+from lime_edge.export import (
+    VERSIONED,
+    ExportOptions,
+    Progress,
+    check_fold_early,
+    complete_bundle,
+    copy_tokenizer,
+    find_encoder,
+)
+from lime_edge.golden import write_golden
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.targets import check_target
@@ -42,6 +52,7 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
         LimeEdgeError: faults of the checkpoint, the options or the storage.
     """
     exporters = {target: load_encoder_exporter(target) for target in options.targets}
+    check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
         checkpoint = read_encoder_checkpoint(model, adapter)
@@ -54,6 +65,8 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
             (stage / target).mkdir()
             facts = exporter.export(compiled, stage / target, options.target_options, progress)
             targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
+        encode, context = find_encoder(stage / "tokenizer"), _find_context(checkpoint.backbone)
+        write_golden(stage, ask_encoder(compiled, encode, context, progress))
         progress("hash", 0, 1)
         source = calibration.source if calibration and compiled.rounding == "gptq" else None
         manifest = _describe(compiled, targets, device.name, source)

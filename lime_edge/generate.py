@@ -30,7 +30,7 @@ class GenerationOptions:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        with Faults("generation options") as faults:
+        with Faults("generation options", "lime-edge run --help explains each") as faults:
             if self.max_new_tokens < 1:
                 faults.add("max_new_tokens", "at least 1", self.max_new_tokens)
             if not self.temperature >= 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lime_edge import terminal
 from lime_edge.bundle import Bundle, expert_file
+from lime_edge.golden import FILE as GOLDEN
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
@@ -17,9 +18,11 @@ def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) ->
     """Print a bundle's facts as tables or JSON."""
     opened = Bundle.open(path, verify)
     if as_json:
-        terminal.print_json(describe_bundle(opened))
-    else:
-        print_bundle(opened, sites)
+        terminal.print_json(describe_bundle(opened) | ({"verified": True} if verify else {}))
+        return
+    print_bundle(opened, sites)
+    if verify:
+        terminal.out.print(f"all {len(opened.manifest.files)} files are as they were written (sha256)")
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -53,14 +56,16 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         ["weight hash", m.quantization["weight_hash"]],
         ["sites", f"{len(m.sites)}, sum_H {m.sites.total}"],
         ["device", m.device],
+        ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
         ["total size", size(bundle.total_bytes)],
     ]
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
-        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), f["weight_hash"][:16]]
+        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), f.get("routed") or "no",
+         f["weight_hash"][:16]]
         for name, f in m.targets.items()
     ]
-    columns = {"target": "left", "size": "right", "providers": "left", "weight hash": "left"}
+    columns = {"target": "left", "size": "right", "providers": "left", "routed": "left", "weight hash": "left"}
     terminal.print_table("targets", columns, rows)
     rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
     terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)

@@ -33,7 +33,7 @@ class TextCodec:
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise LimeEdgeError(f"{file}: not a readable tokenizer: {error}") from None
+            raise LimeEdgeError(f"{file}: not a readable tokenizer: {error}", "copy the bundle again") from None
         self._config = _read_json(directory / "tokenizer_config.json")
         generation = _read_json(directory / "generation_config.json")
         template = directory / "chat_template.jinja"
@@ -85,7 +85,8 @@ class TextCodec:
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=open_turn, **names)
         except jinja2.TemplateError as error:
-            raise LimeEdgeError(f"the chat template failed: {error}") from None
+            raise LimeEdgeError(f"the chat template failed: {error}",
+                                "pass a complete prompt instead (--raw)") from None  # fmt: skip
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LimeEdgeError(f"{file}: not JSON: {error}") from None
+        raise LimeEdgeError(f"{file}: not JSON: {error}", "copy the bundle again") from None
 
 
 def _compile_template(text: str) -> jinja2.Template:
@@ -112,4 +113,5 @@ def _compile_template(text: str) -> jinja2.Template:
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:
-        raise LimeEdgeError(f"the chat template cannot be compiled: {error}") from None
+        raise LimeEdgeError(f"the chat template cannot be compiled: {error}",
+                            "pass complete prompts instead (--raw)") from None  # fmt: skip

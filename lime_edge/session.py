@@ -140,9 +140,11 @@ class Session(ExpertSwitch):
         vocab = self.bundle.manifest.model["vocab"]
         array = np.asarray(ids, dtype=np.int64)
         if array.ndim != 1 or array.size == 0:
-            raise LimeEdgeError(f"token ids: expected a non-empty list, found shape {array.shape}")
+            raise LimeEdgeError(f"token ids: expected a non-empty list, found shape {array.shape}",
+                                "give at least one token id, in a flat list")  # fmt: skip
         if array.min() < 0 or array.max() >= vocab:
-            raise LimeEdgeError(f"token ids: expected 0..{vocab - 1}, found {array.min()}..{array.max()}")
+            raise LimeEdgeError(f"token ids: expected 0..{vocab - 1}, found {array.min()}..{array.max()}",
+                                "they come from another tokenizer?")  # fmt: skip
         return array
 
     def _note(self, tokens: int) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 
 from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import ExpertBank, Selection, describe_selection, read_expert
+from lime_edge.experts import ALWAYS_ON, ExpertBank, Selection, describe_selection, read_expert
 
 ROUTED = "routed"
-ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # no p gives the original model back
 
 
 class SwitchableEngine(Protocol):

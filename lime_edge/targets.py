@@ -23,7 +23,8 @@ def check_target(target: str) -> str:
         LimeEdgeError: no such target.
     """
     if target not in TARGETS:
-        raise LimeEdgeError(f"target: expected {' or '.join(TARGETS)}, found {target!r}")
+        raise LimeEdgeError(f"target: expected {' or '.join(TARGETS)}, found {target!r}",
+                            "--target may be repeated; onnx runs everywhere")  # fmt: skip
     return TARGETS[target]
 
 

@@ -43,7 +43,8 @@ def read_vectors(directory: Path, bundle: Bundle) -> list[Expert]:
     with np.errstate(over="ignore"):
         flat = np.concatenate([_join(tensors, site.name) for site in bundle.manifest.sites], axis=1).astype(dtype)
     if not np.isfinite(flat).all():
-        raise LimeEdgeError(f"{directory}: a vector holds values beyond {np.dtype(dtype)}'s range")
+        raise LimeEdgeError(f"{directory}: a vector holds values beyond {np.dtype(dtype)}'s range",
+                            "export the bundle with --quant none: it stores float32")  # fmt: skip
     fingerprint, sites = bundle.manifest.fingerprint, bundle.manifest.sites.hash
     return [Expert(name, flat[index], fingerprint, sites) for index, name in enumerate(names)]
 

@@ -49,7 +49,7 @@ def test_it_answers_as_the_workstation_does(bare: Path, tiny_bundle: Make) -> No
 def test_every_device_command_runs(bare: Path, tiny_bundle: Make) -> None:
     bundle = tiny_bundle(quant="int4")
     bench = ("bench", bundle, "--prompt-tokens", 4, "--gen-tokens", 4)
-    for words in (("inspect", bundle), ("experts", "list", bundle), bench):
+    for words in (("inspect", bundle), ("verify", bundle), ("experts", "list", bundle), bench):
         done = run(bare, "lime-edge", *words)
         assert done.returncode == 0, done.stderr
 

@@ -50,7 +50,7 @@ def test_manifest_golden(tmp_path: Path) -> None:
     """The manifest's fields by name: renaming one breaks every device out there."""
     body = json.loads((make_bundle(tmp_path / "x.lime") / MANIFEST).read_text())
     assert list(body) == [
-        "format", "schema", "fingerprint", "model", "adapter", "quantization", "device", "experts",
+        "format", "schema", "fingerprint", "model", "adapter", "quantization", "device", "experts", "added",
         "targets", "versions", "sites", "files",
     ]  # fmt: skip
     assert body["format"] == "lime-edge-bundle" and body["schema"] == 1

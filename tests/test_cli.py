@@ -107,6 +107,12 @@ def test_run_takes_an_expert_a_blend_and_none(lime: Cli, bundle: Path) -> None:
     assert len(set(answers.values())) >= 3, answers
 
 
+@pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"quant": "int4"}, {"fold": "expert1"}])
+def test_verify_agrees_on_this_machine(lime: Cli, tiny_bundle: Make, options: dict[str, str]) -> None:
+    done = lime("verify", tiny_bundle(**options), "--threads", 1)
+    assert done.code == 0 and "onnx on CPUExecutionProvider: 6 of 6 as PyTorch computed them" in done.out, done
+
+
 def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
     one, two = Bundle.open(bundle).manifest.experts[:2]
     text = f"hi\n/cache\n/expert {two}\n/cache\nhi\n/cache\n/expert nobody\n/experts\n/what\n/quit\n"
@@ -128,6 +134,10 @@ def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     assert [e["name"] for e in facts["experts"]] == list(manifest.experts)
     assert facts["sum_h"] == sum(site["width"] for site in facts["sites"])
     text = lime("inspect", bundle, "--sites", "--verify").out
+    assert f"all {len(manifest.files)} files are as they were written (sha256)" in text
+    assert json.loads(lime("inspect", bundle, "--verify", "--json").out)["verified"] is True
+    assert "verified" not in facts and "golden outputs" in text
+    assert "as they were written" not in lime("inspect", bundle).out
     for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
         assert word in text
 
@@ -246,9 +256,52 @@ def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapte
         (("--single",), "--single needs --fold NAME"),
         (("--device", "toaster"), "--device: expected cpu"),
         (("--target", "toaster"), "target: expected onnx"),
+        (("--rounding", "down"), "--rounding: expected"),
+        (("--keep-int8", "tail"), "--keep-int8: expected none or some of"),
     ):
-        assert message in lime.refuse(*words, *more)
+        error = lime.refuse(*words, *more)
+        assert message in error and "hint: " in error
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_fold_is_refused_before_the_model_is_read(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lime_edge import export, export_encoder
+
+    for module, name in ((export, "read_checkpoint"), (export_encoder, "read_encoder_checkpoint")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the model was read"))
+    for encoder in (False, True):
+        monkeypatch.setattr(export_encoder, "is_encoder", lambda _, encoder=encoder: encoder)
+        words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--fold", "nobody")
+        assert "found 'nobody' hint: experts of this adapter: expert0, expert1" in lime.refuse(*words)
+
+
+def test_what_is_no_adapter_is_named_in_one_message(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path
+) -> None:
+    fixture = Path(__file__).parent / "fixtures" / "conformance" / "models" / "llama-lora-auto"
+
+    def refuse(adapter: Path) -> str:
+        return lime.refuse("export", tiny_model(), "--adapter", adapter, "-o", tmp_path / "x.lime")
+
+    assert "a whole checkpoint and not an adapter hint: lime-edge import CHECKPOINT" in refuse(fixture)
+    encoder = Path(shutil.copytree(fixture.with_name("bert-lora-cls"), tmp_path / "encoder"))
+    config = json.loads((encoder / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    (encoder / "config.json").write_text(json.dumps(config))
+    for whole, what in ((fixture, "a backbone"), (encoder, "a model")):
+        error = lime.refuse("export", whole, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
+        assert f"holds a whole checkpoint of the LiME authors' code, not {what} hint: lime-edge import" in error
+    folder = Path(shutil.copytree(tiny_adapter(), tmp_path / "folder"))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    shutil.copy(fixture / "model.safetensors", weights)
+    assert "holds a whole checkpoint of the LiME authors' code, not an adapter hint: lime-edge import" in refuse(folder)
+    save_file({f"{name}.lora_A.weight": tensor for name, tensor in tensors.items()}, weights)
+    assert f"holds a PEFT LoRA, not a LiME adapter hint: lime-edge import {folder} -o" in refuse(folder)
+    save_file({name: tensor for name, tensor in tensors.items() if name.endswith(".LiMEs")}, weights)
+    error = refuse(folder)
+    assert "holds expert vectors alone" in error and f"hint: lime-edge experts add BUNDLE {folder}" in error
 
 
 def test_an_adapter_for_another_model_is_refused(

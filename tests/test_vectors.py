@@ -159,5 +159,9 @@ def test_the_command_line_adds_and_packs(lime: Cli, tiny_adapter: Make, tiny_bun
     assert "expected one expert, found 4" in lime.refuse("experts", "add", bundle, tiny_adapter(), "--name", "x")
     assert "exists already" in lime.refuse("experts", "add", bundle, tiny_adapter())
     assert (bundle / "lime.json").read_bytes() == before
-    assert lime("experts", "pack", tiny_adapter(), "-o", packed, "--bundle", bundle, "--expert", "expert2").code == 0
+    words = ("experts", "pack", tiny_adapter(), "-o", packed, "--bundle", bundle, "--expert", "expert2")
+    before = packed.read_bytes()
+    assert "already exists hint: choose another name or pass --force" in lime.refuse(*words)
+    assert packed.read_bytes() == before
+    assert lime(*words, "--force").code == 0
     assert read_expert(packed).name == "expert2"

@@ -33,6 +33,8 @@ FILES=(test_experts.py test_bundle.py test_generate.py test_session.py test_gold
 EXPORTER_TESTS=(
     test_cli.py::test_export_then_run
     test_cli.py::test_bad_export_options_are_refused
+    test_cli.py::test_an_unknown_fold_is_refused_before_the_model_is_read
+    test_cli.py::test_what_is_no_adapter_is_named_in_one_message
     test_cli.py::test_an_adapter_for_another_model_is_refused
     test_cli.py::test_all_faults_of_a_model_are_reported_at_once
     test_cli.py::test_models_we_cannot_build_are_refused

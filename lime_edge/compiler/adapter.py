@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lime_edge.compiler.adapter_checks import CONFIG, WEIGHTS, check_adapter, is_named
+from lime_edge.compiler.adapter_checks import CONFIG, IMPORT, WEIGHTS, check_adapter, is_named
 from lime_edge.compiler.layers import routing_for
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import Faults, LimeEdgeError
+
+CHECKPOINT = ("lime.json", "model.safetensors", "pytorch_model.bin")  # what a checkpoint of the authors' code holds
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise LimeEdgeError(f"{path}: no such adapter directory", "pass the folder of adapter_config.json")
     if not file.is_file():
+        if whole := [name for name in CHECKPOINT if (path / name).is_file()]:
+            raise LimeEdgeError(f"{path}: holds {', '.join(whole)}, a whole checkpoint and not an adapter", IMPORT)
         raise LimeEdgeError(f"{path}: adapter_config.json is missing", "is this a LiME adapter directory?")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LimeEdgeError(f"{file}: not JSON: {error}") from None
+        raise LimeEdgeError(f"{file}: not JSON: {error}", "copy the adapter again, or mend the file by hand") from None
     if not isinstance(config, dict):
-        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(config).__name__}")
+        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(config).__name__}",
+                            "docs/adapter-format.md lists its fields")  # fmt: skip
     return config
 
 
@@ -194,7 +199,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}",
+                            "copy it again: it may be truncated") from None  # fmt: skip
 
 
 def _build_site(parts: Mapping[str, torch.Tensor], embedding: bool) -> AdapterSite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "slicefine": ("part_T",),
     "prompt_tuning": ("prompt_base", "prompt_delta"),
 }
+VECTORS = ("LiMEs", "LiME_shared", "gamma")  # what an expert delivered later consists of
+IMPORT = "lime-edge import CHECKPOINT -o imported/, then export imported/backbone --adapter imported/adapter"
 PROMPT = "prompt"  # the one site of prompt tuning: the virtual tokens before the model
 VARIANTS = tuple(PARTS)
 SELECTIONS = ("soft_topk", "hard_topk", "auto_topk", "sparse_topk", "sparse_auto_topk")
@@ -66,6 +68,7 @@ def check_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor],
     Returns:
         site -> part -> float32 tensor, complete and of the right shapes when there are no faults.
     """
+    refuse_strangers(tensors, faults.where)
     typed = _check_types(config, faults)
     sites: dict[str, dict[str, torch.Tensor]] = {}
     if typed.get("variant") in PARTS and "r" in typed and "num_experts" in typed:
@@ -73,6 +76,33 @@ def check_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor],
     if all(name in typed for name, (_, required) in FIELDS.items() if required):
         _check_values(typed, faults)
     return sites
+
+
+def refuse_strangers(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Name what else a directory is, in place of a fault for every tensor.
+
+    Raises:
+        LimeEdgeError: expert vectors alone, a whole checkpoint of the authors' code, or a PEFT LoRA.
+    """
+    parts = {name.rpartition(".")[2] for name in tensors}
+    if parts and parts <= set(VECTORS):
+        raise LimeEdgeError(f"{where}: holds expert vectors alone: the shared adapter they belong to is in a bundle",
+                            f"lime-edge experts add BUNDLE {where}")  # fmt: skip
+    if any(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors):
+        raise LimeEdgeError(f"{where}: holds a PEFT LoRA, not a LiME adapter",
+                            f"lime-edge import {where} -o imported/, then --adapter imported/adapter")  # fmt: skip
+    if parts & {"weight", "part_F"}:
+        refuse_checkpoint(tensors, where, "an adapter")
+
+
+def refuse_checkpoint(names: Iterable[str], where: str, wanted: str) -> None:
+    """Refuse a state dict of the authors' code, backbone and adapter in one, where half of it is wanted.
+
+    Raises:
+        LimeEdgeError: one of the tensors is an expert's.
+    """
+    if any(name.endswith(".LiMEs") for name in names):
+        raise LimeEdgeError(f"{where}: holds a whole checkpoint of the LiME authors' code, not {wanted}", IMPORT)
 
 
 def name_selection(config: RoutingConfig) -> str:

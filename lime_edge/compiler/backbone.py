@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from lime_edge.compiler.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.architecture import Decoder, read_decoder
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -69,7 +70,8 @@ def _read_eos(path: Path, config: Any) -> tuple[int, ...]:
         try:
             ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise LimeEdgeError(f"{file}: not a readable generation config: {error}") from None
+            raise LimeEdgeError(f"{file}: not a readable generation config: {error}",
+                                "mend it, or remove it: config.json has eos too") from None  # fmt: skip
     ids = config.eos_token_id if ids is None else ids
     if ids is None:
         return ()
@@ -83,7 +85,8 @@ def find_gguf(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise LimeEdgeError(f"{path}: expected a model directory or a .gguf file, found a {path.suffix} file")
+        raise LimeEdgeError(f"{path}: expected a model directory or a .gguf file, found a {path.suffix} file",
+                            "name the directory that the file lies in")  # fmt: skip
     if (path / "config.json").is_file():
         return None
     found = sorted(path.glob("*.gguf"))
@@ -99,7 +102,8 @@ def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise LimeEdgeError(f"{path / 'config.json'}: not a readable model config: {error}") from None
+        raise LimeEdgeError(f"{path / 'config.json'}: not a readable model config: {error}",
+                            "is this what save_pretrained writes?") from None  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(path):
         try:
@@ -107,7 +111,8 @@ def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
                     tensors[name] = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}") from None
+            raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}",
+                                "copy it again: it may be truncated") from None  # fmt: skip
     return config, tensors
 
 
@@ -117,7 +122,7 @@ def _weight_files(path: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise LimeEdgeError(f"{index}: not a readable weight index: {error!r}") from None
+            raise LimeEdgeError(f"{index}: not a readable weight index: {error!r}", "copy the model again") from None
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise LimeEdgeError(f"{path}: shards are missing: {', '.join(missing)}", "copy every shard")
@@ -132,14 +137,16 @@ def _weight_files(path: Path) -> list[Path]:
 def _read_gguf(file: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise LimeEdgeError(f"{file}: not a GGUF file (no GGUF magic)")
+            raise LimeEdgeError(f"{file}: not a GGUF file (no GGUF magic)",
+                                "copy it again, or pass a Hugging Face directory")  # fmt: skip
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
             )
     except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
-        raise LimeEdgeError(f"{file}: not a readable GGUF model: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable GGUF model: {error}",
+                            "pass the Hugging Face directory instead") from None  # fmt: skip
     return model.config, model.state_dict()
 
 
@@ -156,6 +163,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    refuse_checkpoint(found, where, "a backbone")
     wanted = decoder.tensors()
     checked: dict[str, torch.Tensor] = {}
     with Faults(where, "config.json and the weights must come from the same model") as faults:

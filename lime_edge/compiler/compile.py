@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,15 +40,20 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.quant not in QUANTS:
-            raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}")
+            raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}",
+                                "int4 is the smallest, int8 more exact, none keeps float32")  # fmt: skip
         if self.rounding not in ROUNDINGS:
-            raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {self.rounding!r}")
+            raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {self.rounding!r}",
+                                "gptq (calibrated) is the most exact for int4")  # fmt: skip
         if unknown := [kind for kind in self.int8_kinds if kind not in KINDS]:
-            raise LimeEdgeError(f"--keep-int8: expected none or some of {', '.join(KINDS)}, found {', '.join(unknown)}")
+            raise LimeEdgeError(f"--keep-int8: expected none or some of {', '.join(KINDS)}, found {', '.join(unknown)}",
+                                "for example --keep-int8 head,qkv,down; none makes the smallest bundle")  # fmt: skip
         if not 16 <= self.group <= 256 or self.group & (self.group - 1):
-            raise LimeEdgeError(f"--group-size: expected a power of two from 16 to 256, found {self.group}")
+            raise LimeEdgeError(f"--group-size: expected a power of two from 16 to 256, found {self.group}",
+                                "32 suits every target; larger groups are smaller and less exact")  # fmt: skip
         if self.single and self.fold in ("shared", "none"):
-            raise LimeEdgeError("--single needs --fold NAME: one expert is folded and no other can be used")
+            raise LimeEdgeError("--single needs --fold NAME: one expert is folded and no other can be used",
+                                "for example --fold movie --single; without --single all experts stay")  # fmt: skip
 
 
 def compile_checkpoint(
@@ -142,6 +147,17 @@ def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torc
     return {name: flat[index].clone() for index, name in enumerate(adapter.expert_names)}
 
 
+def check_fold(fold: str, names: Sequence[str]) -> None:
+    """Refuse what `--fold` cannot mean.
+
+    Raises:
+        LimeEdgeError: neither a policy nor one of the experts.
+    """
+    if fold not in ("shared", "none", *names):
+        raise LimeEdgeError(f"--fold: expected shared, none or an expert's name, found {fold!r}",
+                            f"experts of this adapter: {', '.join(names)}")  # fmt: skip
+
+
 def reference_vector(fold: str, experts: dict[str, torch.Tensor]) -> torch.Tensor:
     """p_ref (sum_H,) float32: the mean of the stored experts, zeros, or one of them."""
     stacked = torch.stack([vector.float() for vector in experts.values()])
@@ -149,9 +165,7 @@ def reference_vector(fold: str, experts: dict[str, torch.Tensor]) -> torch.Tenso
         return stacked.double().mean(0).float()
     if fold == "none":
         return torch.zeros(stacked.shape[1])
-    if fold not in experts:
-        hint = f"experts of this adapter: {', '.join(experts)}"
-        raise LimeEdgeError(f"--fold: expected shared, none or an expert's name, found {fold!r}", hint)
+    check_fold(fold, tuple(experts))
     return experts[fold].float()
 
 

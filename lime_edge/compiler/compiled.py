@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -188,6 +189,10 @@ class CompiledModel:
 
     def weight_hash(self) -> str:
         """sha256 over the canonical integers (or floats) and scales: equal across targets."""
+        return self._weight_hash
+
+    @cached_property
+    def _weight_hash(self) -> str:  # every target's manifest entry asks for it: hash the weights once
         digest = hashlib.sha256()
         for name in sorted(self.weights):
             stored = self.weights[name]

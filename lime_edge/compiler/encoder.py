@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lime_edge.compiler.adapter import Adapter, read_adapter
-from lime_edge.compiler.adapter_checks import is_named
+from lime_edge.compiler.adapter_checks import is_named, refuse_checkpoint
 from lime_edge.compiler.architecture import FAMILIES
 from lime_edge.compiler.backbone import quiet
 from lime_edge.compiler.importing import read_json, read_weights
@@ -149,7 +149,8 @@ def infer_task(architecture: str, path: Path) -> str:
     tasks = _tasks_manager()
     known = getattr(transformers, architecture, None) if architecture else None
     if known is None:
-        raise LimeEdgeError(f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers")
+        raise LimeEdgeError(f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers",
+                            "upgrade transformers, or mend architectures in config.json")  # fmt: skip
     try:
         task = tasks.infer_task_from_model(known)
     except ValueError:  # classes that share a family's entry with others (DeiT's two heads)
@@ -174,10 +175,13 @@ def load_model(path: Path, task: str, architecture: str) -> nn.Module:
                 local_files_only=True, output_loading_info=True, dtype=torch.float32,
             )  # fmt: skip
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-        raise LimeEdgeError(f"{path}: not a readable model: {error}") from None
+        raise LimeEdgeError(f"{path}: not a readable model: {error}", "copy it again: it may be truncated") from None
     if type(model).__name__ != architecture:
-        raise LimeEdgeError(f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}")
-    missing = info["missing_keys"] if isinstance(info, dict) else info.missing_keys
+        raise LimeEdgeError(f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}",
+                            "name the loaded class in config.json, or save the model with its own class")  # fmt: skip
+    keys = ("missing_keys", "unexpected_keys")
+    missing, extra = (info[key] if isinstance(info, dict) else getattr(info, key) for key in keys)
+    refuse_checkpoint(extra, str(path), "a model")
     hint = "save the whole model with its own class: what is missing would be random"
     with Faults(str(path), hint) as faults:
         for name in sorted(missing):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -119,6 +120,10 @@ class CompiledEncoder:
 
     def weight_hash(self) -> str:
         """sha256 over the canonical integers (or floats) and scales, as `CompiledModel.weight_hash`."""
+        return self._weight_hash
+
+    @cached_property
+    def _weight_hash(self) -> str:
         digest = hashlib.sha256()
         for name, stored in sorted(self.weights.items()):
             digest.update(f"{name}.weight".encode())

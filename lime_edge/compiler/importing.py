@@ -208,9 +208,11 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:  # fmt: skip
-        raise LimeEdgeError(f"{file}: not a readable state dict: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable state dict: {error}",
+                            "copy it again; it must hold tensors only") from None  # fmt: skip
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise LimeEdgeError(f"{file}: expected a state dict (name -> tensor), found something else")
+        raise LimeEdgeError(f"{file}: expected a state dict (name -> tensor), found something else",
+                            "save model.state_dict(), not the model")  # fmt: skip
     return dict(state)
 
 
@@ -272,9 +274,10 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LimeEdgeError(f"{file}: not a readable JSON file: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable JSON file: {error}", "copy it again, or mend it by hand") from None
     if not isinstance(read, dict):
-        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(read).__name__}")
+        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(read).__name__}",
+                            "write it as {\"name\": value, ...}")  # fmt: skip
     return read
 
 

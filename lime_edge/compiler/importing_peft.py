@@ -112,7 +112,7 @@ def _read_sites(file: Path, dora: bool, faults: Faults) -> dict[str, dict[str, t
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
     wanted = ("A", "B", "m") if dora else ("A", "B")
     sites: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -193,7 +193,7 @@ def _read_vector_file(file: Path, widths: Mapping[str, int], base: Backbone | No
         with safe_open(file, framework="pt") as opened:
             ours = (opened.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}") from None
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
     if not ours:
         return load_file(file)
     expert = read_expert(file)

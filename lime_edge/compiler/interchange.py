@@ -60,7 +60,8 @@ def export_expert(adapter: Path, selection: Selection, form: str, output: Path, 
         LimeEdgeError: unknown format or expert, a variant that is no LoRA, a model that does not fit.
     """
     if form not in FORMATS:
-        raise LimeEdgeError(f"--format: expected {' or '.join(FORMATS)}, found {form!r}")
+        raise LimeEdgeError(f"--format: expected {' or '.join(FORMATS)}, found {form!r}",
+                            "peft for PEFT and transformers, gguf for llama.cpp")  # fmt: skip
     if form == "gguf" and model is None:
         raise LimeEdgeError("--format gguf needs the base model: its rows are ordered by attention heads",
                             "pass --model, a Hugging Face directory or a GGUF file")  # fmt: skip

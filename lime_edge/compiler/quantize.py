@@ -48,7 +48,8 @@ def round_scales(scales: torch.Tensor) -> torch.Tensor:
     """
     rounded = scales.to(torch.bfloat16).float().clamp_min(SMALLEST_SCALE)
     if not bool((rounded <= torch.finfo(torch.float16).max).all()):
-        raise LimeEdgeError(f"a quantization scale of {rounded.max():.3g} is beyond float16's range")
+        raise LimeEdgeError(f"a quantization scale of {rounded.max():.3g} is beyond float16's range",
+                            "the weights are not sane: check the checkpoint, or export with --quant none")  # fmt: skip
     return rounded
 
 

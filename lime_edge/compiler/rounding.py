@@ -41,7 +41,8 @@ def quantize_model(
         LimeEdgeError: unknown rounding; "gptq" at 4 bits without calibration.
     """
     if rounding not in ROUNDINGS:
-        raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {rounding!r}")
+        raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {rounding!r}",
+                            "gptq (calibrated) is the most exact for int4")  # fmt: skip
     units, widths, grams = _units(model), bits_by_name(model, bits, int8_kinds), Grams()
     given = {key: group_for(model.weight(names[0]).shape[1], widths[names[0]], group)[0]
              for key, names in units.items()}  # fmt: skip

@@ -1,0 +1,104 @@
+"""ExecuTorch for encoders and vision models: the compiled module traced, the compiler's integers as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lime_edge.compiler.encoder import make_sample
+from lime_edge.compiler.encoder_compile import CompiledEncoder, EncoderModule
+from lime_edge.compiler.encoder_layers import Product as CompiledProduct
+from lime_edge.compiler.encoder_layers import Table as CompiledTable
+from lime_edge.exporters.executorch_lower import Method, Progress, check_backend, lower
+from lime_edge.exporters.executorch_weights import Product, Table, check_group
+from lime_edge.target_options import TargetOptions
+
+FILE = "model.pte"
+BATCH = 8  # most inputs of one call: memory is planned for it
+LONGEST = 512  # tokens; a longer context is cut here, for the same reason
+
+
+def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+    """Write model.pte: `forward`, and `routed` where the checkpoint routes, on the same weights.
+
+    Args:
+        compiled: its integers are only re-packed. directory: exists, empty. options: its `executorch`.
+        progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry.
+    Raises:
+        LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
+    """
+    provider = check_backend(options.executorch.backend)
+    if compiled.options.quant == "int4":
+        check_group(compiled.options.group)
+    context = getattr(compiled.checkpoint.backbone.config, "max_position_embeddings", LONGEST)
+    limits = {"batch": BATCH, "sequence": min(int(context), LONGEST)}
+    takes_expert, routed = compiled.single is None, compiled.routing is not None
+    with packed_layers(compiled.module):
+        methods = {"forward": make_method(compiled.module, limits, takes_expert, routed=False)}
+        if routed:
+            methods["routed"] = make_method(compiled.module, limits, False, routed=True)
+        counts = lower(methods, options.executorch.backend, {}, directory / FILE, progress)
+    facts = {
+        "file": f"executorch/{FILE}", "executorch": version("executorch"), "providers": [provider],
+        "backend": options.executorch.backend, "expert_input": takes_expert, "limits": limits,
+        "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
+        "outputs": list(compiled.module.outputs), "weight_hash": compiled.weight_hash(),
+        "activations": "float32" if compiled.options.quant == "none" else "int8 per token, asymmetric",
+        "delegation": {name: asdict(count) for name, count in counts.items()},
+    }  # fmt: skip
+    return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
+
+
+@contextmanager
+def packed_layers(module: EncoderModule) -> Iterator[None]:
+    """Put this target's products into the compiled layers, and the compiler's own back afterwards."""
+    originals = {name: layer.product for name, layer in module.layers.items()}
+    try:
+        for name, layer in module.layers.items():
+            product = originals[name]
+            assert isinstance(product, (CompiledProduct, CompiledTable))
+            stored = product.stored
+            layer.product = Product([stored], product.bias) if isinstance(product, CompiledProduct) else Table(stored)
+        yield
+    finally:
+        for name, layer in module.layers.items():
+            layer.product = originals[name]
+
+
+def make_method(module: EncoderModule, limits: dict[str, int], takes_expert: bool, routed: bool) -> Method:
+    """`forward` or `routed` with dynamic batch and, for text, dynamic length."""
+    axes = {name: torch.export.Dim(name, min=1, max=limit) for name, limit in limits.items()}
+    inputs = list(make_sample(module.inputs).values())
+    shapes: list[Any] = [
+        {index: axes[size] for index, size in enumerate(entry.shape) if isinstance(size, str)}
+        for entry in module.inputs
+    ]  # fmt: skip
+    if takes_expert:
+        inputs, shapes = [*inputs, torch.zeros(module.sites.total)], [*shapes, None]
+    return Method(EncoderMethod(module, takes_expert, routed), tuple(inputs), (tuple(shapes),))
+
+
+class EncoderMethod(nn.Module):
+    """The module as a function of exactly a method's inputs."""
+
+    def __init__(self, module: EncoderModule, takes_expert: bool, routed: bool):
+        super().__init__()
+        self.module, self.takes_expert, self.routed = module, takes_expert, routed
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs; a method without an expert gets zeros, which nothing reads."""
+        self.module.use_routing(self.routed)
+        try:
+            residual = () if self.takes_expert else (torch.zeros(self.module.sites.total),)
+            return self.module(*tensors, *residual)
+        finally:
+            self.module.use_routing(False)

@@ -1,0 +1,69 @@
+"""Core ML for encoders and vision models: one call in, one call out, on a Mac or through the interpreter.
+
+Pinned, every row of a batch is a call of its own, padded to an enumerated length. Routed, the batch is one call as
+it is: routing weighs over everything it is given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lime_edge.bundle import Bundle
+from lime_edge.runtimes.coreml import choose_provider, load_package
+from lime_edge.session import SessionOptions
+
+EXPERT, IDS = "expert", "input_ids"
+
+
+def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> CoremlEncoderEngine:
+    """Load the bundle's package.
+
+    Raises:
+        LimeEdgeError: no Core ML where it is asked for, or a package that cannot be loaded.
+    """
+    return CoremlEncoderEngine(bundle, options)
+
+
+class CoremlEncoderEngine:
+    """The loaded package; implements lime_edge.encoder_session.EncoderEngine."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts = bundle.manifest.targets["coreml"]
+        self._outputs, self._lengths, self._routed = facts["outputs"], facts["lengths"], facts.get("routed")
+        self._takes_expert = bool(facts["expert_input"])
+        self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
+        self._function = "main"
+        self.provider = choose_provider(options.providers)
+        self._model = load_package(bundle, self.provider)
+
+    def set_expert(self, residual: np.ndarray) -> None:
+        """Use d (sum_H,) float32, rounded to float16, from the next call on."""
+        self._residual, self._function = residual.astype(np.float16), "main"
+
+    def set_routed(self) -> None:
+        """Weigh the checkpoint's experts per token from the next call on."""
+        assert self._routed is not None, "the session asks for it only where there is one"
+        self._function = self._routed
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, float32."""
+        inputs = {name: x.astype(np.int32) if x.dtype == np.int64 else x for name, x in inputs.items()}
+        if self._function == self._routed:
+            found = self._model.run(self._function, inputs)
+            return {name: np.asarray(found[name], np.float32) for name in self._outputs}
+        count = len(next(iter(inputs.values())))
+        rows = [self._run_row({name: x[row : row + 1] for name, x in inputs.items()}) for row in range(count)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in self._outputs}
+
+    def _run_row(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One text or image; outputs that have a row per token lose those of the padding."""
+        tokens = inputs[IDS].shape[1] if IDS in inputs else 0
+        length = next((n for n in self._lengths if n >= tokens), tokens)
+        if length > tokens:  # the mask is among the inputs, so its zeros tell the padding
+            inputs = {name: np.pad(x, ((0, 0), (0, length - tokens))) for name, x in inputs.items()}
+        if self._takes_expert:
+            inputs = inputs | {EXPERT: self._residual}
+        found = self._model.run("main", inputs)
+        padded = {name: length > tokens and found[name].ndim == 3 for name in self._outputs}
+        return {name: np.asarray(found[name][:, :tokens] if padded[name] else found[name], np.float32)
+                for name in self._outputs}  # fmt: skip

@@ -1,0 +1,156 @@
+"""The report: one page that needs nothing else, every plot in it, and nothing half-written."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+import struct
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_bench_compare import make_run
+
+from lime_edge import bench, cli
+from lime_edge.bench_report import DATA, PAGE, PLOTS, check_report, write_report
+from lime_edge.errors import LimeEdgeError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_document(*runs: dict[str, Any]) -> dict[str, Any]:
+    """What `bench_bundle` gives, with every part that is drawn."""
+    stage = {"rss_bytes": 50_000_000, "anonymous_bytes": 20_000_000, "peak_bytes": 60_000_000}
+    machine = {"cpu": "Cortex-A76 <4 cores>", "cores": 4, "load_1min": 0.1, "packages": ["numpy 2.4", "onnxruntime 1"]}
+    filled = []
+    for run in runs:
+        memory = {"net_peak_bytes": 9, "artifact_bytes": 7, "stages": dict.fromkeys(("python", "opened"), stage),
+                  "experts": dict.fromkeys(("1", "10", "100"), stage)}  # fmt: skip
+        ratio = {"ratio": 1.25, "spread": {"p5": 1.2, "p95": 1.4}}
+        added = {"memory": memory, "baseline": {"bundle": "single.lime", "decode": ratio, "ttft": ratio, "run": None},
+                 "energy": None, "bandwidth": None, "temperature_c": None, "repeat": 5, "cache_dropped": True,
+                 "switch_to_first_token_ms": {"p50": 30.0, "p95": 31.0, "p99": 32.0}}  # fmt: skip
+        filled.append(copy.deepcopy(run | added))
+    facts = {"schema": 2, "lime_edge": "0.1.0", "created": "2026-01-01T00:00:00+00:00", "bundle": "tiny.lime",
+             "model": "tiny & <random>", "fingerprint": "f0"}  # fmt: skip
+    return {**facts, **filled[0], "machine": machine, "runs": filled}
+
+
+class Page(HTMLParser):
+    """What a browser would load, and the text of the cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.images: dict[str, bytes] = {}
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.tags.append(tag)
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            if given.get(name) is not None:
+                self.references.append(given[name] or "")
+        if tag == "img":
+            kind, _, data = (given["src"] or "").partition(",")
+            assert kind == "data:image/png;base64"
+            self.images[given["alt"] or ""] = base64.b64decode(data, validate=True)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "out"
+    write_report(path, make_document(make_run(), make_run(decode=4.0, prompt_tokens=512)))
+    return path
+
+
+def test_the_page_holds_every_plot(report: Path) -> None:
+    page = Page((report / PAGE).read_text())
+    assert set(page.images) == set(PLOTS) - {"call_latency"}, "all but what an encoder would have"
+    for name, png in page.images.items():
+        assert png == (report / f"{name}.png").read_bytes(), name
+        assert png.startswith(PNG), name
+        width, height = struct.unpack(">II", png[16:24])
+        assert width > 600 and height > 200 and len(png) > 5000, name
+    files = {f"{name}.png" for name in page.images} | {PAGE, DATA}
+    assert {file.name for file in report.iterdir()} == files
+
+
+def test_the_page_refers_to_nothing(report: Path) -> None:
+    text = (report / PAGE).read_text()
+    page = Page(text)
+    assert len(page.references) == len(page.images) > 0
+    assert all(reference.startswith("data:") for reference in page.references)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    bare = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search(r"https?:|//|url\(|@import", bare)
+
+
+def test_the_page_tells_the_numbers(report: Path) -> None:
+    text = (report / PAGE).read_text()
+    cells = [cell.strip() for cell in Page(text).cells]
+    place = cells.index("decode, tokens/s")
+    assert cells[place + 1].startswith("200.0 (") and cells[place + 2].startswith("250.0 (")
+    assert "1.250 (1.200..1.400)" in cells
+    assert "tiny &amp; &lt;random&gt;" in text and "<random>" not in text
+    assert json.loads((report / DATA).read_text())["runs"][1]["prompt_tokens"] == 512
+
+
+def test_a_plot_shows_what_it_is_given(tmp_path: Path) -> None:
+    """Other numbers, other pictures; the same numbers, the same picture."""
+    for name, decode in (("a", 5.0), ("b", 5.0), ("c", 2.0)):
+        write_report(tmp_path / name, make_document(make_run(decode=decode)))
+    pictures = {name: (tmp_path / name / "decode.png").read_bytes() for name in "abc"}
+    assert pictures["a"] == pictures["b"] != pictures["c"]
+    assert (tmp_path / "a" / "first_token.png").read_bytes() == (tmp_path / "c" / "first_token.png").read_bytes()
+
+
+def test_an_encoder_draws_its_calls(tmp_path: Path) -> None:
+    empty = {"ttft_ms": None, "decode_tokens_per_s": None, "prefill_tokens_per_s": None, "token_ms": None}
+    run = make_run(**empty, prompt_tokens=None, run_ms={"p50": 1.0, "p95": 2.0, "p99": 3.0})
+    run["rounds"] = run["rounds"] | {"decode_ms": [], "run_ms": [1.0, 1.1]}
+    write_report(tmp_path / "out", make_document(run))
+    names = {file.stem for file in (tmp_path / "out").glob("*.png")}
+    assert "call_latency" in names and not {"decode", "prefill", "first_token", "token_latency"} & names
+
+
+def test_nothing_is_replaced_or_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for refuse in (check_report, lambda path: write_report(path, make_document(make_run()))):
+        with pytest.raises(LimeEdgeError, match="already exists"):
+            refuse(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lime_edge.bench_report.write_page", fail)
+    with pytest.raises(LimeEdgeError) as caught:
+        write_report(tmp_path / "out", make_document(make_run()))
+    assert caught.value.exit_code == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_without_matplotlib_nothing_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(bench, "bench_bundle", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr("sys.argv", ["lime-edge", "bench", "any.lime", "--report", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 4 and "pip install 'lime-edge[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

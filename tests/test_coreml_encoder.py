@@ -1,0 +1,163 @@
+"""Encoders and vision models in Core ML, run by the interpreter, against the torch oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_coreml_export import EXACT, NATIVE, measure
+from test_coreml_interpreter import check_arithmetic, collect
+from test_encoder import FIXTURES, draw_text
+
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.encoder import read_encoder_checkpoint
+from lime_edge.compiler.encoder_compile import CompiledEncoder, compile_encoder
+from lime_edge.compiler.encoder_layers import Product, Table
+from lime_edge.compiler.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.devices import find_device
+from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.errors import LimeEdgeError
+from lime_edge.export import ExportOptions
+from lime_edge.export_encoder import export_encoder_bundle
+from lime_edge.exporters.coreml_encoder import choose_lengths, export
+from lime_edge.runtimes.coreml_interpreter import Interpreter
+from lime_edge.runtimes.coreml_program import Constant, read_package
+from lime_edge.session import SessionOptions
+from lime_edge.target_options import TargetOptions
+
+QUANTS = {"bert-lora-cls": "int8", "vit-lora-cls": "int4"}
+
+
+@pytest.fixture(scope="module", params=QUANTS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompiledEncoder]:
+    """A bundle, and the oracle with every float of the package rounded to float16."""
+    directory = tmp_path_factory.mktemp("coreml") / request.param
+    import_checkpoint(FIXTURES / request.param, directory, ImportOptions())
+    paths, how = (directory / "backbone", directory / "adapter"), CompileOptions(quant=QUANTS[request.param])
+    output = directory / "x.lime"
+    export_encoder_bundle(*paths, output, how, find_device("cpu"), ExportOptions(("onnx", "coreml"), tokenizer=False))
+    compiled = compile_encoder(read_encoder_checkpoint(*paths), how)
+    round_floats(compiled)
+    return output, compiled
+
+
+def round_floats(compiled: CompiledEncoder) -> None:
+    """Round what the package stores as float16, in place; the integers and their scales stay."""
+    quantized = {id(part.weight) for part in compiled.module.modules()
+                 if isinstance(part, (Product, Table)) and isinstance(part.stored, QuantizedTensor)}  # fmt: skip
+    for tensor in [*compiled.module.parameters(), *compiled.module.buffers()]:
+        if id(tensor) not in quantized and tensor.is_floating_point():
+            tensor.data.copy_(tensor.data.half().float())
+
+
+def open_on(path: Path, provider: str) -> EncoderSession:
+    return open_encoder_session(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
+
+
+def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarray]:
+    """Inputs, floats as float16 holds them; the later texts shorter than the first."""
+    if session.inputs == ("pixel_values",):
+        pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(length))
+        return {"pixel_values": pixels.half().float().numpy()}
+    text = draw_text(batch, length, session.bundle.manifest.model["vocab"], length)
+    return {name: tensor.numpy() for name, tensor in text.items()}
+
+
+@torch.no_grad()
+def ask_oracle(compiled: CompiledEncoder, session: EncoderSession, inputs: dict[str, np.ndarray],
+               selection: Any) -> np.ndarray:  # fmt: skip
+    routed = selection == "routed"
+    d = compiled.reference if routed else torch.from_numpy(session._bank.residual(selection).copy())
+    compiled.module.use_routing(routed)
+    try:
+        tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
+        return compiled.module.compute(tensors, d.half().float())["logits"].numpy()
+    finally:
+        compiled.module.use_routing(False)
+
+
+def test_every_selection_equals_the_oracle(made: tuple[Path, CompiledEncoder]) -> None:
+    """Exact: every expert, a blend, none, routed; a batch of lengths that are not enumerated."""
+    path, compiled = made
+    session, seen = open_on(path, EXACT), []
+    first, second = session.experts[:2]
+    for selection in (*session.experts, {first: 0.3, second: 0.7}, None, "routed"):
+        session.use(selection)
+        for batch, length in ((2, 11), (1, 40)):
+            inputs = draw(session, batch, length)
+            wanted = ask_oracle(compiled, session, inputs, selection)
+            error = measure(session.run(**inputs)["logits"], wanted)
+            assert error < 1e-4, f"{path.parent.name}, {selection}, {length}: error {error:.3g}"
+        seen.append(wanted)
+    assert min(np.abs(one - two).max() for one, two in zip(seen, seen[1:], strict=False)) > 1e-3
+
+
+def test_rounded_to_float16(made: tuple[Path, CompiledEncoder]) -> None:
+    path, compiled = made
+    session = open_on(path, NATIVE)
+    for selection in (session.experts[1], "routed"):
+        session.use(selection)
+        inputs = draw(session, 2, 19)
+        error = measure(session.run(**inputs)["logits"], ask_oracle(compiled, session, inputs, selection))
+        assert error < 2e-2, f"{path.parent.name}, {selection}: error {error:.3g}"
+
+
+def test_the_package_holds_the_compilers_integers(made: tuple[Path, CompiledEncoder]) -> None:
+    """Codes and scales bit for bit, in both functions; nothing else is an integer matrix."""
+    path, compiled = made
+    wanted = {stored.codes.numpy().tobytes(): stored for stored in compiled.weights.values()
+              if isinstance(stored, QuantizedTensor)}  # fmt: skip
+    package = read_package(path / "coreml/model.mlpackage")
+    for name, function in package.functions.items():
+        left = dict(wanted)
+        for op in function.operations:
+            if op.kind != "constexpr_blockwise_shift_scale":
+                continue
+            data, scale = op.inputs["data"][0], op.inputs["scale"][0]
+            assert isinstance(data, Constant) and isinstance(scale, Constant)
+            stored = left.pop(data.array.tobytes())
+            assert data.type == f"int{stored.bits}" and scale.type == "fp16"
+            assert np.array_equal(scale.array, stored.scales.numpy()), name
+        assert not left, f"{name}: {len(left)} matrices are not in the package"
+    targets = Bundle.open(path).manifest.targets
+    assert targets["coreml"]["weight_hash"] == targets["onnx"]["weight_hash"]
+    assert set(package.functions) == {"main", "routed"}
+
+
+def test_every_operation_equals_coremltools(made: tuple[Path, CompiledEncoder]) -> None:
+    """What coremltools makes of torch's program: other operations than our own decoder has."""
+    path, _ = made
+    session, package = open_on(path, EXACT), read_package(path / "coreml/model.mlpackage")
+    interpreters, inputs = [], []
+    for name, function in package.functions.items():
+        given = {k: x.astype(np.int32) if x.dtype == np.int64 else x for k, x in draw(session, 1, 32).items()}
+        if "expert" in function.inputs:
+            given["expert"] = np.random.default_rng(0).normal(0, 0.5, function.inputs["expert"].shape)
+        interpreters.append(Interpreter(package, name))
+        inputs.append(given)
+    seen = collect(interpreters, inputs)
+    check_arithmetic(seen, {"layer_norm", "gelu", "softmax", "linear", "conv" if "pixel_values" in given else "gather"})
+
+
+def test_a_model_that_coremltools_refuses(made: tuple[Path, CompiledEncoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message: which model, why, and which target takes it; the layers are as they were."""
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("Unsupported fx node")
+
+    _, compiled = made
+    before = {name: layer.product for name, layer in compiled.module.layers.items()}
+    monkeypatch.setattr(torch.export, "export", refuse)
+    with pytest.raises(LimeEdgeError, match="ForImageClassification|BertFor.*cannot be converted: Unsupported fx node"):
+        export(compiled, made[0] / "nowhere", TargetOptions(), lambda *_: None)
+    assert {name: layer.product for name, layer in compiled.module.layers.items()} == before
+
+
+def test_lengths_end_with_the_context(made: tuple[Path, CompiledEncoder]) -> None:
+    path, compiled = made
+    lengths = choose_lengths(compiled, (16, 64, 4096))
+    assert lengths == (() if "vit" in str(path.parent) else (16, 64, 128))

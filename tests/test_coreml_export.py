@@ -1,0 +1,301 @@
+"""The Core ML package, run by the interpreter, against the torch oracle that holds the same rounded tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Make
+from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
+from test_onnx_export import BLEND, QUANTIZED, assert_integers_equal, build, compile_again, stored
+from test_variants import ROUTINGS, VARIANTS, make_prompt_adapter
+
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.adapter_checks import name_selection
+from lime_edge.compiler.compiled import CompiledModel
+from lime_edge.compiler.decoder import Cache, DecoderModule, Prefix
+from lime_edge.compiler.multiplier import Multiplier
+from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.errors import LimeEdgeError
+from lime_edge.exporters.coreml import export, store_as_half
+from lime_edge.runtimes.coreml import plan_calls
+from lime_edge.runtimes.coreml_program import WEIGHTS, Constant, read_package
+from lime_edge.session import Session, SessionOptions
+from lime_edge.target_options import CoremlOptions, TargetOptions
+from lime_edge.targets import open_session
+
+EXACT, NATIVE = "interpreter", "interpreter-fp16"
+LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1
+SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
+LENGTH, STEPS = 37, 11  # one full enumerated length and a padded one
+QUANTS: dict[str, dict[str, Any]] = {
+    "int4": {"quant": "int4"}, "all int4": {"quant": "int4", "int8_kinds": ()}, "int8": {"quant": "int8"},
+    "none": {"quant": "none"},
+}  # fmt: skip
+# every family and every turn of the graph once; each with one way of quantizing
+DECODERS = {
+    "llama-tied": "int4", "llama-yarn": "int8", "llama-biases": "all int4", "llama-head-dim": "none",
+    "llama-one-kv-head": "int8", "llama-gelu": "none", "llama-gelu-tanh": "int4", "mistral-window-2": "int8",
+    "qwen2-sliding": "int4", "qwen3": "int8", "smollm2": "all int4", "smollm3-sliding": "none",
+}  # fmt: skip
+
+
+def open_on(path: Path, provider: str) -> Session:
+    return open_session(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
+
+
+def make_oracle(compiled: CompiledModel) -> DecoderModule:
+    """The oracle with every float of the package rounded to float16; integers and scales are as they are."""
+    module = DecoderModule(store_as_half(compiled))
+    for part in module.modules():
+        held = [*part.banks, *part.references] if isinstance(part, Multiplier) else []
+        for tensor in held + ([part.bank] if isinstance(part, Prefix) else []):
+            tensor.copy_(tensor.half().float())
+    return module
+
+
+def residual_of(session: Session, selection: Any) -> torch.Tensor | None:
+    """What the package is given for a selection; None routes."""
+    if selection == "routed":
+        return None
+    return torch.from_numpy(session._bank.residual(selection).copy()).half().float()
+
+
+def measure(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Worst difference, of the largest logit where that is above 1."""
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+
+
+def check_selection(session: Session, oracle: DecoderModule, selection: Any, what: str) -> np.ndarray:
+    """A prompt in one go, and the same with its end token by token; returns what the oracle says."""
+    ids, cache = draw_ids(LENGTH, seed=3), Cache()
+    if selection == "routed":
+        ids = ids[:, :29]  # in one call
+    d = residual_of(session, selection)
+    first = ids.shape[1] - STEPS
+    wanted = [oracle(ids[:, :first], d, cache)[0]]
+    wanted += [oracle(ids[:, place : place + 1], d, cache)[0] for place in range(first, ids.shape[1])]
+    rows = torch.cat(wanted).numpy()
+    session.use(selection)
+    found = [session.logits(ids[0, :first].tolist())]
+    found += [session.extend([int(token)]) for token in ids[0, first:]]
+    compare(np.concatenate(found), rows, session.provider, f"{what}, {selection}, token by token")
+    if selection != "routed":  # a longer prompt is routed otherwise: its scale needs all of it
+        compare(session.logits(ids[0].tolist()), rows, session.provider, f"{what}, {selection}")
+    return rows
+
+
+def compare(found: np.ndarray, wanted: np.ndarray, provider: str, what: str) -> None:
+    error = measure(found, wanted)
+    assert error < LIMITS[provider], f"{what}: error {error:.3g}, limit {LIMITS[provider]:g} on {provider}"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_equal_the_oracle(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """Every expert, a blend and none; prompt, padded prompt, decode with state; both modes."""
+    model, adapter = build(CASES[name], tiny_model, tiny_adapter)
+    how = QUANTS[DECODERS[name]]
+    path = tiny_bundle(model, adapter, targets=("coreml",), **how)
+    oracle = make_oracle(compile_again(model, adapter, **how))
+    exact = open_on(path, EXACT)
+    seen = [check_selection(exact, oracle, selection, name) for selection in SELECTIONS]
+    assert min(np.abs(one - two).max() for one, two in zip(seen, seen[1:], strict=False)) > 0.1
+    check_selection(open_on(path, NATIVE), oracle, "expert1", name)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routing_equals_the_oracle(routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model = tiny_model("qwen2")
+    variant = VARIANTS[list(ROUTINGS).index(routing) % len(VARIANTS)]
+    adapter = tiny_adapter(model, rank=6, experts=5, shared=True, variant=variant, routing=ROUTINGS[routing],
+                           targets=("q_proj", "v_proj", "o_proj", "up_proj"))  # fmt: skip
+    path = tiny_bundle(model, adapter, targets=("coreml",))
+    oracle, session = make_oracle(compile_again(model, adapter, quant="none")), open_on(path, EXACT)
+    routed = check_selection(session, oracle, "routed", f"{variant}, {routing}")
+    pinned = check_selection(session, oracle, "expert3", f"{variant}, {routing}")
+    assert np.abs(routed[:18] - pinned[:18]).max() > 0.01
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embedding_sites(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """The table folds, and its branch is looked up; a tied head keeps the old one."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    adapter = tiny_adapter(model, variant=variant, routing=ROUTINGS["soft"], rank=6, shared=True,
+                           targets=("embed_tokens", "q_proj", "o_proj"))  # fmt: skip
+    path = tiny_bundle(model, adapter, targets=("coreml",), fold="expert1")
+    oracle = make_oracle(compile_again(model, adapter, quant="none", fold="expert1"))
+    session = open_on(path, EXACT)
+    for selection in ("routed", "expert0", "expert1"):
+        check_selection(session, oracle, selection, variant)
+
+
+@pytest.mark.parametrize("conditioning", ["static", "mean", "first", "last", "attention"])
+def test_prompt_tuning(conditioning: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
+    model = tiny_model("llama")
+    hyper: dict[str, Any] = {"sparse_mode": False} | ROUTINGS["windows" if conditioning == "mean" else "auto"]
+    how: dict[str, Any] = {"input_conditioned": conditioning != "static"}
+    how |= {"input_conditioning_mode": conditioning} if conditioning != "static" else {}
+    name = name_selection(RoutingConfig(**hyper))
+    adapter = make_prompt_adapter(tmp_path / "adapter", model, routing=name, **hyper, **how)
+    session = open_on(tiny_bundle(model, adapter, targets=("coreml",)), EXACT)
+    assert session.max_length == CONTEXT - 5
+    oracle, seen = make_oracle(compile_again(model, adapter, quant="none")), []
+    for selection in ("routed", "expert0", {"expert0": 0.5, "expert2": 0.5}):
+        seen.append(check_selection(session, oracle, selection, conditioning))
+    assert min(np.abs(seen[0][:18] - seen[1][:18]).max(), np.abs(seen[1] - seen[2]).max()) > 0.01
+
+
+@pytest.mark.parametrize("variant", ["lora", "slicefine"])
+def test_a_single_expert_has_no_branch(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model = tiny_model("llama", attention_bias=True)
+    adapter = tiny_adapter(model, targets=ALL_LINEARS, variant=variant)
+    how: dict[str, Any] = {"fold": "expert1", "single": True, "quant": "int8"}
+    path = tiny_bundle(model, adapter, targets=("coreml",), **how)
+    assert not Bundle.open(path).manifest.targets["coreml"]["expert_input"]
+    check_selection(open_on(path, EXACT), make_oracle(compile_again(model, adapter, **how)), "expert1", variant)
+    function = read_package(path / "coreml/model.mlpackage").functions["main"]
+    assert "expert" not in function.inputs
+    assert not [name for op in function.operations for name, _ in op.outputs if "lime" in name]
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_decisions_on_fifty_prompts(quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """Exact: the likeliest token is the oracle's. Native: it is, wherever the oracle's lead is above the error."""
+    model, adapter = build(CASES["llama-tied"], tiny_model, tiny_adapter)
+    path = tiny_bundle(model, adapter, targets=("coreml",), quant=quant)
+    oracle = make_oracle(compile_again(model, adapter, quant=quant))
+    sessions = [open_on(path, provider) for provider in LIMITS]
+    for seed in range(50):
+        ids, selection = draw_ids(5 + seed % 30, seed), SELECTIONS[seed % len(SELECTIONS)]
+        wanted = oracle(ids, residual_of(sessions[0], selection))[0].numpy()
+        top = np.sort(wanted, -1)
+        lead = top[:, -1] - top[:, -2]
+        for session in sessions:
+            session.use(selection)
+            found = session.logits(ids[0].tolist())
+            compare(found, wanted, session.provider, f"{quant}, prompt {seed}, {selection}")
+            clear = lead > 2 * np.abs(found - wanted).max() if session.provider == NATIVE else lead >= 0
+            wrong = (found.argmax(-1) != wanted.argmax(-1)) & clear
+            where = f"{quant}, prompt {seed}, {selection}, {session.provider}"
+            assert not wrong.any(), f"{where}: at {np.flatnonzero(wrong)}"
+        assert clear.mean() > 0.5
+
+
+def stacks_of(compiled: CompiledModel) -> dict[str, list[str]]:
+    """Every matrix of the package by its name there -> the weights stacked in it."""
+    stacks = [[compiled.head_name], ["model.embed_tokens.weight"]]
+    for layer in range(len(compiled.decoder.layers)):
+        for key, group in compiled.groups(layer).items():
+            names = [f"{name}.weight" for name in group.names]
+            alone = key == "gate_up" and compiled.group_branch(group) is None
+            stacks += [[name] for name in names] if alone else [names]
+    return {"_".join(names).replace(".", "_"): names for names in stacks}
+
+
+@pytest.mark.parametrize("name,quant", [("llama-biases", "int4"), ("qwen3", "all int4"), ("no-block-divides", "int4"),
+                                        ("qwen2-tied", "int8"), ("smollm3-sliding", "all int4")])  # fmt: skip
+def test_the_package_holds_the_integers_of_onnx(name: str, quant: str, tiny_model: Make, tiny_adapter: Make,
+                                                tiny_bundle: Make) -> None:  # fmt: skip
+    """Bit for bit, scales too; what the experts touch is float16, and nothing else is."""
+    model, adapter = build(QUANTIZED[name], tiny_model, tiny_adapter)
+    path = tiny_bundle(model, adapter, targets=("onnx", "coreml"), **QUANTS[quant])
+    compiled = compile_again(model, adapter, **QUANTS[quant])
+    assert_integers_equal(path, compiled, f"{name}, {quant}, onnx")
+    operations = read_package(path / "coreml/model.mlpackage").functions["main"].operations
+    stacks, plain = stacks_of(compiled), {}
+    for op in operations:
+        if op.kind == "constexpr_blockwise_shift_scale":
+            wanted = [stored(compiled, part) for part in stacks.pop(op.outputs[0][0])]
+            data, scale = op.inputs["data"][0], op.inputs["scale"][0]
+            assert isinstance(data, Constant) and isinstance(scale, Constant) and "offset" not in op.inputs
+            assert data.type == f"int{wanted[0].bits}"
+            assert np.array_equal(data.array, torch.cat([t.codes for t in wanted]).numpy()), op.outputs[0][0]
+            assert np.array_equal(scale.array, torch.cat([t.scales for t in wanted]).numpy()), op.outputs[0][0]
+        elif op.value is not None and isinstance(op.value.array, np.ndarray):
+            plain[op.outputs[0][0]] = op.value
+    assert not stacks, f"not in the package: {sorted(stacks)}"
+    branches = {key for key in plain if "_lime_" in key}
+    assert len(branches) == 2 * len(compiled.all_branches()) and {plain[key].type for key in branches} == {"fp16"}
+    targets = Bundle.open(path).manifest.targets
+    assert targets["onnx"]["weight_hash"] == targets["coreml"]["weight_hash"] == compiled.weight_hash()
+
+
+def test_mixed_precision_is_kept(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """int4 with the sensitive matrices at int8: each in its own width."""
+    model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
+    path = tiny_bundle(model, adapter, targets=("coreml",), quant="int4")
+    kinds = {}
+    for op in read_package(path / "coreml/model.mlpackage").functions["main"].operations:
+        if op.kind == "constexpr_blockwise_shift_scale":
+            (data,) = op.inputs["data"]
+            assert isinstance(data, Constant)
+            kinds[op.outputs[0][0]] = data.type
+    assert kinds["lm_head_weight"] == "int8" and kinds["model_layers_0_self_attn_o_proj_weight"] == "int4"
+
+
+# the package
+
+
+def test_metadata_sizes_and_lengths(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    path = tiny_bundle(*build(CASES["llama"], tiny_model, tiny_adapter), targets=("coreml",), quant="int8")
+    manifest = Bundle.open(path).manifest
+    facts, package = manifest.targets["coreml"], read_package(path / "coreml/model.mlpackage")
+    files = {name: entry for name, entry in manifest.files.items() if name.startswith("coreml/")}
+    assert facts["bytes"] == sum(entry.size for entry in files.values()) and facts["seconds"] > 0
+    assert facts["providers"] == ["CoreML", "interpreter"] and facts["lengths"] == [1, 32]
+    assert package.metadata["author"] == "lime_edge" and package.metadata["license"]
+    assert package.metadata["lime_edge.experts"] == ",".join(manifest.experts)
+    assert package.metadata["lime_edge.fingerprint"] == manifest.fingerprint
+    main = package.functions["main"]
+    assert main.shapes == {"input_ids": {(1, 1), (1, 32)}}
+    assert {name: kind.shape for name, kind in main.states.items()} == {
+        f"{kind}_{layer}": (1, 2, CONTEXT, 16) for kind in ("keys", "values") for layer in range(2)
+    }
+    assert all(kind.name == "fp16" for kind in main.states.values())
+    assert main.inputs["expert"].name == "fp16" and main.inputs["expert"].shape == (manifest.sites.total,)
+    kinds = {op.kind for op in main.operations}
+    assert not {kind for kind in kinds if "scatter" in kind}, "the cache is written without scatter"
+    assert max(len(kind.shape) for op in main.operations for _, kind in op.outputs) <= 4
+
+
+def test_the_routed_function_shares_the_weights(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model = tiny_model("llama")
+    routed, plain = (tiny_adapter(model, routing=how) for how in (ROUTINGS["auto"], None))
+    bundles = [tiny_bundle(model, adapter, targets=("coreml",), quant="int8") for adapter in (routed, plain)]
+    sizes = [(bundle / f"coreml/model.mlpackage/{WEIGHTS}").stat().st_size for bundle in bundles]
+    assert sizes[0] - sizes[1] < 0.25 * sizes[1], f"only the bank is new: {sizes}"
+
+
+def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    compiled = compile_again(model, tiny_adapter(model), quant="none")
+    for options, problem in (
+        (CoremlOptions(compute_units="gpu"), "--compute-units: expected all or cpu_and_ne"),
+        (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'"),
+    ):
+        with pytest.raises(LimeEdgeError, match=problem):
+            export(compiled, tmp_path, TargetOptions(coreml=options), lambda *_: None)
+    loud = dict(compiled.vectors) | {"model.norm.weight": compiled.vectors["model.norm.weight"] * 1e6}
+    with pytest.raises(LimeEdgeError, match="model.norm.weight: expected at most 65504"):
+        export(replace(compiled, vectors=loud), tmp_path, TargetOptions(), lambda *_: None)
+
+
+def test_a_routed_prompt_longer_than_every_length(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    model = tiny_model("llama")
+    session = open_on(tiny_bundle(model, tiny_adapter(model, routing=ROUTINGS["soft"]), targets=("coreml",)), EXACT)
+    session.use("routed")
+    with pytest.raises(LimeEdgeError, match="takes prompts of up to 32 tokens in one call, found 33"):
+        session.logits(draw_ids(33)[0].tolist())
+    session.use("expert0")
+    assert session.logits(draw_ids(33)[0].tolist()).shape[0] == 33
+
+
+@pytest.mark.parametrize("count,plan", [(1, [1]), (2, [32]), (32, [32]), (33, [32, 1]), (40, [32, 32]),
+                                        (70, [128]), (128, [128]), (300, [128, 128, 32, 32])])  # fmt: skip
+def test_prompts_are_cut_into_enumerated_lengths(count: int, plan: list[int]) -> None:
+    assert plan_calls(count, [1, 32, 128]) == plan

@@ -1,0 +1,236 @@
+"""The ExecuTorch export against `transformers` with unfolded layers, and what one program promises.
+
+Lowering takes seconds, so that few programs prove many things at once: each model below is picked for what it adds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Make
+from models import ALL_LINEARS, CASES, Case, draw_ids
+from test_onnx_export import BLEND, NEW, SELECTIONS, assert_close, excess, to_mode, unfold
+from test_variants import IDS, check_session, make_prompt_adapter, prompt_logits
+
+import lime_edge
+from lime_edge.bundle import Bundle
+from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.decoder import DecoderModule
+from lime_edge.errors import LimeEdgeError
+from lime_edge.exporters.executorch import export
+from lime_edge.generate import GenerationOptions
+from lime_edge.session import Session
+from lime_edge.target_options import ExecutorchOptions, TargetOptions
+
+LENGTH = 41  # more rows than one call gives, and beyond every window
+SMALL: dict[str, Any] = {"num_hidden_layers": 1}
+MODELS: dict[str, Case] = {
+    "windows, norms of heads, biases, all linears": CASES["qwen3-sliding"],
+    "layers without RoPE, tied, gaps between sites": Case("smollm3", CASES["smollm3"].changes, ("q_proj", "up_proj")),
+    "yarn, gelu": Case("llama", {**CASES["llama-yarn-factor"].changes, **SMALL, "hidden_act": "gelu_pytorch_tanh",
+                                 "mlp_bias": True}, ("v_proj", "down_proj"), shared=True),
+}  # fmt: skip
+
+
+def open_session(bundle: Path) -> Session:
+    return lime_edge.open(bundle, target="executorch", threads=1)
+
+
+def draw_residual(session: Session, seed: int) -> np.ndarray:
+    """d of an expert drawn from N(1, 0.5)."""
+    drawn = np.random.default_rng(seed).normal(1, 0.5, session.bundle.manifest.sites.total).astype(np.float32)
+    return drawn - session.bundle.read_reference()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_equals_the_unfolded_model(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """Every expert, random ones, a blend and none: all rows, the last row, greedy; and the branch matters."""
+    case = MODELS[name]
+    model = tiny_model(case.family, **case.changes)
+    targets = ALL_LINEARS if "all linears" in name else case.targets
+    adapter = tiny_adapter(model, targets=targets, shared=case.shared)
+    session, unfolded, ids = open_session(tiny_bundle(model, adapter, targets=("executorch",))), unfold(
+        model, adapter), draw_ids(LENGTH, 4)  # fmt: skip
+    for selection in SELECTIONS:
+        unfolded.use(to_mode(selection))
+        session.use(selection)
+        wanted = unfolded.logits({"input_ids": ids})[0].numpy()
+        assert_close(session.logits(ids[0].tolist()), wanted, f"{name}, {selection}")
+        assert_close(session.logits(ids[0].tolist(), keep=1), wanted[-1:], f"{name}, {selection}, last row")
+        tokens = unfolded.generate(ids[:, :20], NEW)[0, 20:].tolist()
+        found = session.generate_ids(ids[0, :20].tolist(), GenerationOptions(NEW, ignore_eos=True))
+        assert list(found) == tokens, f"{name}, {selection}"
+    oracle = DecoderModule(compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none")))
+    for seed in range(3):
+        d = draw_residual(session, seed)
+        wanted = oracle(ids, torch.from_numpy(d))[0].numpy()
+        session._engine.set_expert(d)
+        assert_close(session.logits(ids[0].tolist()), wanted, f"{name}, random expert {seed}")
+        session._engine.set_expert(np.zeros_like(d))
+        assert excess(session.logits(ids[0].tolist()), wanted) > 100, f"{name}: the branch is not heard"
+
+
+@pytest.mark.parametrize("variant", ["dora", "slicefine"])
+def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """On the embedding and on linears with biases; two methods on one cache and one set of weights."""
+    model = tiny_model("qwen2", **SMALL)
+    routing = {"top_k": 2, "n_gram": 3} if variant == "dora" else {"top_k": 2, "sparse_mode": True, "auto_topk": True}
+    adapter = tiny_adapter(model, variant=variant, rank=6, experts=5, shared=True, routing=routing,
+                           targets=("embed_tokens", "q_proj", "v_proj", "gate_proj"))  # fmt: skip
+    session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
+    check_session(session, unfold(model, adapter), variant)
+    wanted = {}
+    for selection in ("routed", "expert1", "routed", "expert1"):
+        session.use(selection)
+        assert session.cache == ()
+        assert np.array_equal(session.logits(IDS), wanted.setdefault(selection, session.logits(IDS).copy()))
+    session.use("routed")
+    session.logits(IDS)
+    with pytest.raises(LimeEdgeError, match="routed: 2 tokens after a cache of 13"):
+        session.extend([5, 6])
+
+
+@pytest.mark.parametrize("conditioning", ["attention", "first"])
+def test_prompt_tuning(conditioning: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
+    model = tiny_model("llama", **SMALL)
+    adapter = make_prompt_adapter(tmp_path / "adapter", model, routing="auto_topk", auto_topk=True, sparse_mode=False,
+                                  input_conditioned=True, input_conditioning_mode=conditioning)  # fmt: skip
+    session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
+    assert session.max_length == 64 - 5
+    for selection, mode in (("expert3", 3), ("routed", "routed"), ("expert0", 0)):
+        session.use(selection)
+        wanted = prompt_logits(model, adapter, mode)  # type: ignore[arg-type]
+        assert_close(session.logits(IDS), wanted, f"{conditioning}, {selection}")
+    parts = [session.logits(IDS[:5])[-1].copy(), *(session.extend([token])[-1].copy() for token in IDS[5:])]
+    assert_close(np.stack(parts), wanted[4:], f"{conditioning}, token by token")
+
+
+# the program
+
+
+def test_one_bundle_two_targets(tiny_bundle: Make) -> None:
+    """The same experts, the same weights, the same answers."""
+    bundle = tiny_bundle(targets=("onnx", "executorch"))
+    facts = Bundle.open(bundle).manifest.targets
+    assert facts["onnx"]["weight_hash"] == facts["executorch"]["weight_hash"]
+    sessions = [lime_edge.open(bundle, target=target, threads=1) for target in facts]
+    for selection in SELECTIONS:
+        for session in sessions:
+            session.use(selection)
+        first, second = (session.logits(IDS) for session in sessions)
+        assert_close(second, first, str(selection))
+
+
+def test_one_subgraph_between_attentions(tiny_bundle: Make) -> None:
+    """Nothing that XNNPACK could take is left outside; rotations and the head are one subgraph each."""
+    facts = Bundle.open(tiny_bundle(targets=("onnx", "executorch"))).manifest.targets["executorch"]
+    forward = facts["delegation"]["forward"]
+    assert forward["fallen"] == {}
+    assert forward["subgraphs"] <= facts["layers"] + 3
+    assert forward["delegated"] > 2 * forward["undelegated"]
+
+
+def test_the_constant_methods_of_the_stock_runners(tiny_bundle: Make) -> None:
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(tiny_bundle(targets=("onnx", "executorch")) / "executorch/model.pte")
+    wanted = {"get_vocab_size": [300], "get_max_seq_len": [64], "get_max_context_len": [64], "get_bos_id": [1],
+              "get_eos_ids": [2], "use_kv_cache": [True], "use_sdpa_with_kv_cache": [True],
+              "enable_dynamic_shape": [True], "get_n_layers": [2]}  # fmt: skip
+    found = {name: list(program.load_method(name).execute([])) for name in wanted}
+    assert found == wanted
+    assert program.method_names == {"forward", *wanted}
+
+
+def test_the_stock_runner_switches_experts(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """`forward(tokens, pos)` and `set_expert(d)` on one buffer; before it, the folded model."""
+    from executorch.runtime import Runtime
+
+    model = tiny_model("llama", **SMALL)
+    compiled = compile_checkpoint(read_checkpoint(model, tiny_adapter(model)), CompileOptions(quant="none"))
+    options = TargetOptions(executorch=ExecutorchOptions(max_length=32, stock_runner=True))
+    facts = export(compiled, tmp_path, options, lambda *_: None)
+    assert facts["stock"] == "executorch/stock.pte"
+    program = Runtime.get().load_program(tmp_path / "stock.pte")
+    forward, set_expert = program.load_method("forward"), program.load_method("set_expert")
+    oracle, ids = DecoderModule(compiled), draw_ids(9, 1)
+    residuals = [torch.zeros(compiled.sites.total)] + [torch.randn(compiled.sites.total) for _ in range(3)]
+    for index, residual in enumerate([*residuals, *residuals]):
+        if index:
+            set_expert.execute([residual])
+        wanted = oracle(ids, residual)[0].numpy()
+        found = [forward.execute([ids[:, :6].contiguous(), torch.tensor([0])])[0].numpy()[0, -1]]
+        for step in range(6, 9):
+            found.append(forward.execute([ids[:, step : step + 1].contiguous(), torch.tensor([step])])[0].numpy()[0, -1])
+        assert_close(np.stack(found), wanted[5:], f"expert {index}")
+
+
+# what is refused
+
+
+def test_backends_that_are_not_here_say_what_is_missing(tmp_path: Path) -> None:
+    for name, code, match in (("qnn", 4, "QNN SDK"), ("openvino", 4, "OpenVINO"), ("coreml", 4, "dynamic prompt"),
+                              ("vulkan", 4, "a device with Vulkan"), ("tpu", 2, "expected xnnpack or portable")):  # fmt: skip
+        with pytest.raises(LimeEdgeError, match=match) as caught:
+            export(None, tmp_path, TargetOptions(executorch=ExecutorchOptions(backend=name)), print)  # type: ignore[arg-type]
+        assert caught.value.exit_code == code
+
+
+def test_the_engine_is_never_asked_what_does_not_fit(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ExecuTorch checks neither a negative position nor, in Python, what it writes beyond the cache."""
+    session = open_session(tiny_bundle(targets=("onnx", "executorch")))
+    engine: Any = session._engine
+    session.logits(IDS)
+    monkeypatch.setattr(engine, "_call", lambda *_: pytest.fail("the program was called"))
+    for length in (-1, 64, 65):
+        monkeypatch.setattr(engine, "length", length)
+        with pytest.raises(LimeEdgeError, match="position"):
+            engine.feed(np.array([5]), 1)
+    monkeypatch.setattr(engine, "length", 63)
+    with pytest.raises(LimeEdgeError, match="expected 1..1 tokens after 63, found 2"):
+        engine.feed(np.array([5, 6]), 1)
+    with pytest.raises(LimeEdgeError, match="position: expected 0..64, found -1"):
+        engine.rewind(-1)
+    total = session.bundle.manifest.sites.total
+    for wrong in (np.zeros(total - 1, np.float32), np.zeros(total, np.float64), np.zeros((1, total), np.float32)):
+        with pytest.raises(LimeEdgeError, match=f"expert: expected \\({total},\\) float32"):
+            engine.set_expert(wrong)
+
+
+def test_a_damaged_program_is_refused(tiny_bundle: Make, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle(targets=("onnx", "executorch")), tmp_path / "x.lime")
+    file = bundle / "executorch/model.pte"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(LimeEdgeError, match="model.pte: ExecuTorch cannot load it"):
+        open_session(bundle)
+
+
+def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle(targets=("onnx", "executorch")), tmp_path / "x.lime")
+    body = json.loads((bundle / "lime.json").read_text())
+    body["targets"]["executorch"]["providers"] = ["CoreMLBackend"]
+    (bundle / "lime.json").write_text(json.dumps(body))
+    with pytest.raises(LimeEdgeError, match="the backend CoreMLBackend is not available") as caught:
+        open_session(bundle)
+    assert caught.value.exit_code == 4
+    with pytest.raises(LimeEdgeError, match="none of the execution providers CUDA is available"):
+        lime_edge.open(tiny_bundle(targets=("onnx", "executorch")), target="executorch", providers=("CUDA",))
+
+
+def test_bad_sizes_are_refused(tmp_path: Path, tiny_model: Make, tiny_adapter: Make) -> None:
+    model = tiny_model("llama", **SMALL)
+    checkpoint = read_checkpoint(model, tiny_adapter(model))
+    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="int4", group=16, rounding="nearest"))
+    with pytest.raises(LimeEdgeError, match="--group-size: for ExecuTorch expected a multiple of 32, found 16"):
+        export(compiled, tmp_path, TargetOptions(), lambda *_: None)
+    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
+    with pytest.raises(LimeEdgeError, match="--max-seq-len: for ExecuTorch expected at least 2, found 1"):
+        export(compiled, tmp_path, TargetOptions(executorch=ExecutorchOptions(max_length=1)), lambda *_: None)
+    assert not list(tmp_path.iterdir())
