@@ -109,6 +109,8 @@ def store_as_half(model: CompiledModel) -> CompiledModel:
                          None if b.b is None else half(f"{name}.B", b.b), b.rows)
             for name, b in model.branches.items()
         }  # fmt: skip
+        for name, vector in model.experts.items():  # its residual is what the program is given
+            half(f"expert {name}", vector.float() - model.reference)
         virtual = model.virtual
         if virtual is not None:
             projection = None if virtual.input_proj is None else half("input_proj", virtual.input_proj)

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.executorch_decoder import DecoderProgram, Sizes
-from lime_edge.exporters.executorch_lower import Delegation, Method, check_backend, lower
-from lime_edge.exporters.executorch_stock import StockExpert, StockProgram
-from lime_edge.exporters.executorch_weights import check_group
+from lime_edge.errors import LimeEdgeError, need
 from lime_edge.prompts import TextCodec
 from lime_edge.target_options import TargetOptions
+
+try:
+    from lime_edge.exporters.executorch_decoder import DecoderProgram, Sizes
+    from lime_edge.exporters.executorch_lower import Delegation, Method, check_backend, lower
+    from lime_edge.exporters.executorch_stock import StockExpert, StockProgram
+    from lime_edge.exporters.executorch_weights import check_group
+except ImportError as error:  # pragma: no cover - exercised in a bare environment
+    raise need((error.name or "executorch").split(".")[0], "executorch") from error
 
 FILE, STOCK_FILE = "model.pte", "stock.pte"
 PROMPT = 512  # most tokens of one pinned call: bounds the memory that is planned

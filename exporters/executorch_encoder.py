@@ -16,9 +16,14 @@ from lime_edge.compiler.encoder import make_sample
 from lime_edge.compiler.encoder_compile import CompiledEncoder, EncoderModule
 from lime_edge.compiler.encoder_layers import Product as CompiledProduct
 from lime_edge.compiler.encoder_layers import Table as CompiledTable
-from lime_edge.exporters.executorch_lower import Method, Progress, check_backend, lower
-from lime_edge.exporters.executorch_weights import Product, Table, check_group
+from lime_edge.errors import need
 from lime_edge.target_options import TargetOptions
+
+try:
+    from lime_edge.exporters.executorch_lower import Method, Progress, check_backend, lower
+    from lime_edge.exporters.executorch_weights import Product, Table, check_group
+except ImportError as error:  # pragma: no cover - exercised in a bare environment
+    raise need((error.name or "executorch").split(".")[0], "executorch") from error
 
 FILE = "model.pte"
 BATCH = 8  # most inputs of one call: memory is planned for it

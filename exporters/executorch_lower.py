@@ -45,9 +45,10 @@ MISSING = {
 # changes nothing unless the subgraph has an operator whose name holds one of the words.
 IMAGES = ("convolution", "batch_norm", "pool", "upsample", "prelu", "pad")
 PASSES: dict[str, tuple[str, ...]] = {
-    "DimOrderOpsRevertPass": ("dim_order",), "ConvertToUpsampleBilinear2d": IMAGES, "ConvertToSDPAPass": ("softmax", *IMAGES),
-    "ConvertToLinearPass": ("addmm", ".mm.", "bmm"), "PropagateCustomMetaPass": (),
-    "ConstPropPass": ("permute", "t_copy", "transpose", "_to_", *IMAGES), "FuseBatchNormPass": IMAGES,
+    "DimOrderOpsRevertPass": ("dim_order",), "ConvertToUpsampleBilinear2d": IMAGES,
+    "ConvertToSDPAPass": ("softmax", *IMAGES), "ConvertToLinearPass": ("addmm", ".mm.", "bmm"),
+    "PropagateCustomMetaPass": (), "FuseBatchNormPass": IMAGES,
+    "ConstPropPass": ("permute", "t_copy", "transpose", "_to_", *IMAGES),
     "DecomposeBatchNorm": IMAGES, "FuseActivationPass": ("relu", "hardtanh", "clamp", *IMAGES),
     "DecomposeConcatenate": ("cat",), "RemoveGetItemPass": ("max", *IMAGES), "InsertPadQDQPass": IMAGES,
     "Conv1dUnsqueezePass": IMAGES, "PReLUReshapePass": IMAGES, "ChannelsLastTaggedReshapePass": IMAGES,

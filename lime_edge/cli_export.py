@@ -59,7 +59,7 @@ def export(
         int, typer.Option(min=1, help="ExecuTorch, Core ML: tokens the static cache holds.", rich_help_panel=STATIC)
     ] = 1024,
     backend: Annotated[
-        str, typer.Option(help="ExecuTorch: what it is delegated to.", rich_help_panel=STATIC)
+        str, typer.Option(help="ExecuTorch: xnnpack, or portable (no delegate).", rich_help_panel=STATIC)
     ] = "xnnpack",
     stock_runner: Annotated[
         bool,
@@ -109,6 +109,7 @@ def export(
     show_bundle(output, as_json, sites)
     warn_of_losses(output)
     warn_of_overflow(output)
+    report_delegation(output, as_json)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -147,3 +148,19 @@ def warn_of_overflow(path: Path) -> None:
                     f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
                     "or take a target that computes in float32 (--target onnx)")  # fmt: skip
             terminal.err.print(text, soft_wrap=True)
+
+
+def report_delegation(path: Path, as_json: bool) -> None:
+    """Say what ExecuTorch's backend took, and on standard error which hot operators it should have taken."""
+    from lime_edge.bundle import Bundle
+
+    facts = Bundle.open(path).manifest.targets.get("executorch", {})
+    for name, count in facts.get("delegation", {}).items():
+        if not as_json:
+            took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts['providers'][0]}"
+            terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
+        if count["fallen"]:
+            fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
+            terminal.err.print(f"[bold yellow]warning:[/bold yellow] executorch {name}: not taken by "
+                               f"{facts['providers'][0]}: {terminal.escape(fallen)}\n  hint: these run on the slow "
+                               "portable kernels; please report the model", soft_wrap=True)  # fmt: skip

@@ -165,7 +165,8 @@ def check_provider(made_for: list[str], wanted: tuple[str, ...]) -> str:
         raise LimeEdgeError(f"none of the execution providers {', '.join(wanted)} is available",
                             f"this program was lowered to {provider}", EXIT_MISSING)  # fmt: skip
     registry = load_runtime().backend_registry
-    names = [name for name in registry.registered_backend_names if registry.is_available(name)]
+    with collect_errors():  # a backend whose library is missing says so when asked
+        names = [name for name in registry.registered_backend_names if registry.is_available(name)]
     if provider not in names and provider != "portable":
         raise LimeEdgeError(f"the backend {provider} is not available",
                             f"this executorch has {', '.join(names)}", EXIT_MISSING)  # fmt: skip

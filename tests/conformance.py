@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,13 @@ def check_torch(directory: Path) -> Iterator[Check]:
         yield from guard(f"models/{path.name}", check_torch_model(path))
 
 
-class OnnxEngine(Engine):
+class BundleEngine(Engine):
     """Import the authors' checkpoint, export it in float32, run the bundle's session."""
 
-    def __init__(self, fixture: ModelFixture, folder: Path):
+    def __init__(self, fixture: ModelFixture, folder: Path, target: str):
         imported = folder / "imported"
         import_checkpoint(fixture.directory, imported, ImportOptions())
-        options = ExportOptions(tokenizer=False)
+        options = ExportOptions((target,), tokenizer=False)
         export_bundle(imported / "backbone", imported / "adapter", folder / "x.lime", CompileOptions(quant="none"),
                       find_device("cpu"), options)  # fmt: skip
         self.session = lime_edge.open(folder / "x.lime", threads=1)
@@ -240,20 +241,20 @@ class OnnxEngine(Engine):
         return torch.tensor(rows)
 
 
-def check_onnx_model(path: Path) -> Iterator[Check]:
+def check_exported_model(path: Path, target: str) -> Iterator[Check]:
     """Compare one model fixture with its exported bundle."""
     fixture = read_model(path)
     with tempfile.TemporaryDirectory() as folder:
-        yield from check_model(fixture, OnnxEngine(fixture, Path(folder)), EXPORTED_MODEL_LIMIT)
+        yield from check_model(fixture, BundleEngine(fixture, Path(folder), target), EXPORTED_MODEL_LIMIT)
 
 
-def check_onnx(directory: Path) -> Iterator[Check]:
-    """All models, exported to ONNX in float32."""
-    from encoder_conformance import check_onnx_encoder, is_encoder_fixture
+def check_exported(directory: Path, target: str) -> Iterator[Check]:
+    """All models, exported to one target in float32."""
+    from encoder_conformance import check_exported_encoder, is_encoder_fixture
 
     for path in list_models(directory):
-        check = check_onnx_encoder if is_encoder_fixture(read_model(path).hyper) else check_onnx_model
-        yield from guard(f"models/{path.name}", check(path))
+        check = check_exported_encoder if is_encoder_fixture(read_model(path).hyper) else check_exported_model
+        yield from guard(f"models/{path.name}", check(path, target))
 
 
 def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:
@@ -264,7 +265,11 @@ def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:
         yield Check(name, "run", float("inf"), 0, f"{type(fault).__name__}: {fault}")
 
 
-TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {"torch": check_torch, "onnx": check_onnx}
+TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {
+    "torch": check_torch,
+    "onnx": partial(check_exported, target="onnx"),
+    "executorch": partial(check_exported, target="executorch"),
+}
 
 
 def describe(check: Check) -> dict[str, Any]:

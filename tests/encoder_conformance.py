@@ -1,6 +1,6 @@
-"""The encoder and vision fixtures through the ONNX path: imported, exported in float32, run by a session.
+"""The encoder and vision fixtures through an exported bundle: imported, exported in float32, run by a session.
 
-`tests/conformance.py --target onnx` takes `check_onnx_encoder` for what `is_encoder_fixture` says is one.
+`tests/conformance.py --target onnx` takes `check_exported_encoder` for what `is_encoder_fixture` says is one.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class OnnxEncoderEngine:
         raise NotImplementedError
 
 
-def export_fixture(fixture: Path, directory: Path, **options: Any) -> Path:
+def export_fixture(fixture: Path, directory: Path, targets: tuple[str, ...] = ("onnx",), **options: Any) -> Path:
     """Import a fixture into `directory`/imported and export it; returns the bundle.
 
     Args:
+        targets: of the export.
         options: fields of CompileOptions; float32 unless they say otherwise.
     """
     imported = directory / "imported"
@@ -60,7 +61,7 @@ def export_fixture(fixture: Path, directory: Path, **options: Any) -> Path:
     compiling = CompileOptions(**({"quant": "none"} | options))
     output = directory / f"{compiling.quant}.lime"
     export_encoder_bundle(imported / "backbone", imported / "adapter", output, compiling, find_device("cpu"),
-                          ExportOptions(tokenizer=False, force=True))  # fmt: skip
+                          ExportOptions(targets, tokenizer=False, force=True))  # fmt: skip
     return output
 
 
@@ -71,10 +72,10 @@ def name_mode(session: EncoderSession, mode: Mode) -> Any:
     return session.experts[mode] if isinstance(mode, int) else mode
 
 
-def check_onnx_encoder(path: Path) -> Iterator[Any]:
-    """Compare one encoder fixture with its exported graphs: `conformance.Check` by `conformance.Check`."""
+def check_exported_encoder(path: Path, target: str) -> Iterator[Any]:
+    """Compare one encoder fixture with its exported program: `conformance.Check` by `conformance.Check`."""
     from conformance import check_model, read_model
 
     with tempfile.TemporaryDirectory() as directory:
-        session = open_encoder_session(Bundle.open(export_fixture(path, Path(directory)), verify=True))
+        session = open_encoder_session(Bundle.open(export_fixture(path, Path(directory), (target,)), verify=True))
         yield from check_model(read_model(path), OnnxEncoderEngine(session), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]

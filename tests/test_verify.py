@@ -18,6 +18,7 @@ from encoder_conformance import export_fixture
 from models import load_model, load_sites
 from test_cli import Cli
 from test_session import SESSION_TARGETS
+from test_variants import make_prompt_adapter
 
 import lime_edge
 from lime_edge.bundle import MANIFEST, Bundle, expert_file, hash_file, read_manifest
@@ -147,6 +148,13 @@ def test_folds(tiny_bundle: Make, options: dict) -> None:
 def test_variants_without_an_original_leave_none_out(tiny_bundle: Make, tiny_adapter: Make) -> None:
     checks = find_checks(tiny_bundle(adapter=tiny_adapter(variant="slicefine")))
     assert list(checks) == list(ALL[:-1]) and {check.result for check in checks.values()} == {OK}
+
+
+def test_virtual_tokens(tiny_bundle: Make, tiny_model: Make, tmp_path: Path) -> None:
+    how = {"routing": "auto_topk", "auto_topk": True, "sparse_mode": False, "input_conditioned": True}
+    adapter = make_prompt_adapter(tmp_path / "adapter", tiny_model(), **how)
+    checks = find_checks(tiny_bundle(tiny_model(), adapter, quant="int8"))
+    assert list(checks) == [*ALL[:-1], "routed"] and {check.result for check in checks.values()} == {OK}, checks
 
 
 def test_a_bundle_without_a_tokenizer(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:

@@ -88,9 +88,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     scaling: list[dict[str, Any]] = []
     for model in arguments.models.split(","):
         models, missing = prepare(model, arguments)
+        wanted = [one for one in CONTENDERS[model] if one.quant in ("", *arguments.bits.split(","))]
         if {"decode", "switch"} & set(parts):
             for count in threads:
-                run = compare(CONTENDERS[model], models, count, plan, tell)
+                run = compare(wanted, models, count, plan, tell)
                 run["left_out"] |= missing
                 decode.append({"model": model} | run)
         if "scaling" in parts:

@@ -46,6 +46,11 @@ class Contender:
     spec: dict[str, Any] = field(default_factory=dict)
     needs: str = "lime_edge"
 
+    @property
+    def quant(self) -> str:
+        """Which of our exports it is, a key of prepare.QUANTS; "" for the others."""
+        return self.files[0].split(".lime")[0].removesuffix("-single") if ".lime" in self.files[0] else ""
+
     def make_spec(self, models: Models, threads: int, capacity: int) -> dict[str, Any]:
         """What the worker is told to load."""
         spec: dict[str, Any] = {"engine": self.engine, "path": str(models.path(self.files[0]))}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lime_edge.errors import LimeEdgeError
+
 ADAPTER = Path("examples/demo_adapter/routed")
 EXPERT = "expert_0"
 QUANTS: dict[str, tuple[str, ...] | None] = {"int4": (), "default": None}  # what stays at int8 (None: its choice)
@@ -60,7 +62,7 @@ def prepare_smollm2(folder: Path, gguf: Path, quants: list[str], told: Callable[
         told(f"making {name}")
         try:
             make()
-        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, RuntimeError, LimeEdgeError) as error:
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return missing
 
