@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TARGETS_EXTRAS := onnx,export,executorch,coreml,report
+EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.demo import find_backbone as f; print(f())')" \
+	  --adapter examples/demo_adapter/adapter
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-experts bench-peers performance fidelity accuracy test-arm64 clean help
+.PHONY: demo test lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,11 +47,30 @@ build/demo.lime: | $(VENV)/.base
 	$(BIN)/lime-edge demo
 
 build/demo-single.lime: | $(VENV)/.base
-	$(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.demo import find_backbone; print(find_backbone())')" \
-	  --adapter examples/demo_adapter/adapter --fold plural --single -o $@
+	$(EXPORT_DEMO) --fold plural --single -o $@
 
-bench-experts: $(VENV)/.base  ## pinned and routed beside branchless, into docs/benchmarks.md (5 minutes)
-	$(BIN)/python tools/benchmarks.py
+bench-peers: $(VENV)/.base  ## beside other engines and other ways to hold skills, into docs/benchmarks.md (builds llama.cpp)
+	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS),peers]'
+	$(BIN)/python tools/peers --models smollm2,1b --threads 2,4
+
+bench-targets: $(VENV)/.base build/targets.lime build/targets-single.lime  ## ONNX beside ExecuTorch, into docs/targets.md
+	$(BIN)/lime-edge bench build/targets.lime --baseline build/targets-single.lime --target onnx --target executorch \
+	  --threads 1 --repeat 9 --md > build/targets.md
+	mv build/targets.md docs/targets.md
+
+build/targets.lime: | $(VENV)/.base
+	$(EXPORT_DEMO) -o $@ --target onnx --target executorch
+
+build/targets-single.lime: | $(VENV)/.base
+	$(EXPORT_DEMO) --fold plural --single -o $@ --target onnx --target executorch
+
+executorch-demo: build/targets.lime  ## SmolLM2-135M int4 as ExecuTorch, beside ONNX (a few minutes)
+	$(BIN)/lime-edge run $< patent --expert plural --target executorch
+	$(BIN)/lime-edge verify $<
+
+coreml-demo: $(VENV)/.base  ## SmolLM2-135M int4 as a Core ML package, its numbers proven by the interpreter (4 minutes)
+	$(EXPORT_DEMO) -o build/coreml.lime --target coreml --force
+	$(BIN)/lime-edge verify build/coreml.lime
 
 performance: $(VENV)/.base  ## where a decode step's time goes, and what other branches would cost, into docs/performance.md
 	$(BIN)/python tools/performance.py

@@ -78,17 +78,17 @@ class DecoderWriter:
     def _frame(self, ids: Var, position: Var, length: Var) -> Frame:
         c = self.config
         ones = mb.add(x=mb.mul(x=ids, y=np.int32(0)), y=np.int32(1))
-        index = mb.sub(x=mb.cumsum(x=ones, axis=1), y=np.int32(1), name="index")
-        rows = mb.add(x=index, y=position, name="rows")
-        real = mb.less(x=index, y=length, name="real")
+        index = mb.sub(x=mb.cumsum(x=ones, axis=1), y=np.int32(1), name="row_index")
+        rows = mb.add(x=index, y=position, name="row_position")
+        real = mb.less(x=index, y=length, name="row_is_real")
         slots = self.graph.constant("slots", np.arange(self.capacity, dtype=np.int32).reshape(1, 1, 1, -1))
         column = mb.expand_dims(x=rows, axes=[1, 3])
         written = mb.logical_and(x=mb.equal(x=slots, y=column), y=mb.expand_dims(x=real, axes=[1, 3]))
-        write = mb.cast(x=written, dtype="fp16", name="write")
+        write = mb.cast(x=written, dtype="fp16", name="cache_write")
         touched = mb.reduce_sum(x=mb.transpose(x=write, perm=[0, 1, 3, 2]), axes=[-1], keep_dims=True)
-        keep = mb.sub(x=np.float16(1), y=touched, name="keep")
+        keep = mb.sub(x=np.float16(1), y=touched, name="cache_keep")
         cos, sin = self._rotation(rows)
-        behind = mb.sub(x=column, y=slots, name="behind")
+        behind = mb.sub(x=column, y=slots, name="slots_behind")
         windows = {layer.window for layer in c.layers}
         masks = {window: self._mask(behind, window) for window in sorted(windows, key=lambda w: w or 0)}
         return Frame(ids, index, length, real, write, keep, cos, sin, masks)
@@ -98,7 +98,7 @@ class DecoderWriter:
         found = []
         for kind, table in zip(("cos", "sin"), self.config.rope_tables(self.capacity + self.longest), strict=True):
             values = mb.gather(x=self.graph.constant(f"{kind}_table", table.numpy()), indices=rows, axis=0)
-            found.append(mb.expand_dims(x=mb.cast(x=values, dtype="fp16"), axes=[1], name=kind))
+            found.append(mb.expand_dims(x=mb.cast(x=values, dtype="fp16"), axes=[1], name=f"rope_{kind}"))
         return found[0], found[1]
 
     def _mask(self, behind: Var, window: int | None) -> Var:
@@ -114,7 +114,7 @@ class DecoderWriter:
         model, ids = self.model, frame.ids
         if model.virtual is not None:
             ids = mb.minimum(x=ids, y=np.int32(self.config.vocab - 1))
-        x = mb.gather(x=self._weight([f"{EMBEDDING}.weight"]), indices=ids, axis=0, name="embed")
+        x = mb.gather(x=self._weight([f"{EMBEDDING}.weight"]), indices=ids, axis=0, name="embeddings")
         if model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
             expert = None if self.experts is None else self.experts.expert

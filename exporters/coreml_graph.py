@@ -121,7 +121,7 @@ class Graph:
         with silent():
             model = ct.convert(self.program, source="milinternal", convert_to="mlprogram",
                                minimum_deployment_target=self.target, skip_model_load=True,
-                               compute_precision=ct.precision.FLOAT32)  # fmt: skip
+                               pass_pipeline=ct.PassPipeline.EMPTY)  # fmt: skip
             save_package(model, path, facts)
 
 

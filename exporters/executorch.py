@@ -42,7 +42,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         LimeEdgeError: a backend or a group size that is not offered, or a model that cannot be lowered.
     """
     chosen = options.executorch
-    provider = check_backend(chosen.backend)
+    provider = check_backend(chosen.backend, model.quant)
     if model.quant == "int4":
         check_group(model.group)
     sizes = choose_sizes(model, chosen.max_length)
@@ -52,7 +52,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     if routes:
         methods["routed"] = make_method(model, sizes, routed=True)
     counts = lower(methods, chosen.backend, constants, directory / FILE, progress)
-    facts = {
+    facts: dict[str, Any] = {
         "file": f"executorch/{FILE}", "executorch": version("executorch"), "providers": [provider],
         "backend": chosen.backend, "expert_input": model.swaps, "max_length": sizes.cache - count_virtual(model),
         "prompt_length": sizes.prompt, "rows": sizes.rows, "virtual_tokens": count_virtual(model),
@@ -119,7 +119,7 @@ def read_special_ids(tokenizer: Path) -> dict[str, Any]:
     codec, file = TextCodec(tokenizer), tokenizer / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     token = config.get("bos_token")
-    bos = codec.vocabulary().get(token.get("content") if isinstance(token, dict) else token)
+    bos = codec.vocabulary().get(str(token.get("content") if isinstance(token, dict) else token))
     found: dict[str, Any] = {} if bos is None else {"get_bos_id": bos}
     return found | ({"get_eos_ids": list(codec.eos)} if codec.eos else {})
 

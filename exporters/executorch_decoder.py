@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -305,7 +306,7 @@ class DecoderProgram(nn.Module):
         Returns:
             (1, K, vocab) float32.
         """
-        start, length = pos[0].item(), ids.shape[1]
+        start, length = cast(int, pos[0].item()), ids.shape[1]
         torch._check(start >= 0)
         torch._check(start < self.sizes.cache)
         torch._check(start + length <= self.sizes.cache)
@@ -328,7 +329,7 @@ class DecoderProgram(nn.Module):
         positions = torch.arange(length) + start
         cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self.cos, self.sin))
         call = Call(start, (cos * self.turned + self.kept).unsqueeze(0), (sin * self.turned).unsqueeze(0), pieces)
-        for window in {block.window for block in self.blocks} - {None}:
+        for window in {layer.window for layer in self.config.layers if layer.window is not None}:
             distance = positions[:, None] - torch.arange(self.sizes.cache)[None, :]
             seen = (distance >= 0) & (distance < window)
             call.masks[window] = torch.where(seen, 0.0, HIDDEN_SCORE)

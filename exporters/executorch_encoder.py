@@ -41,7 +41,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     Raises:
         LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
     """
-    provider = check_backend(options.executorch.backend)
+    provider = check_backend(options.executorch.backend, compiled.options.quant)
     if compiled.options.quant == "int4":
         check_group(compiled.options.group)
     context = getattr(compiled.checkpoint.backbone.config, "max_position_embeddings", LONGEST)

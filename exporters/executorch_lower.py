@@ -61,10 +61,11 @@ class NeededPasses(XNNPACKPassManager):
 
     def __init__(self, exported_program: Any, passes: Any = None):
         super().__init__(exported_program, passes)
+        chosen: list[Any] = self.passes  # type: ignore[has-type]
         calls = " ".join(str(node.target) for node in exported_program.graph.nodes if node.op == "call_function")
         calls = calls.replace("view_copy", "")
         self.passes = [
-            kept for kept in self.passes
+            kept for kept in chosen
             if kept.__name__ not in PASSES or any(word in calls for word in PASSES[kept.__name__])
         ]  # fmt: skip
 
@@ -78,6 +79,18 @@ def skip_idle_passes() -> Iterator[None]:
         yield
     finally:
         xnnpack_preprocess.XNNPACKPassManager = before
+
+
+class DirectPartitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner for graphs of which it takes every operator that it lists.
+
+    Without its check of single nodes ExecuTorch decomposes the whole graph once instead of three times. An
+    operator that is listed and not taken is an error when memory is planned.
+    """
+
+    def ops_to_not_decompose(self, exported_program: Any) -> Any:
+        """The listed operators, and no check."""
+        return super().ops_to_not_decompose(exported_program)[0], None
 
 
 @dataclass(frozen=True)
@@ -99,12 +112,17 @@ class Delegation:
     fallen: dict[str, int] = field(default_factory=dict)
 
 
-def check_backend(name: str) -> str:
+def check_backend(name: str, quant: str) -> str:
     """The provider's name of a backend that is offered here.
 
+    Args:
+        quant: of the model; the portable kernels multiply float32 only.
     Raises:
         LimeEdgeError: its SDK is missing, its result could not be checked, or there is no such backend.
     """
+    if name == "portable" and quant != "none":
+        raise LimeEdgeError(f"--backend portable: expected --quant none, found {quant}",
+                            "the portable kernels multiply float32 only")  # fmt: skip
     if name in PROVIDERS:
         return PROVIDERS[name]
     known = " or ".join(PROVIDERS)
@@ -139,7 +157,7 @@ def lower(methods: Mapping[str, Method], backend: str, constants: Mapping[str, A
             progress(name, 0, STEPS)
             programs = {key: trace(method) for key, method in methods.items()}
             progress(name, 1, STEPS)
-            partitioners: list[Any] = [XnnpackPartitioner()] if backend == "xnnpack" else []
+            partitioners: list[Any] = [DirectPartitioner()] if backend == "xnnpack" else []
             lowered = to_edge_transform_and_lower(
                 programs, partitioner={key: partitioners for key in programs}, constant_methods=dict(constants),
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),

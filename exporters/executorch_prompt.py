@@ -32,7 +32,10 @@ class VirtualPrompt(nn.Module):
         if self.routing is not None:
             prompt = self.weigh(embeds, real.to(embeds.dtype))[0]
         else:
-            prompt = self.base + expert * self.delta if self.moves else self.base
+            prompt = self.base
+            if self.moves:
+                assert expert is not None
+                prompt = self.base + expert * self.delta
         index = (ids - self.vocab).clamp(0, prompt.shape[0] - 1)
         return torch.where(real, embeds, prompt[index])
 

@@ -76,11 +76,9 @@ class Interpreter:
             if all(value is not None for value in fixed):
                 bound[key] = fixed if several else fixed[0]
             elif several:
-                lists[key] = [str(name) for name in found]
+                lists[key] = [str(name) for name in found]  # by name, constants among them
             else:
                 unbound.append((key, str(found[0])))
-        for names in lists.values():
-            self._constants.update({n: self._constants[n] for n in names if n in self._constants})
         step = Step(operation, bound, unbound, lists, [])
         if unbound or lists or operation.kind in STATE:
             self._steps.append(step)

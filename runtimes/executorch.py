@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,9 @@ class ExecutorchEngine:
         self._virtual, self._rows, self._prompt = facts["virtual_tokens"], facts["rows"], facts["prompt_length"]
         self._takes_expert: bool = facts["expert_input"]
         self.provider = check_provider(facts["providers"], options.providers)
-        self._program = load_program(bundle.path / facts["file"], options.threads or facts.get("threads"))
-        self._pinned = load_method(self._program, "forward", bundle.path / facts["file"])
+        self._program = load_program(bundle, options.threads)
         self._file = bundle.path / facts["file"]
+        self._pinned = load_method(self._program, "forward", self._file)
         self._routed: Any = None
         self._method = self._pinned
         self._residual = np.zeros(self._total, np.float32)
@@ -173,16 +174,17 @@ def check_provider(made_for: list[str], wanted: tuple[str, ...]) -> str:
     return provider
 
 
-def load_program(file: Path, threads: int | None) -> Any:
-    """Open a .pte; nothing is prepared yet.
+def load_program(bundle: Bundle, threads: int | None) -> Any:
+    """Open the bundle's .pte; nothing is prepared yet.
 
     Args:
-        threads: of the process's one pool; only the first program can choose.
+        threads: of the process's one pool, None for the bundle's default.
     Raises:
         LimeEdgeError: ExecuTorch refuses the file.
     """
-    runtime = load_runtime()
-    size_pool(threads)
+    runtime, facts = load_runtime(), bundle.manifest.targets["executorch"]
+    file = bundle.path / facts["file"]
+    size_pool(threads, facts.get("threads"))
     with collect_errors() as errors:
         try:
             return runtime.load_program(file)
@@ -206,15 +208,22 @@ def load_method(program: Any, name: str, file: Path) -> Any:
 _pool: list[int] = []  # threads of the process's pool once a program was loaded
 
 
-def size_pool(threads: int | None) -> None:
-    """Set the process's pool before the first program is loaded; afterwards that would abort the process."""
+def size_pool(threads: int | None, default: int | None) -> None:
+    """Set the process's pool before the first program is loaded; afterwards that would abort the process.
+
+    Later sessions get what the first one chose, and a warning where they ask for something else.
+    """
     if _pool:
+        if threads and threads != _pool[0]:
+            warnings.warn(f"threads: ExecuTorch's one pool of this process has {_pool[0]}, asked for {threads}: the "
+                          "first session decides", RuntimeWarning, stacklevel=2)  # fmt: skip
         return
     from executorch.extension.pybindings import portable_lib
 
+    wanted = threads or default
     with collect_errors():
-        if threads and threads != portable_lib._threadpool_get_thread_count():
-            portable_lib._unsafe_reset_threadpool(threads)
+        if wanted and wanted != portable_lib._threadpool_get_thread_count():
+            portable_lib._unsafe_reset_threadpool(wanted)
         _pool.append(portable_lib._threadpool_get_thread_count())
 
 

@@ -28,7 +28,7 @@ class ExecutorchEncoderEngine:
         facts = self._facts = bundle.manifest.targets["executorch"]
         self._file, self._total = bundle.path / facts["file"], bundle.manifest.sites.total
         self.provider = check_provider(facts["providers"], options.providers)
-        self._program = load_program(self._file, options.threads or facts.get("threads"))
+        self._program = load_program(bundle, options.threads)
         self._pinned = load_method(self._program, "forward", self._file)
         self._routed: Any = None
         self._routing = False

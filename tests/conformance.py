@@ -257,6 +257,13 @@ def check_exported(directory: Path, target: str) -> Iterator[Check]:
         yield from guard(f"models/{path.name}", check(path, target))
 
 
+def check_coreml(directory: Path) -> Iterator[Check]:
+    """All models, exported to Core ML and interpreted; float16 has its own measure, see there."""
+    from test_coreml_conformance import check_fixtures
+
+    yield from check_fixtures(directory)
+
+
 def guard(name: str, checks: Iterator[Check]) -> Iterator[Check]:
     """Run one fixture's checks; whatever they raise is its failure, and the next fixture still runs."""
     try:
@@ -269,6 +276,7 @@ TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {
     "torch": check_torch,
     "onnx": partial(check_exported, target="onnx"),
     "executorch": partial(check_exported, target="executorch"),
+    "coreml": check_coreml,
 }
 
 

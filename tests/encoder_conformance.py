@@ -22,6 +22,7 @@ from lime_edge.devices import find_device
 from lime_edge.encoder_session import EncoderSession, open_encoder_session
 from lime_edge.export import ExportOptions
 from lime_edge.export_encoder import export_encoder_bundle
+from lime_edge.session import SessionOptions
 
 ONNX_MODEL_LIMIT = 1e-3
 
@@ -77,5 +78,6 @@ def check_exported_encoder(path: Path, target: str) -> Iterator[Any]:
     from conformance import check_model, read_model
 
     with tempfile.TemporaryDirectory() as directory:
-        session = open_encoder_session(Bundle.open(export_fixture(path, Path(directory), (target,)), verify=True))
+        bundle = Bundle.open(export_fixture(path, Path(directory), (target,)), verify=True)
+        session = open_encoder_session(bundle, options=SessionOptions(threads=1))
         yield from check_model(read_model(path), OnnxEncoderEngine(session), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from test_onnx_export import BLEND, QUANTIZED, assert_integers_equal, build, com
 from test_variants import ROUTINGS, VARIANTS, make_prompt_adapter
 
 from lime_edge.bundle import Bundle
+from lime_edge.cli_export import warn_of_overflow
 from lime_edge.compiler.adapter_checks import name_selection
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.compiler.decoder import Cache, DecoderModule, Prefix
@@ -22,6 +25,7 @@ from lime_edge.compiler.multiplier import Multiplier
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.coreml import export, store_as_half
+from lime_edge.exporters.coreml_overflow import LIMIT, find_peak
 from lime_edge.runtimes.coreml import plan_calls
 from lime_edge.runtimes.coreml_program import WEIGHTS, Constant, read_package
 from lime_edge.session import Session, SessionOptions
@@ -263,6 +267,18 @@ def test_metadata_sizes_and_lengths(tiny_model: Make, tiny_adapter: Make, tiny_b
     assert max(len(kind.shape) for op in main.operations for _, kind in op.outputs) <= 4
 
 
+def test_names_are_what_core_ml_takes(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """coremltools' own sanitizer, which does not run on our programs, would change none: valid, unique, free."""
+    from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
+
+    model = tiny_model("llama")
+    path = tiny_bundle(model, tiny_adapter(model, routing=ROUTINGS["soft"]), targets=("coreml",))
+    for function in read_package(path / "coreml/model.mlpackage").functions.values():
+        sanitizer = NameSanitizer()
+        names = [*function.inputs, *(name for op in function.operations for name, _ in op.outputs)]
+        assert [sanitizer.sanitize_name(name) for name in names] == names, function.name
+
+
 def test_the_routed_function_shares_the_weights(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model = tiny_model("llama")
     routed, plain = (tiny_adapter(model, routing=how) for how in (ROUTINGS["auto"], None))
@@ -299,3 +315,29 @@ def test_a_routed_prompt_longer_than_every_length(tiny_model: Make, tiny_adapter
                                         (70, [128]), (128, [128]), (300, [128, 128, 32, 32])])  # fmt: skip
 def test_prompts_are_cut_into_enumerated_lengths(count: int, plan: list[int]) -> None:
     assert plan_calls(count, [1, 32, 128]) == plan
+
+
+# float16's limit
+
+
+def test_what_comes_near_the_limit_is_told(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """The oracle's loudest place by name; and what `lime-edge export` says when it is beyond half of the limit."""
+    model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
+    compiled = compile_again(model, adapter, quant="none")
+    quiet = find_peak(compiled, model)
+    assert 1 < quiet.value < 1000
+    weights = dict(compiled.weights)
+    loud = weights["model.layers.1.self_attn.q_proj.weight"]
+    assert isinstance(loud, torch.Tensor)
+    weights["model.layers.1.self_attn.q_proj.weight"] = 1e5 * loud
+    found = find_peak(replace(compiled, weights=weights), model)
+    assert found.value > LIMIT and found.site == "layers.1.qkv output"
+    path = Path(shutil.copytree(tiny_bundle(model, adapter, targets=("coreml",)), tmp_path / "x.lime"))
+    warn_of_overflow(path)
+    assert "warning" not in capsys.readouterr().err
+    manifest = json.loads((path / "lime.json").read_text())
+    manifest["targets"]["coreml"]["peak"] = {"value": 50000.0, "site": "layers.1.qkv output", "limit": LIMIT}
+    (path / "lime.json").write_text(json.dumps(manifest))
+    warn_of_overflow(path)
+    assert "coreml: layers.1.qkv output reaches 50000, float16 ends at 65504" in capsys.readouterr().err

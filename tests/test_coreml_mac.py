@@ -149,6 +149,17 @@ def test_the_script_names_what_it_imports_from_coremltools() -> None:
         assert callable(getattr(MLModelBenchmarker, name))
 
 
+def test_exporting_without_coremltools_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module that imports it says how to install it; a copy of it, so that the loaded one stays."""
+    file = Path(__file__).parent.parent / "exporters" / "coreml_graph.py"
+    spec = importlib.util.spec_from_file_location("coreml_graph_again", file)
+    assert spec and spec.loader
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(LimeEdgeError, match="the package 'coremltools' is not installed") as caught:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert caught.value.exit_code == 4 and "lime-edge[coreml]" in caught.value.hint
+
+
 def test_a_device_needs_numpy_alone(package: Path) -> None:
     """The interpreter reads and runs a package without coremltools, protobuf or torch."""
     import subprocess

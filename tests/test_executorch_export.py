@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,27 @@ from test_variants import IDS, check_session, make_prompt_adapter, prompt_logits
 
 import lime_edge
 from lime_edge.bundle import Bundle
+from lime_edge.cli_export import report_delegation
+from lime_edge.compiler import prompt_tuning
 from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.decoder import DecoderModule
+from lime_edge.compiler.prompt_tuning import CONDITIONING
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.executorch import export
+from lime_edge.exporters.executorch import choose_sizes, export, write_stock
+from lime_edge.exporters.executorch_prompt import summarize
 from lime_edge.generate import GenerationOptions
+from lime_edge.runtimes.executorch import check_provider
 from lime_edge.session import Session
 from lime_edge.target_options import ExecutorchOptions, TargetOptions
 
 LENGTH = 41  # more rows than one call gives, and beyond every window
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}
 MODELS: dict[str, Case] = {
-    "windows, norms of heads, biases, all linears": CASES["qwen3-sliding"],
-    "layers without RoPE, tied, gaps between sites": Case("smollm3", CASES["smollm3"].changes, ("q_proj", "up_proj")),
-    "yarn, gelu": Case("llama", {**CASES["llama-yarn-factor"].changes, **SMALL, "hidden_act": "gelu_pytorch_tanh",
-                                 "mlp_bias": True}, ("v_proj", "down_proj"), shared=True),
+    "windows, norms of heads, biases": Case("qwen3", CASES["qwen3-sliding"].changes, ALL_LINEARS),
+    "a layer without RoPE, tied, gaps between sites, gelu": Case("smollm3", {
+        **CASES["smollm3"].changes, "no_rope_layers": [1, 0], "num_hidden_layers": 2, "mlp_bias": True,
+        "hidden_act": "gelu_pytorch_tanh"}, ("q_proj", "v_proj", "up_proj"), shared=True),
 }  # fmt: skip
 
 
@@ -54,10 +60,9 @@ def test_float32_equals_the_unfolded_model(name: str, tiny_model: Make, tiny_ada
     """Every expert, random ones, a blend and none: all rows, the last row, greedy; and the branch matters."""
     case = MODELS[name]
     model = tiny_model(case.family, **case.changes)
-    targets = ALL_LINEARS if "all linears" in name else case.targets
-    adapter = tiny_adapter(model, targets=targets, shared=case.shared)
-    session, unfolded, ids = open_session(tiny_bundle(model, adapter, targets=("executorch",))), unfold(
-        model, adapter), draw_ids(LENGTH, 4)  # fmt: skip
+    adapter = tiny_adapter(model, targets=case.targets, shared=case.shared)
+    session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
+    unfolded, ids = unfold(model, adapter), draw_ids(LENGTH, 4)
     for selection in SELECTIONS:
         unfolded.use(to_mode(selection))
         session.use(selection)
@@ -79,11 +84,11 @@ def test_float32_equals_the_unfolded_model(name: str, tiny_model: Make, tiny_ada
 
 @pytest.mark.parametrize("variant", ["dora", "slicefine"])
 def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
-    """On the embedding and on linears with biases; two methods on one cache and one set of weights."""
-    model = tiny_model("qwen2", **SMALL)
-    routing = {"top_k": 2, "n_gram": 3} if variant == "dora" else {"top_k": 2, "sparse_mode": True, "auto_topk": True}
+    """On the embedding or on linears with biases; two methods on one cache and one set of weights."""
+    model, dora = tiny_model("qwen2", **SMALL), variant == "dora"
+    routing = {"top_k": 2, "n_gram": 3} if dora else {"top_k": 2, "sparse_mode": True, "auto_topk": True}
     adapter = tiny_adapter(model, variant=variant, rank=6, experts=5, shared=True, routing=routing,
-                           targets=("embed_tokens", "q_proj", "v_proj", "gate_proj"))  # fmt: skip
+                           targets=("embed_tokens", "q_proj") if dora else ("k_proj", "v_proj"))  # fmt: skip
     session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
     check_session(session, unfold(model, adapter), variant)
     wanted = {}
@@ -97,19 +102,30 @@ def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter
         session.extend([5, 6])
 
 
-@pytest.mark.parametrize("conditioning", ["attention", "first"])
-def test_prompt_tuning(conditioning: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
+def test_prompt_tuning(tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
     model = tiny_model("llama", **SMALL)
     adapter = make_prompt_adapter(tmp_path / "adapter", model, routing="auto_topk", auto_topk=True, sparse_mode=False,
-                                  input_conditioned=True, input_conditioning_mode=conditioning)  # fmt: skip
+                                  input_conditioned=True, input_conditioning_mode="attention")  # fmt: skip
     session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
     assert session.max_length == 64 - 5
     for selection, mode in (("expert3", 3), ("routed", "routed"), ("expert0", 0)):
         session.use(selection)
         wanted = prompt_logits(model, adapter, mode)  # type: ignore[arg-type]
-        assert_close(session.logits(IDS), wanted, f"{conditioning}, {selection}")
+        assert_close(session.logits(IDS), wanted, f"prompt tuning, {selection}")
     parts = [session.logits(IDS[:5])[-1].copy(), *(session.extend([token])[-1].copy() for token in IDS[5:])]
-    assert_close(np.stack(parts), wanted[4:], f"{conditioning}, token by token")
+    assert_close(np.stack(parts), wanted[4:], "token by token")
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+def test_summaries_leave_virtual_tokens_out(conditioning: str) -> None:
+    """As the compiler's, which sees the prompt alone; and a decode step, which has no virtual tokens."""
+    random = torch.Generator().manual_seed(0)
+    for virtual, count in ((5, 9), (5, 1), (0, 1)):
+        prompt = torch.randn(1, count, 16, generator=random)
+        whole = torch.cat([100 * torch.randn(1, virtual, 16, generator=random), prompt], 1)
+        real = (torch.arange(virtual + count) >= virtual)[None, :, None].float()
+        wanted = prompt_tuning.summarize(prompt, None, conditioning)
+        torch.testing.assert_close(summarize(conditioning, whole, real)[:, 0], wanted)
 
 
 # the program
@@ -155,9 +171,8 @@ def test_the_stock_runner_switches_experts(tiny_model: Make, tiny_adapter: Make,
 
     model = tiny_model("llama", **SMALL)
     compiled = compile_checkpoint(read_checkpoint(model, tiny_adapter(model)), CompileOptions(quant="none"))
-    options = TargetOptions(executorch=ExecutorchOptions(max_length=32, stock_runner=True))
-    facts = export(compiled, tmp_path, options, lambda *_: None)
-    assert facts["stock"] == "executorch/stock.pte"
+    count = write_stock(compiled, choose_sizes(compiled, 32), "xnnpack", {}, tmp_path / "stock.pte", lambda *_: None)
+    assert count.subgraphs and not count.fallen
     program = Runtime.get().load_program(tmp_path / "stock.pte")
     forward, set_expert = program.load_method("forward"), program.load_method("set_expert")
     oracle, ids = DecoderModule(compiled), draw_ids(9, 1)
@@ -171,13 +186,63 @@ def test_the_stock_runner_switches_experts(tiny_model: Make, tiny_adapter: Make,
         assert_close(np.stack(found), wanted[5:], f"expert {index}")
 
 
+def test_without_a_delegate(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """The same program on the portable kernels."""
+    from executorch.runtime import Runtime
+
+    model = tiny_model("llama", **SMALL)
+    compiled = compile_checkpoint(read_checkpoint(model, tiny_adapter(model)), CompileOptions(quant="none"))
+    facts = export(compiled, tmp_path, TargetOptions(executorch=ExecutorchOptions(32, "portable")), lambda *_: None)
+    assert facts["providers"] == ["portable"] and facts["delegation"]["forward"]["subgraphs"] == 0
+    ids, d = draw_ids(9, 2), torch.randn(compiled.sites.total, generator=torch.Generator().manual_seed(1))
+    method = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
+    found = method.execute([ids, torch.tensor([0]), torch.arange(9), d])[0].numpy()
+    assert_close(found, DecoderModule(compiled)(ids, d).numpy(), "portable")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 6])
+def test_a_prompt_in_pieces(keep: int, tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call takes more tokens or rows than were planned for; what comes out is the same."""
+    session = open_session(tiny_bundle(targets=("onnx", "executorch")))
+    ids = draw_ids(LENGTH, 4)[0].tolist()
+    wanted = session.logits(ids, keep=keep).copy()
+    engine: Any = session._engine
+    call, sizes = engine._call, []
+
+    def note(piece: np.ndarray, position: int, rows: np.ndarray) -> np.ndarray:
+        sizes.append((piece.size, rows.size))
+        return call(piece, position, rows)
+
+    monkeypatch.setattr(engine, "_call", note)
+    monkeypatch.setattr(engine, "_prompt", 9)
+    monkeypatch.setattr(engine, "_rows", 4)
+    assert_close(session.logits(ids, keep=keep), wanted, f"keep {keep}")
+    assert max(size for size, _ in sizes) <= 9 and max(rows for _, rows in sizes) <= 4
+    assert sum(size for size, _ in sizes) == LENGTH
+
+
+def test_what_fell_off_the_delegate_is_said(tiny_bundle: Make, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    bundle = shutil.copytree(tiny_bundle(targets=("onnx", "executorch")), tmp_path / "x.lime")
+    report_delegation(bundle, as_json=False)
+    told = capsys.readouterr()
+    assert "operators in 5 subgraphs of XnnpackBackend" in told.out.replace("\n", " ") and not told.err
+    body = json.loads((bundle / "lime.json").read_text())
+    body["targets"]["executorch"]["delegation"]["forward"]["fallen"] = {"mul.Tensor": 3}
+    (bundle / "lime.json").write_text(json.dumps(body))
+    report_delegation(bundle, as_json=True)
+    told = capsys.readouterr()
+    assert not told.out and "not taken by XnnpackBackend: mul.Tensor (3)" in told.err.replace("\n", " ")
+
+
 # what is refused
 
 
 def test_backends_that_are_not_here_say_what_is_missing(tmp_path: Path) -> None:
-    missing: Any = None  # the model is not looked at
+    missing: Any = SimpleNamespace(quant="int4")  # nothing else of the model is looked at
     for name, code, match in (("qnn", 4, "QNN SDK"), ("openvino", 4, "OpenVINO"), ("coreml", 4, "dynamic prompt"),
-                              ("vulkan", 4, "device with Vulkan"), ("tpu", 2, "expected xnnpack or")):  # fmt: skip
+                              ("vulkan", 4, "device with Vulkan"), ("tpu", 2, "expected xnnpack or"),
+                              ("portable", 2, "expected --quant none, found int4")):  # fmt: skip
         with pytest.raises(LimeEdgeError, match=match) as caught:
             export(missing, tmp_path, TargetOptions(executorch=ExecutorchOptions(backend=name)), print)
         assert caught.value.exit_code == code
@@ -204,6 +269,13 @@ def test_the_engine_is_never_asked_what_does_not_fit(tiny_bundle: Make, monkeypa
             engine.set_expert(wrong)
 
 
+def test_the_pool_of_threads_is_one_per_process(tiny_bundle: Make) -> None:
+    bundle = tiny_bundle(targets=("onnx", "executorch"))
+    open_session(bundle)
+    with pytest.warns(RuntimeWarning, match="one pool of this process has .*, asked for 77"):
+        lime_edge.open(bundle, target="executorch", threads=77)
+
+
 def test_a_damaged_program_is_refused(tiny_bundle: Make, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle(targets=("onnx", "executorch")), tmp_path / "x.lime")
     file = bundle / "executorch/model.pte"
@@ -221,7 +293,7 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
         open_session(bundle)
     assert caught.value.exit_code == 4
     with pytest.raises(LimeEdgeError, match="none of the execution providers CUDA is available"):
-        lime_edge.open(tiny_bundle(targets=("onnx", "executorch")), target="executorch", providers=("CUDA",))
+        check_provider(["XnnpackBackend"], ("CUDA",))
 
 
 def test_bad_sizes_are_refused(tmp_path: Path, tiny_model: Make, tiny_adapter: Make) -> None:

@@ -29,7 +29,7 @@ from lime_edge.exporters.executorch_decoder import DecoderProgram, list_groups
 from lime_edge.exporters.onnx_weights import unpack_codes
 
 QUANTS: dict[str, dict[str, Any]] = {
-    "int8": {"quant": "int8"}, "mixed": {"quant": "int4"}, "all int4": {"quant": "int4", "int8_kinds": ()},
+    "int8": {"quant": "int8"}, "int4": {"quant": "int4", "int8_kinds": ("qkv",)},
 }  # fmt: skip
 
 
@@ -169,8 +169,7 @@ def make(quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) ->
         model = tiny_model()
         return tiny_bundle(targets=("onnx", "executorch"), **options), compile_again(model, tiny_adapter(model),
                                                                                      **options)  # fmt: skip
-    tied = quant == "mixed"
-    model = tiny_model("qwen2", num_hidden_layers=1, tie_word_embeddings=tied)
+    model = tiny_model("qwen2", num_hidden_layers=1)
     adapter = tiny_adapter(model, targets=ALL_LINEARS)
     return (tiny_bundle(model, adapter, targets=("onnx", "executorch"), **options),
             compile_again(model, adapter, **options))  # fmt: skip
@@ -191,7 +190,7 @@ def test_both_files_hold_the_same_integers(quant: str, tiny_model: Make, tiny_ad
     for matrix, members in zip(found, names, strict=True):
         assert_same(matrix, stack([wanted[name] for name in members]), f"{quant}: {', '.join(members)}")
     kinds = {matrix.scales.shape[1] > 1 for matrix in found}
-    assert kinds == {"int8": {False}, "mixed": {False, True}, "all int4": {True}}[quant]
+    assert kinds == {"int8": {False}, "int4": {False, True}}[quant]
 
 
 @pytest.mark.parametrize("quant", QUANTS)

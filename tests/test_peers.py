@@ -95,13 +95,13 @@ def test_prompt_graph(tools: Any, toy: tuple[CompiledModel, Path]) -> None:
 def test_the_whole_tool(tmp_path: Path) -> None:
     """All parts on the toy model; what has no room is named; the page is made of the numbers."""
     command = [
-        sys.executable, str(PEERS), "--models", "toy", "--threads", "1", "--rounds", "1", "--prompt-tokens", "16",
-        "--gen-tokens", "4", "--counts", "1,2", "--scaling-prompt", "16", "--scaling-rounds", "1",
-        "--disk-gb", "0.003", "--folder", str(tmp_path / "models"), "--output", str(tmp_path),
+        sys.executable, str(PEERS), "--models", "toy", "--engines", "ours", "--threads", "1", "--rounds", "1",
+        "--prompt-tokens", "16", "--gen-tokens", "4", "--counts", "1,2", "--scaling-prompt", "16",
+        "--scaling-rounds", "1", "--disk-gb", "0.003", "--folder", str(tmp_path / "models"), "--output", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    facts = json.loads((tmp_path / "peers.json").read_text())
+    facts = json.loads(next(tmp_path.glob("benchmarks-*.json")).read_text())
     (run,), (scaling,) = facts["decode"], facts["scaling"]
     assert list(run["rows"]) == ["ours-merged", "ours-pinned", "ours-routed", "ours-in-genai"] and not run["left_out"]
     for row in run["rows"].values():
@@ -111,7 +111,7 @@ def test_the_whole_tool(tmp_path: Path) -> None:
     methods = ("copies", "lora", "lime", "prompt")
     assert found == {(method, count) for method in methods for count in (1, 2)} - {("copies", 2)}
     assert list(scaling["left_out"]) == ["copies, 2"] and "--disk-gb" in scaling["left_out"]["copies, 2"]
-    page = (tmp_path / "peers.md").read_text()
+    page = (tmp_path / "benchmarks.md").read_text()
     assert f"{run['rows']['ours-pinned']['decode_ms']:.2f}" in page and "left out: copies, 2" in page
     assert max(map(len, page.splitlines())) < 250
 

@@ -53,14 +53,18 @@ def export_real(model: Path, adapter: Path, expert: str, kinds: tuple[str, ...] 
 
 def make_random(shape: str, expert: str, outputs: dict[bool, Path]) -> None:
     """A random int4 model: with 8 experts and a routed graph (False), and without a branch (True)."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=True)
-    model = draw_model(read_decoder(config, shape))
+    model = draw_model(read_decoder(make_config(shape), shape))
     for single, output in outputs.items():
         if output.exists():
             continue
         merged = replace(model, branches={}, experts={expert: model.experts[expert]}, single=expert, fold=expert,
                          routing=None)  # fmt: skip
         pack(merged if single else model, f"random, {shape}", (), output)
+
+
+def make_config(shape: str) -> LlamaConfig:
+    """The transformers config of a random model."""
+    return LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=True)
 
 
 def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) -> None:
@@ -107,9 +111,9 @@ def draw_model(decoder: Decoder) -> CompiledModel:
     sites = SiteTable.from_widths(widths)
     drawn = [1 + 0.1 * torch.randn(sites.total, generator=random) for _ in range(EXPERTS)]
     experts = {f"expert_{index}": vector.half() for index, vector in enumerate(drawn)}
-    reference = torch.stack([vector.float() for vector in experts.values()]).mean(0)
+    reference = torch.zeros(sites.total)  # nothing is folded: the weights are the original model's
     routing = RoutingConfig(top_k=2, auto_topk=True, temperature=0.5, soft_topk_temperature=0.1, gamma_routing=0.7)
     return CompiledModel(
         decoder=decoder, weights=weights, vectors=vectors, branches=branches, sites=sites, reference=reference,
-        experts=experts, fingerprint="0" * 64, fold="shared", single=None, quant="int4", group=GROUP, routing=routing,
+        experts=experts, fingerprint="0" * 64, fold="none", single=None, quant="int4", group=GROUP, routing=routing,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from lime_edge.errors import LimeEdgeError
 ADAPTER = Path("examples/demo_adapter/routed")
 EXPERT = "expert_0"
 QUANTS: dict[str, tuple[str, ...] | None] = {"int4": (), "default": None}  # what stays at int8 (None: its choice)
+Steps = dict[str, Callable[[], None]]
 BUILDER = ("prune_lm_head=true", "shared_embeddings=true")  # logits of the last token only, one table: as ours
 
 
@@ -34,29 +35,53 @@ class Models:
         return self.folder / f"{quant}{'-single' if single else ''}.lime"
 
 
-def prepare_smollm2(folder: Path, gguf: Path, quants: list[str], told: Callable[[str], None]) -> dict[str, str]:
+def prepare_smollm2(folder: Path, gguf: Path, quants: list[str], engines: list[str],
+                    told: Callable[[str], None]) -> dict[str, str]:  # fmt: skip
     """Make what is not there yet.
 
     Args:
-        gguf: the backbone. quants: keys of QUANTS. told: called with one line of progress.
+        gguf: the backbone. quants: keys of QUANTS. engines: some of ours, genai, llama, torch.
+        told: called with one line of progress.
     Returns:
         What could not be made -> why.
     """
-    models, missing = Models(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    steps: list[tuple[str, Callable[[], None]]] = [("hf", lambda: write_hf(gguf, models.path("hf")))]
+    models = Models(folder)
+    steps: Steps = {"hf": partial(write_hf, gguf, models.path("hf"))}
     for quant in quants:
         for single in (True, False):  # one call makes both
-            steps.append((models.bundle(quant, single).name, partial(write_bundles, models, quant)))
-    steps += [
-        ("peft", lambda: write_lora(models, "peft")),
-        ("lora.gguf", lambda: write_lora(models, "lora.gguf")),
-        ("genai", lambda: build_genai(models, "genai", ())),
-        ("genai-lora", lambda: build_genai_lora(models)),
-        ("q4_0.gguf", lambda: requantize(gguf, models.path("q4_0.gguf"), head_too=True)),
-        ("q4_0-default.gguf", lambda: requantize(gguf, models.path("q4_0-default.gguf"), head_too=False)),
-    ]
-    for name, make in steps:
+            steps[models.bundle(quant, single).name] = partial(write_bundles, models, quant)
+    steps |= {"peft": partial(write_lora, models, "peft"), "lora.gguf": partial(write_lora, models, "lora.gguf")}
+    if "genai" in engines:
+        steps |= genai_steps(models)
+    if "llama" in engines:
+        steps |= {name: partial(requantize, gguf, models.path(name), head_too=name == "q4_0.gguf")
+                  for name in ("q4_0.gguf", "q4_0-default.gguf")}  # fmt: skip
+    return make_all(models, steps, told)
+
+
+def prepare_random(folder: Path, shape: str, engines: list[str], told: Callable[[str], None]) -> dict[str, str]:
+    """A random model's files, where they are not there yet."""
+    models = Models(folder)
+    bundles = partial(write_random, models, shape)
+    steps: Steps = {models.bundle("int4", single).name: bundles for single in (True, False)}
+    foreign = partial(write_foreign, models, shape)
+    if {"genai", "llama"} & set(engines):
+        steps |= {name: foreign for name in ("hf", "q4_0.gguf", "peft", "lora.gguf")}
+    if "genai" in engines:
+        steps |= genai_steps(models)
+    return make_all(models, steps, told)
+
+
+def genai_steps(models: Models) -> Steps:
+    """The builder's two models."""
+    return {"genai": partial(build_genai, models, "genai", ()), "genai-lora": partial(build_genai_lora, models)}
+
+
+def make_all(models: Models, steps: Steps, told: Callable[[str], None]) -> dict[str, str]:
+    """Make what is not there: what could not be made -> why."""
+    missing = {}
+    models.folder.mkdir(parents=True, exist_ok=True)
+    for name, make in steps.items():
         if models.path(name).exists():
             continue
         told(f"making {name}")
@@ -99,14 +124,25 @@ def write_bundles(models: Models, quant: str) -> None:
     export_real(models.path("hf"), ADAPTER, EXPERT, QUANTS[quant], outputs)
 
 
-def prepare_random(folder: Path, shape: str, told: Callable[[str], None]) -> dict[str, str]:
-    """A random model's two bundles, where they are not there yet."""
+def write_random(models: Models, shape: str) -> None:
+    """A random model's two bundles."""
     from bundles import make_random
 
-    folder.mkdir(parents=True, exist_ok=True)
-    told(f"making a random model, {shape}")
-    make_random(shape, EXPERT, {single: Models(folder).bundle("int4", single) for single in (False, True)})
-    return {}
+    make_random(shape, EXPERT, {single: models.bundle("int4", single) for single in (False, True)})
+
+
+def write_foreign(models: Models, shape: str) -> None:
+    """The same random model for GenAI's builder and for llama.cpp, and its first expert as LoRA."""
+    from bundles import draw_model, make_config
+    from foreign import write_folder, write_gguf, write_loras
+
+    from lime_edge.compiler.architecture import read_decoder
+
+    config = make_config(shape)
+    model = draw_model(read_decoder(config, shape))
+    write_loras(model, EXPERT, models.path("peft"), models.path("lora.gguf"))
+    write_gguf(model, models.path("q4_0.gguf"))
+    write_folder(model, config, models.path("hf"))
 
 
 def write_lora(models: Models, name: str) -> None:

@@ -36,6 +36,7 @@ def compare_methods(models: Models, counts: list[int], threads: int, rounds: int
         rows, and left_out: "method, count" -> reason.
     """
     rows: list[Row] = []
+    load = os.getloadavg()[0]
     left_out: dict[str, str] = {}
     prompt = random.Random(0).choices(range(1000, 32000), k=lengths[0])
     for count in counts:
@@ -56,8 +57,10 @@ def compare_methods(models: Models, counts: list[int], threads: int, rounds: int
             told(f"latency with {count} experts")
             time_latency(children, prompt, lengths[1], rounds)
             rows += [row for _, row in children.values()]
-    return {"threads": threads, "prompt_tokens": lengths[0], "gen_tokens": lengths[1], "rounds": rounds, "rows": rows,
-            "left_out": left_out}  # fmt: skip
+    return {
+        "threads": threads, "load_1min": load, "prompt_tokens": lengths[0], "gen_tokens": lengths[1],
+        "rounds": rounds, "rows": rows, "left_out": left_out,
+    }  # fmt: skip
 
 
 def prepare_method(models: Models, method: str, count: int, disk: float) -> tuple[dict[str, Any], Row]:
