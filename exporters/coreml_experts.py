@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from lime_edge.compiler.compiled import CompiledModel, GroupBranch, Part
+from lime_edge.compiler.compiled import CompiledModel, GroupBranch
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.exporters.coreml_graph import Graph, Var, mb, scale
 
@@ -27,17 +26,13 @@ class PinnedExperts:
 
     def multiply(self, branch: GroupBranch, y: Var, delta: Var, name: str) -> Var:
         """The group's multiplier (N,)."""
-        parts = branch.parts
-        if all(part.site is not None and part.rows in (0, part.width) for part in parts):
-            first = parts[0].site
-            assert first is not None
-            return self._cut(first.offset, sum(part.width for part in parts))
+        if not branch.gaps:
+            return self._cut(*branch.find_runs()[0])
         pieces = []
-        for place, part in enumerate(parts):
-            adapted = adapted_width(part)
+        for place, part in enumerate(branch.parts):
             if part.site is not None:
-                pieces.append(self._cut(part.site.offset, adapted))
-            if rest := part.width - adapted:
+                pieces.append(self._cut(part.site.offset, part.adapted))
+            if rest := part.width - part.adapted:
                 fill = np.full(rest, 1.0 if branch.a is None else 0.0)
                 pieces.append(self.graph.half(f"{name}.fill_{place}", fill))
         return pieces[0] if len(pieces) == 1 else mb.concat(values=pieces, axis=0)
@@ -46,11 +41,6 @@ class PinnedExperts:
         if width == self.model.sites.total:
             return self.expert
         return mb.slice_by_index(x=self.expert, begin=[offset], end=[offset + width])
-
-
-def adapted_width(part: Part) -> int:
-    """How many of a member's outputs the expert multiplies: none, SliceFine's rows, or all."""
-    return 0 if part.site is None else part.rows or part.width
 
 
 class RoutedExperts:
@@ -81,10 +71,10 @@ class RoutedExperts:
         weights = self._select(mb.softmax(x=self._logits(branch, y, delta, name), axis=-1))
         sites = sum(part.site is not None for part in branch.parts)
         weights = mb.reshape(x=weights, shape=[1, -1, sites * self.count])
-        chosen = mb.linear(x=weights, weight=self.graph.half(f"{name}.bank", self._stack_banks(branch)))
+        chosen = mb.linear(x=weights, weight=self.graph.half(f"{name}.bank", self.model.group_bank(branch).T))
         if branch.a is not None:
             return chosen
-        ones = np.concatenate([(np.arange(part.width) >= adapted_width(part)) for part in branch.parts])
+        ones = np.concatenate([(np.arange(part.width) >= part.adapted) for part in branch.parts])
         return mb.add(x=chosen, y=self.graph.half(f"{name}.ones", ones))
 
     def weigh(self, frozen: Var, adapted: Var, anchors: np.ndarray) -> Var:
@@ -139,19 +129,6 @@ class RoutedExperts:
         """p_ref's first E values at every site: (1, 1, G, E)."""
         starts = [part.site.offset for part in branch.parts if part.site is not None]
         return np.stack([self.model.reference[start : start + self.count].numpy() for start in starts])[None, None]
-
-    def _stack_banks(self, branch: GroupBranch) -> torch.Tensor:
-        """Every site's bank on the diagonal: (N, G * E), zeros for members that are no site."""
-        width = sum(part.width for part in branch.parts)
-        stacked = torch.zeros(width, sum(part.site is not None for part in branch.parts) * self.count)
-        row = column = 0
-        for part in branch.parts:
-            if part.site is not None:
-                rows = adapted_width(part)
-                stacked[row : row + rows, column : column + self.count] = self.model.bank(part.site)[:, :rows].T
-                column += self.count
-            row += part.width
-        return stacked
 
     def _select(self, probs: Var) -> Var:
         """The configured selection over the last axis. Source: routing.select."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  registers update_cache, custom_sdpa
 from torch import Tensor, nn
 
-from lime_edge.compiler.compiled import EMBEDDING, CompiledModel, Group, GroupBranch, Part
+from lime_edge.compiler.compiled import EMBEDDING, CompiledModel, Group, GroupBranch
 from lime_edge.compiler.decoder import ACTIVATIONS
 from lime_edge.compiler.multiplier import Multiplier
 from lime_edge.exporters.executorch_prompt import VirtualPrompt
@@ -95,22 +95,6 @@ def activate(name: str, x: Tensor) -> Tensor:
     return ACTIVATIONS[name](x)
 
 
-def adapted_width(part: Part) -> int:
-    """How many of a member's outputs the expert multiplies: none, SliceFine's rows, else all."""
-    return 0 if part.site is None else part.rows or part.width
-
-
-def find_runs(branch: GroupBranch) -> dict[int, int]:
-    """Offset -> width of the stretches of the flat residual that a branch reads; one where there is no gap."""
-    runs = {part.site.offset: adapted_width(part) for part in branch.parts if part.site is not None}
-    return {min(runs): sum(runs.values())} if not has_gaps(branch) else runs
-
-
-def has_gaps(branch: GroupBranch) -> bool:
-    """Whether some outputs of the group are not the expert's."""
-    return any(adapted_width(part) != part.width for part in branch.parts)
-
-
 def list_groups(model: CompiledModel, layer: int) -> dict[str, Group]:
     """The products of a layer: q, k and v in one; gate and up apart, so that nothing must be split afterwards."""
     groups = model.groups(layer)
@@ -135,7 +119,7 @@ class Cut(nn.Module):
         self.sizes: list[int] = []
         self.offsets: list[int | None] = []
         end = 0
-        for offset, width in sorted(run for branch in branches for run in find_runs(branch).items()):
+        for offset, width in sorted(run for branch in branches for run in branch.find_runs()):
             self._add(None, offset - end)
             self._add(offset, width)
             end = offset + width
@@ -157,10 +141,10 @@ class Branch(nn.Module):
 
     def __init__(self, model: CompiledModel, branch: GroupBranch, routed: bool):
         super().__init__()
-        self.parts, self.gaps, self.adds = branch.parts, has_gaps(branch), branch.a is not None
+        self.parts, self.gaps, self.adds = branch.parts, branch.gaps, branch.a is not None
         self.first = min(part.site.offset for part in branch.parts if part.site is not None)
         self.route = Multiplier(model, branch) if routed else None
-        rest = [part.width - adapted_width(part) for part in branch.parts]
+        rest = [part.width - part.adapted for part in branch.parts]
         self.fills = nn.ParameterList([nn.Parameter(torch.full((n,), float(not self.adds)), False) for n in rest])
 
     def forward(self, y: Tensor, delta: Tensor, expert: dict[int, Tensor] | None) -> Tensor:

@@ -7,7 +7,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from lime_edge.compiler.compiled import CompiledModel, GroupBranch, Part
+from lime_edge.compiler.compiled import CompiledModel, GroupBranch
 from lime_edge.compiler.routing import RoutingConfig, find_anchors
 from lime_edge.exporters.onnx_graph import Graph
 
@@ -29,7 +29,7 @@ class PinnedExperts:
         neutral = np.full(total, 1.0 if self.model.variant == "slicefine" else 0.0, np.float32)
         graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
         sizes, names, end = [], [], 0
-        for offset, width in sorted(run for branch in branches for run in find_runs(branch)):
+        for offset, width in sorted(run for branch in branches for run in branch.find_runs()):
             if offset > end:
                 sizes.append(offset - end)
                 names.append(f"expert_unused_{end}")
@@ -48,31 +48,17 @@ class PinnedExperts:
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
         """The group's multiplier (N,); it reads neither y nor hidden."""
-        graph, runs = self.graph, find_runs(branch)
-        if len(runs) == 1 and runs[0][1] == sum(part.width for part in branch.parts):
+        graph, runs = self.graph, branch.find_runs()
+        if not branch.gaps:
             return self.pieces[runs[0]]
         names: list[str] = []
         for index, part in enumerate(branch.parts):
-            adapted = 0 if part.site is None else adapted_width(part)
             if part.site is not None:
-                names.append(self.pieces[part.site.offset, adapted])
-            if rest := part.width - adapted:
+                names.append(self.pieces[part.site.offset, part.adapted])
+            if rest := part.width - part.adapted:
                 fill = np.full(rest, 1.0 if branch.a is None else 0.0, np.float32)
                 names.append(graph.constant(f"{path}/lime/fill_{index}", fill))
         return names[0] if len(names) == 1 else graph.node("Concat", names, f"{path}/lime/Concat", axis=0)
-
-
-def adapted_width(part: Part) -> int:
-    """How many of a site's outputs the expert multiplies: SliceFine's rows, else all."""
-    return part.rows or part.width
-
-
-def find_runs(branch: GroupBranch) -> list[tuple[int, int]]:
-    """(offset, width) of the stretches of the flat input that a group reads; one where there is no gap."""
-    runs = [(part.site.offset, adapted_width(part)) for part in branch.parts if part.site is not None]
-    if len(runs) == len(branch.parts) and all(part.rows in (0, part.width) for part in branch.parts):
-        return [(runs[0][0], sum(width for _, width in runs))]
-    return runs
 
 
 class RoutedExperts:
@@ -121,11 +107,12 @@ class RoutedExperts:
         graph, path = self.graph, f"{path}/route"
         anchors = "routing_anchors" if self.config.n_gram > 1 else ""
         weights = self._weigh(self._stack(branch, y, hidden, path), anchors, path)
-        bank = graph.constant(f"{path}/bank", self._stack_banks(branch).numpy())
+        bank = graph.constant(f"{path}/bank", self.model.group_bank(branch).numpy())
         chosen = graph.node("MatMul", [weights, bank], f"{path}/Bank")
         if branch.a is not None:
             return chosen
-        ones = graph.constant(f"{path}/ones", np.concatenate([_ones_where_fixed(part) for part in branch.parts]))
+        fixed = [(np.arange(part.width) >= part.adapted).astype(np.float32) for part in branch.parts]
+        ones = graph.constant(f"{path}/ones", np.concatenate(fixed))
         return graph.node("Add", [chosen, ones], f"{path}/Fixed")
 
     def weigh(self, frozen: str, adapted: str, path: str) -> str:
@@ -139,19 +126,6 @@ class RoutedExperts:
             anchors = graph.constant(f"{path}/anchors", found.numpy())
         stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
         return self._weigh(stack, anchors, path)
-
-    def _stack_banks(self, branch: GroupBranch) -> torch.Tensor:
-        """(G * E, N): every site's residuals in its own rows and columns."""
-        sites = [part for part in branch.parts if part.site is not None]
-        bank = torch.zeros(len(sites) * self.count, sum(part.width for part in branch.parts))
-        row = column = 0
-        for part in branch.parts:
-            if part.site is not None:
-                width = adapted_width(part)
-                bank[row : row + self.count, column : column + width] = self.model.bank(part.site)[:, :width]
-                row += self.count
-            column += part.width
-        return bank
 
     def _stack(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
         """What routing reads, (B, S, G * K * E): per site the frozen output's first E columns, then delta's.
@@ -248,11 +222,3 @@ class RoutedExperts:
         gate = graph.node("Sigmoid", [graph.node("Div", [above, heat], f"{path}/Heat")], f"{path}/Sigmoid")
         gated = graph.node("Mul", [probs, gate], f"{path}/Gate")
         return graph.node("LpNormalization", [gated], f"{path}/Renormalise", axis=-1, p=1)
-
-
-def _ones_where_fixed(part: Part) -> np.ndarray:
-    """(width,) 1 where SliceFine's multiplier is not the expert's."""
-    ones = np.ones(part.width, np.float32)
-    if part.site is not None:
-        ones[: part.rows] = 0.0
-    return ones

@@ -40,7 +40,7 @@ from lime_edge.golden import write_golden
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.target_options import TargetOptions
-from lime_edge.targets import check_target, load_exporter
+from lime_edge.targets import load_exporter
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -76,7 +76,7 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
         LimeEdgeError: faults of the checkpoint, the options or the storage.
     """
     for target in options.targets:
-        check_target(target)
+        load_exporter(target)  # before anything is read: its packages may be missing
     check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)

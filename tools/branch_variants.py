@@ -17,7 +17,7 @@ from onnx import TensorProto
 from lime_edge.compiler.compiled import CompiledModel, Group, GroupBranch
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.exporters.onnx import DecoderWriter
-from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts, find_runs
+from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx_graph import DTYPES, MICROSOFT, Graph
 from lime_edge.exporters.onnx_weights import pack_weight
 
@@ -36,7 +36,7 @@ class SeparateInputs(PinnedExperts):
     def declare(self, branches: list[GroupBranch]) -> None:
         """Declare the inputs, zero by default."""
         for branch in branches:
-            for offset, width in find_runs(branch):
+            for offset, width in branch.find_runs():
                 name = self.pieces[offset, width] = f"expert_{offset}"
                 self.graph.input(name, TensorProto.FLOAT, [width])
                 self.graph.initializers.append(onnx.numpy_helper.from_array(np.zeros(width, np.float32), name))

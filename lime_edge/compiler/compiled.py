@@ -54,6 +54,11 @@ class Part:
     width: int
     rows: int
 
+    @property
+    def adapted(self) -> int:
+        """How many of its outputs the expert multiplies: none, SliceFine's rows, or all."""
+        return 0 if self.site is None else self.rows or self.width
+
 
 @dataclass(frozen=True)
 class GroupBranch:
@@ -65,6 +70,21 @@ class GroupBranch:
     a: torch.Tensor | None
     b: torch.Tensor | None
     parts: tuple[Part, ...]
+
+    @property
+    def width(self) -> int:
+        """Output width of the whole group."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def gaps(self) -> bool:
+        """Whether some outputs of the group are not the expert's."""
+        return any(part.adapted != part.width for part in self.parts)
+
+    def find_runs(self) -> list[tuple[int, int]]:
+        """(offset, width) of the stretches of the flat residual that the group reads; one where there is no gap."""
+        runs = [(part.site.offset, part.adapted) for part in self.parts if part.site is not None]
+        return runs if self.gaps else [(runs[0][0], self.width)]
 
 
 @dataclass(frozen=True)
@@ -176,6 +196,18 @@ class CompiledModel:
         stop = site.offset + site.width
         rows = [vector[site.offset : stop].float() for vector in self.experts.values()]
         return torch.stack(rows) - self.reference[site.offset : stop]
+
+    def group_bank(self, branch: GroupBranch) -> torch.Tensor:
+        """The banks of a group's G sites on a diagonal: (G * E, N), zeros where no expert multiplies."""
+        count, sites = len(self.experts), [part.site for part in branch.parts if part.site is not None]
+        bank = torch.zeros(len(sites) * count, branch.width)
+        row = column = 0
+        for part in branch.parts:
+            if part.site is not None:
+                bank[row : row + count, column : column + part.adapted] = self.bank(part.site)[:, : part.adapted]
+                row += count
+            column += part.width
+        return bank
 
     def group_bias(self, group: Group) -> torch.Tensor | None:
         """Biases of a group concatenated (zeros for members without), or None."""

