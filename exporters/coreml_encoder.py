@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     lengths, longest = choose_lengths(compiled, chosen.prompt_lengths), find_context(compiled)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     progress("write coreml", 0, 1 + routed)
-    with tempfile.TemporaryDirectory() as folder, packed_layers(module), silent():
+    with tempfile.TemporaryDirectory() as folder, module.replace_products(pack_product), silent():
         parts = [Path(folder) / f"{MAIN}.mlpackage"]
         convert(module, lengths, longest, takes_expert, minimum).save(str(parts[0]))
         progress("write coreml", 1, 1 + routed)
@@ -183,25 +182,12 @@ class CodeTable(nn.Module):
         return torch.ops.lime_edge.code_rows(ids, self.codes, self.scales, self.bits)
 
 
-@contextmanager
-def packed_layers(module: EncoderModule) -> Iterator[None]:
-    """Put products over integers into the compiled layers, and the compiler's own back afterwards."""
-    originals = {name: layer.product for name, layer in module.layers.items()}
-
-    def pack(product: nn.Module) -> nn.Module:
-        assert isinstance(product, (Product, Table))
-        stored: Stored = product.stored
-        if not isinstance(stored, QuantizedTensor):
-            return product
-        return CodeTable(stored) if isinstance(product, Table) else CodeProduct(stored, product.bias)
-
-    try:
-        for name, layer in module.layers.items():
-            layer.product = pack(originals[name])
-        yield
-    finally:
-        for name, layer in module.layers.items():
-            layer.product = originals[name]
+def pack_product(product: Product | Table) -> nn.Module:
+    """A layer's product over integers; float32 ones stay."""
+    stored: Stored = product.stored
+    if not isinstance(stored, QuantizedTensor):
+        return product
+    return CodeTable(stored) if isinstance(product, Table) else CodeProduct(stored, product.bias)
 
 
 class Traced(nn.Module):

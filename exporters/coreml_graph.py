@@ -7,8 +7,6 @@ by operation, which is what the interpreter of the runtime then proves.
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -19,18 +17,15 @@ import torch
 
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError, need
+from lime_edge.exporters.silence import silence
 
 try:
-    with warnings.catch_warnings():  # it warns of every package that is newer than its own tests
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+    with silence():  # it warns of every package that is newer than its own tests
         import coremltools as ct
         from coremltools.converters.mil.mil import Builder as mb
         from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need("coremltools", "coreml") from error
-finally:
-    logging.disable(logging.NOTSET)
 
 __all__ = [
     "INT4", "Graph", "Var", "ct", "get_new_symbol", "mb", "measure_package", "read_minimum", "save_package", "scale",
@@ -158,12 +153,6 @@ def measure_package(path: Path) -> int:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keep coremltools' progress bars, warnings and log lines off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """As `silence`, coremltools' progress bars too."""
+    with silence(), redirect_stderr(io.StringIO()):
+        yield

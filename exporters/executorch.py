@@ -57,7 +57,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         "backend": chosen.backend, "expert_input": model.swaps, "max_length": sizes.cache - count_virtual(model),
         "prompt_length": sizes.prompt, "rows": sizes.rows, "virtual_tokens": count_virtual(model),
         "layers": len(model.decoder.layers), "weight_hash": model.weight_hash(),
-        "activations": "float32" if model.quant == "none" else "int8 per token, asymmetric",
+        "compute": "float32" if model.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }  # fmt: skip
     if routes:

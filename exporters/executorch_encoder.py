@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +45,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     context = getattr(compiled.checkpoint.backbone.config, "max_position_embeddings", LONGEST)
     limits = {"batch": BATCH, "sequence": min(int(context), LONGEST)}
     takes_expert, routed = compiled.single is None, compiled.routing is not None
-    with packed_layers(compiled.module):
+    with compiled.module.replace_products(pack_product):
         methods = {"forward": make_method(compiled.module, limits, takes_expert, routed=False)}
         if routed:
             methods["routed"] = make_method(compiled.module, limits, False, routed=True)
@@ -57,26 +55,15 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "backend": options.executorch.backend, "expert_input": takes_expert, "limits": limits,
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
         "outputs": list(compiled.module.outputs), "weight_hash": compiled.weight_hash(),
-        "activations": "float32" if compiled.options.quant == "none" else "int8 per token, asymmetric",
+        "compute": "float32" if compiled.options.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }  # fmt: skip
     return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
 
 
-@contextmanager
-def packed_layers(module: EncoderModule) -> Iterator[None]:
-    """Put this target's products into the compiled layers, and the compiler's own back afterwards."""
-    originals = {name: layer.product for name, layer in module.layers.items()}
-    try:
-        for name, layer in module.layers.items():
-            product = originals[name]
-            assert isinstance(product, (CompiledProduct, CompiledTable))
-            stored = product.stored
-            layer.product = Product([stored], product.bias) if isinstance(product, CompiledProduct) else Table(stored)
-        yield
-    finally:
-        for name, layer in module.layers.items():
-            layer.product = originals[name]
+def pack_product(product: CompiledProduct | CompiledTable) -> nn.Module:
+    """A layer's product as this target computes it."""
+    return Product([product.stored], product.bias) if isinstance(product, CompiledProduct) else Table(product.stored)
 
 
 def make_method(module: EncoderModule, limits: dict[str, int], takes_expert: bool, routed: bool) -> Method:

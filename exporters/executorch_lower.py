@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPas
 from torch import Tensor, nn
 
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
+from lime_edge.exporters.silence import silence
 
 Progress = Callable[[str, int, int], None]
 STEPS = 4  # trace, delegate, plan, write
@@ -214,16 +213,3 @@ def is_hot(label: str) -> bool:
     """Whether an operator's name ("aten.mul.Tensor") is one that the delegate should have taken."""
     parts = label.split(".")
     return any(part in HOT or part.endswith("_affine") for part in parts)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep the tool chain's warnings and log lines off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

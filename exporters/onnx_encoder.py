@@ -7,10 +7,7 @@ the checkpoint's experts itself, so that the pinned graph pays nothing for routi
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.onnx_graph import ALIGNMENT, INLINE_BYTES, MICROSOFT, OPSET
 from lime_edge.exporters.onnx_weights import pack_weight
+from lime_edge.exporters.silence import silence
 from lime_edge.target_options import TargetOptions
 
 FILE, ROUTED, EXPERT = "model.onnx", "routed.onnx", "expert"
@@ -55,7 +53,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     takes_expert = compiled.single is None
     routed = compiled.routing is not None
     progress("write onnx", 0, 1 + routed)
-    with packed_layers(compiled.module):
+    with compiled.module.replace_products(pack_product):
         nodes = _write(compiled.module, directory / FILE, weights, takes_expert, metadata)
         progress("write onnx", 1, 1 + routed)
         if routed:
@@ -134,19 +132,9 @@ class OnnxTable(nn.Module):
                                        version=1)  # fmt: skip
 
 
-@contextmanager
-def packed_layers(module: EncoderModule) -> Iterator[None]:
-    """Put ONNX's products into the compiled layers, and the compiler's own back afterwards."""
-    originals = {name: layer.product for name, layer in module.layers.items()}
-    try:
-        for name, layer in module.layers.items():
-            product = originals[name]
-            assert isinstance(product, (Product, Table))
-            layer.product = OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)
-        yield
-    finally:
-        for name, layer in module.layers.items():
-            layer.product = originals[name]
+def pack_product(product: Product | Table) -> nn.Module:
+    """A layer's product as this target computes it."""
+    return OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)
 
 
 @dataclass
@@ -219,7 +207,7 @@ def _trace(module: EncoderModule, takes_expert: bool) -> ir.Model:
     if takes_expert:
         tensors, shapes, names = [*tensors, torch.zeros(module.sites.total)], [*shapes, None], [*names, EXPERT]
     try:
-        with _silent(), torch.no_grad():
+        with silence(), torch.no_grad():
             program = torch.onnx.export(
                 _Traced(module, takes_expert), tuple(tensors), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=names, output_names=list(module.outputs), dynamic_shapes=(tuple(shapes),),
@@ -243,16 +231,3 @@ class _Traced(nn.Module):
         if self.takes_expert:
             return self.module(*tensors)
         return self.module(*tensors, torch.zeros(self.module.sites.total))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -57,6 +58,19 @@ class EncoderModule(nn.Module):
         """Route every site, or take residuals from outside."""
         for layer in self.layers.values():
             layer.routed = routed
+
+    @contextmanager
+    def replace_products(self, make: Callable[[Product | Table], nn.Module]) -> Iterator[None]:
+        """Put an exporter's products into the layers, and the compiler's own back afterwards."""
+        originals = {layer: layer.product for layer in self.layers.values()}
+        try:
+            for layer, product in originals.items():
+                assert isinstance(product, (Product, Table))
+                layer.product = make(product)
+            yield
+        finally:
+            for layer, product in originals.items():
+                layer.product = product
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs in the order of `inputs`, then the residual d (sum_H,) float32; outputs in the order of `outputs`."""
