@@ -54,8 +54,9 @@ bench-peers: $(VENV)/.base  ## beside other engines and other ways to hold skill
 	$(BIN)/python tools/peers --models smollm2,1b --threads 2,4
 
 bench-targets: $(VENV)/.base build/targets.lime build/targets-single.lime  ## ONNX beside ExecuTorch, into docs/targets.md
-	$(BIN)/lime-edge bench build/targets.lime --baseline build/targets-single.lime --target onnx --target executorch \
-	  --threads 1 --repeat 9 --md > build/targets.md
+	(printf '# ONNX beside ExecuTorch\n\nWritten by `make bench-targets`; what the rows are: [bench-schema.md](bench-schema.md).\n\n' \
+	  && $(BIN)/lime-edge bench build/targets.lime --baseline build/targets-single.lime --target onnx --target executorch \
+	  --threads 1 --repeat 9 --md) > build/targets.md
 	mv build/targets.md docs/targets.md
 
 build/targets.lime: | $(VENV)/.base
