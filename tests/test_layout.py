@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -158,3 +159,18 @@ def test_make_targets_in_the_docs_exist() -> None:
 def test_runtime_modules_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readmes_numbers_are_the_measured_ones() -> None:
+    facts = json.loads((ROOT / "docs" / "benchmarks-2-cores.json").read_text())
+    (run,) = [one for one in facts["scaling"] if one["model"] == "smollm2"]
+    rows = {(row["method"], row["experts"]): row for row in run["rows"]}
+    readme = (ROOT / "README.md").read_text()
+    for label, method in (("LiME experts, rank 8", "lime"), ("LoRA adapters, rank 64", "lora")):
+        row = rows[method, 100]
+        cells = [f"{row[key] / 1e6:,.0f} MB" for key in ("bytes", "rss_bytes")] + [f"{row['switch_us']['p95']:.0f} us"]
+        assert f"| {label} | {' | '.join(cells)} |" in readme, f"README: {label}: expected {cells}"
+    copies = rows["copies", 10]
+    wanted = [f"{copies['bytes'] / 1e6:.0f} MB for 10", f"one loaded: {copies['rss_bytes'] / 1e6:.0f} MB",
+              f"{copies['switch_us']['p95'] / 1e3:.0f} ms"]  # fmt: skip
+    assert all(text in readme for text in wanted), f"README: copies: expected {wanted}"
