@@ -14,10 +14,10 @@ import torch
 from lime_edge import __version__
 from lime_edge.compiler.compiled import Branch, CompiledModel, VirtualTokens
 from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.errors import Faults
+from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.exporters.coreml_decoder import DecoderWriter
 from lime_edge.exporters.coreml_experts import PinnedExperts, RoutedExperts
-from lime_edge.exporters.coreml_graph import Graph, Var, ct, get_new_symbol, mb, measure_package, types
+from lime_edge.exporters.coreml_graph import Graph, Var, ct, get_new_symbol, mb, measure_package, read_minimum, types
 from lime_edge.exporters.coreml_overflow import LIMIT, find_peak
 from lime_edge.target_options import CoremlOptions, TargetOptions
 
@@ -44,7 +44,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         LimeEdgeError: options out of range, or values beyond float16.
     """
     begun, chosen = time.perf_counter(), options.coreml
-    check_options(chosen)
+    check_options(options, model.quant, model.group)
     capacity, lengths = choose_lengths(model, chosen)
     stored = store_as_half(model)
     peak = find_peak(stored, directory.parent / "tokenizer")  # the staged bundle's
@@ -72,13 +72,34 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     }  # fmt: skip
 
 
-def check_options(options: CoremlOptions) -> None:
-    """Refuse options that Core ML has no word for; the oldest system is checked where the program begins."""
-    with Faults("Core ML export") as faults:
-        if options.compute_units not in COMPUTE_UNITS:
-            faults.add("--compute-units", " or ".join(COMPUTE_UNITS), options.compute_units)
-        if not options.prompt_lengths or min(options.prompt_lengths) < 1:
-            faults.add("--prompt-lengths", "positive integers", options.prompt_lengths)
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse what Core ML has no word for, before anything is compiled.
+
+    Args:
+        options: of which coreml is read. quant, group: not read, every width and group can be written.
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    chosen = options.coreml
+    check_package_options(chosen)
+    if chosen.max_length < 1:
+        raise LimeEdgeError(f"--max-seq-len: for Core ML expected at least 1, found {chosen.max_length}",
+                            "prompt and answer have to fit into it; 1024 is the default")  # fmt: skip
+
+
+def check_package_options(options: CoremlOptions) -> None:
+    """What decoders and encoders have in common.
+
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    if options.compute_units not in COMPUTE_UNITS:
+        raise LimeEdgeError(f"--compute-units: expected {' or '.join(COMPUTE_UNITS)}, found {options.compute_units!r}",
+                            "all leaves the choice to Core ML")  # fmt: skip
+    read_minimum(options.minimum)
+    if not options.prompt_lengths or min(options.prompt_lengths) < 1:
+        found = ",".join(map(str, options.prompt_lengths))
+        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {found!r}", "for example 32,128")
 
 
 def choose_lengths(model: CompiledModel, options: CoremlOptions) -> tuple[int, tuple[int, ...]]:
@@ -123,19 +144,20 @@ def write_function(graph: Graph, name: str, model: CompiledModel, experts: Pinne
                    capacity: int, lengths: Sequence[int]) -> None:  # fmt: skip
     """Write `main` or `routed`: input_ids (1, S), position (1,), length (1,), expert (sum_H,) where it is pinned."""
     c, pinned = model.decoder, isinstance(experts, PinnedExperts)
-    symbol = get_new_symbol()
-    inputs = {"input_ids": mb.TensorSpec((1, symbol), dtype=types.int32),
+    single = len(lengths) == 1  # coremltools enumerates two shapes at least
+    inputs = {"input_ids": mb.TensorSpec((1, lengths[0] if single else get_new_symbol()), dtype=types.int32),
               "position": mb.TensorSpec((1,), dtype=types.int32), "length": mb.TensorSpec((1,), dtype=types.int32)}
-    enumerated = ct.EnumeratedShapes([(1, length) for length in lengths], default=(1, lengths[0]))
-    shapes = [ct.TensorType("input_ids", enumerated, np.int32), ct.TensorType("position", (1,), np.int32),
+    first = (1, lengths[0])
+    shape = first if single else ct.EnumeratedShapes([(1, length) for length in lengths], default=first)
+    shapes = [ct.TensorType("input_ids", shape, np.int32), ct.TensorType("position", (1,), np.int32),
               ct.TensorType("length", (1,), np.int32)]  # fmt: skip
     if pinned:
         inputs["expert"] = mb.TensorSpec((model.sites.total,), dtype=types.fp16)
         shapes.append(ct.TensorType("expert", (model.sites.total,), np.float16))
     for layer in range(len(c.layers)):
         for kind in ("keys", "values"):
-            shape = (1, c.kv_heads, capacity, c.head_dim)
-            inputs[f"{kind}_{layer}"] = mb.StateTensorSpec(shape, dtype=types.fp16)
+            rows = (1, c.kv_heads, capacity, c.head_dim)
+            inputs[f"{kind}_{layer}"] = mb.StateTensorSpec(rows, dtype=types.fp16)
     writer = DecoderWriter(model, graph, experts, capacity, max(lengths))
 
     def body(ids: Var, position: Var, length: Var, *rest: Var) -> list[tuple[str, Var]]:

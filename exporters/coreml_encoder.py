@@ -24,7 +24,7 @@ from lime_edge.compiler.encoder_compile import SENTENCE, CompiledEncoder, Encode
 from lime_edge.compiler.encoder_layers import Product, Stored, Table
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml import FILE, MAIN, PROVIDERS, ROUTED, check_options
+from lime_edge.exporters.coreml import FILE, MAIN, PROVIDERS, ROUTED, check_package_options
 from lime_edge.exporters.coreml_graph import INT4, ct, mb, measure_package, read_minimum, save_package, silent
 from lime_edge.target_options import TargetOptions
 
@@ -47,7 +47,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: options out of range, or a model that coremltools cannot convert.
     """
     begun, chosen = time.perf_counter(), options.coreml
-    check_options(chosen)
+    check_options(options, compiled.options.quant, compiled.options.group)
     minimum, module = read_minimum(chosen.minimum), compiled.module
     lengths, longest = choose_lengths(compiled, chosen.prompt_lengths), find_context(compiled)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
@@ -75,6 +75,18 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "outputs": list(module.outputs), "weight_hash": compiled.weight_hash(),
         "bytes": measure_package(directory / FILE), "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
+
+
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse what Core ML has no word for, before anything is compiled.
+
+    Args:
+        options: of which coreml is read, but for max_length: an encoder has no cache. quant, group: not read, every
+            width and group can be written.
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    check_package_options(options.coreml)
 
 
 def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -257,6 +269,8 @@ def describe_input(entry: Input, lengths: tuple[int, ...] | None, longest: int) 
         return ct.TensorType(entry.name, ct.Shape(shape), dtype)
     if "sequence" not in entry.shape:
         return ct.TensorType(entry.name, (1, *entry.shape[1:]), dtype)
+    if len(lengths) == 1:  # coremltools enumerates two shapes at least
+        return ct.TensorType(entry.name, (1, *lengths), dtype)
     return ct.TensorType(entry.name, ct.EnumeratedShapes([(1, length) for length in lengths]), dtype)
 
 

@@ -25,7 +25,7 @@ try:
         from coremltools.converters.mil.mil import Builder as mb
         from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
-    raise need("coremltools", "coreml") from error
+    raise need((error.name or "coremltools").split(".")[0], "coreml") from error
 
 __all__ = [
     "INT4", "Graph", "Var", "ct", "get_new_symbol", "mb", "measure_package", "read_minimum", "save_package", "scale",
@@ -40,11 +40,12 @@ def read_minimum(name: str) -> Any:
     """coremltools' word for the oldest system.
 
     Raises:
-        LimeEdgeError: unknown, or too old.
+        LimeEdgeError: not one of MINIMUM.
     """
     if name not in MINIMUM:
         raise LimeEdgeError(f"--minimum-os: expected {' or '.join(MINIMUM)}, found {name!r}",
-                            "older systems hold neither a cache as state nor int4 groups")  # fmt: skip
+                            "newer systems run what is written for iOS18; older ones hold neither a cache as "
+                            "state nor int4 groups")  # fmt: skip
     return getattr(ct.target, MINIMUM[name])
 
 

@@ -18,9 +18,8 @@ from lime_edge.target_options import TargetOptions
 
 try:
     from lime_edge.exporters.executorch_decoder import DecoderProgram, Sizes
-    from lime_edge.exporters.executorch_lower import Delegation, Method, check_backend, lower
+    from lime_edge.exporters.executorch_lower import Delegation, Method, check_backend, check_lowering, lower
     from lime_edge.exporters.executorch_stock import StockExpert, StockProgram
-    from lime_edge.exporters.executorch_weights import check_group
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "executorch").split(".")[0], "executorch") from error
 
@@ -39,12 +38,10 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     Returns:
         The target's manifest entry.
     Raises:
-        LimeEdgeError: a backend or a group size that is not offered, or a model that cannot be lowered.
+        LimeEdgeError: a backend that is not offered, or a model that cannot be lowered.
     """
     chosen = options.executorch
     provider = check_backend(chosen.backend, model.quant)
-    if model.quant == "int4":
-        check_group(model.group)
     sizes = choose_sizes(model, chosen.max_length)
     constants = describe_constants(model, sizes, directory.parent / "tokenizer")
     routes = model.routing is not None and model.swaps
@@ -69,6 +66,18 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     return facts
 
 
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse, before anything is compiled, what this target does not take.
+
+    Raises:
+        LimeEdgeError: the backend, the group size or the cache's length.
+    """
+    check_lowering(options, quant, group)
+    if options.executorch.max_length < 2:
+        raise LimeEdgeError(f"--max-seq-len: for ExecuTorch expected at least 2, found {options.executorch.max_length}",
+                            "prompt and answer have to fit into it; 1024 is the default")  # fmt: skip
+
+
 def count_virtual(model: CompiledModel) -> int:
     """Virtual tokens that come before a prompt."""
     return 0 if model.virtual is None else len(model.virtual.base)
@@ -76,8 +85,6 @@ def count_virtual(model: CompiledModel) -> int:
 
 def choose_sizes(model: CompiledModel, wanted: int) -> Sizes:
     """The static cache, and what one call takes; a routed prompt is one call."""
-    if wanted < 2:
-        raise LimeEdgeError(f"--max-seq-len: for ExecuTorch expected at least 2, found {wanted}")
     virtual = count_virtual(model)
     cache = min(wanted + virtual, model.decoder.context)
     prompt = cache if model.routing is not None and model.swaps else min(cache, PROMPT + virtual)

@@ -18,8 +18,8 @@ from lime_edge.errors import need
 from lime_edge.target_options import TargetOptions
 
 try:
-    from lime_edge.exporters.executorch_lower import Method, Progress, check_backend, lower
-    from lime_edge.exporters.executorch_weights import Product, Table, check_group
+    from lime_edge.exporters.executorch_lower import Method, Progress, check_backend, check_lowering, lower
+    from lime_edge.exporters.executorch_weights import Product, Table
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "executorch").split(".")[0], "executorch") from error
 
@@ -40,8 +40,6 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
     """
     provider = check_backend(options.executorch.backend, compiled.options.quant)
-    if compiled.options.quant == "int4":
-        check_group(compiled.options.group)
     context = getattr(compiled.checkpoint.backbone.config, "max_position_embeddings", LONGEST)
     limits = {"batch": BATCH, "sequence": min(int(context), LONGEST)}
     takes_expert, routed = compiled.single is None, compiled.routing is not None
@@ -59,6 +57,15 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }  # fmt: skip
     return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
+
+
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """As the decoders' check; there is no cache here.
+
+    Raises:
+        LimeEdgeError: see check_lowering.
+    """
+    check_lowering(options, quant, group)
 
 
 def pack_product(product: CompiledProduct | CompiledTable) -> nn.Module:

@@ -25,7 +25,9 @@ from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPas
 from torch import Tensor, nn
 
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
+from lime_edge.exporters.executorch_weights import check_group
 from lime_edge.exporters.silence import silence
+from lime_edge.target_options import TargetOptions
 
 Progress = Callable[[str, int, int], None]
 STEPS = 4  # trace, delegate, plan, write
@@ -134,7 +136,18 @@ def check_backend(name: str, quant: str) -> str:
     if name == "vulkan":
         raise LimeEdgeError("--backend vulkan needs a device with Vulkan to check the result",
                             f"backends that work here: {known}", EXIT_MISSING)  # fmt: skip
-    raise LimeEdgeError(f"--backend: expected {known}, found {name!r}")
+    raise LimeEdgeError(f"--backend: expected {known}, found {name!r}", "xnnpack is what phones run; leave it out")
+
+
+def check_lowering(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse a backend or a group size that is not offered.
+
+    Raises:
+        LimeEdgeError: see check_backend and check_group.
+    """
+    check_backend(options.executorch.backend, quant)
+    if quant == "int4":
+        check_group(group)
 
 
 def lower(methods: Mapping[str, Method], backend: str, constants: Mapping[str, Any], file: Path, progress: Progress,

@@ -59,6 +59,10 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     return facts
 
 
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
+
+
 def check_sizes(model: CompiledModel) -> None:
     """Refuse what ONNX Runtime would refuse only when the graph is loaded or run.
 

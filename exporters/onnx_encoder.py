@@ -132,6 +132,10 @@ class OnnxTable(nn.Module):
                                        version=1)  # fmt: skip
 
 
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
+
+
 def pack_product(product: Product | Table) -> nn.Module:
     """A layer's product as this target computes it."""
     return OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)

@@ -112,7 +112,8 @@ class Job:
             session = open_session(bundle, self.target, SessionOptions(self.threads, self.options.capacity))
         if session.provider.startswith(INTERPRETER):
             raise LimeEdgeError(f"{self.target} runs in an interpreter here: its times say nothing about a device",
-                                "run lime-edge bench where the engine itself runs", EXIT_MISSING)  # fmt: skip
+                                f"leave out --target {self.target}, or run lime-edge bench where the engine itself "
+                                "runs", EXIT_MISSING)  # fmt: skip
         return session
 
     def use(self, session: Any) -> None:

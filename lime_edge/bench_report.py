@@ -6,13 +6,14 @@ import base64
 import html
 import io
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lime_edge.bench_tables import Facts, Table, name_run, pick, tabulate
 from lime_edge.errors import LimeEdgeError, need
-from lime_edge.staging import stage_directory
+from lime_edge.staging import stage_directory, storage_error
 
 PAGE, DATA = "index.html", "bench.json"
 BLUE, GREY, RED = "#3566a8", "#9aa4b0", "#c0504d"
@@ -29,11 +30,17 @@ def check_report(path: Path) -> None:
     """Refuse before anything is timed what writing the report would refuse.
 
     Raises:
-        LimeEdgeError: matplotlib is missing, or the directory exists.
+        LimeEdgeError: matplotlib is missing, the directory exists, or nothing can be written there.
     """
     _find_figure()
-    if path.exists():
-        raise LimeEdgeError(f"{path}: already exists", "choose another name: a report replaces nothing")
+    try:
+        if path.exists():
+            raise LimeEdgeError(f"{path}: already exists", "choose another name: a report replaces nothing")
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=".lime-edge.", dir=there):
+            pass
+    except OSError as error:
+        raise storage_error(path, error) from None
 
 
 def write_report(path: Path, document: Facts) -> None:

@@ -43,10 +43,13 @@ def tabulate(document: Facts) -> Table:
 def describe(document: Facts) -> str:
     """What was measured, where, in one line."""
     machine, first = document["machine"], document["runs"][0]
-    count = first["threads"]
+    count, rounds = first["threads"], first["repeat"]
+    providers = {run["target"]: run["provider"] for run in document["runs"]}
+    several = len(providers) > 1
+    engines = ", ".join(f"{target} on {name}" if several else name for target, name in providers.items())
     threads = "the engine's own threads" if count is None else f"{count} thread{'s' if count > 1 else ''}"
-    return (f"{document['bundle']} ({first['quant']}, {first['provider']}, expert {first['expert']}, "
-            f"{first['repeat']} rounds, {threads}; {machine['cpu']}, {machine['cores']} cores, "
+    return (f"{document['bundle']} ({first['quant']}, {engines}, expert {first['expert']}, "
+            f"{rounds} round{'s' if rounds > 1 else ''}, {threads}; {machine['cpu']}, {machine['cores']} cores, "
             f"load {machine['load_1min']})")  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.target_options import CoremlOptions, ExecutorchOptions, TargetOptions
 
 STATIC = "Targets with a static cache"
+FLAGS = {"minimum": "minimum-os"}  # fields whose option has another name
 EXPORT_EXAMPLES = """
 
 [bold]Examples[/bold]
@@ -56,7 +58,8 @@ def export(
     single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
     device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
     max_seq_len: Annotated[
-        int, typer.Option(min=1, help="ExecuTorch, Core ML: tokens the static cache holds.", rich_help_panel=STATIC)
+        int,
+        typer.Option(min=1, help="ExecuTorch, Core ML: tokens the cache holds (Core ML: x32).", rich_help_panel=STATIC),
     ] = 1024,
     backend: Annotated[
         str, typer.Option(help="ExecuTorch: xnnpack, or portable (no delegate).", rich_help_panel=STATIC)
@@ -72,7 +75,7 @@ def export(
         str, typer.Option(help="Core ML: all, cpu_and_ne, cpu_and_gpu or cpu_only.", rich_help_panel=STATIC)
     ] = "all",
     minimum_os: Annotated[
-        str, typer.Option(help="Core ML: oldest system, iOS18 or later.", rich_help_panel=STATIC)
+        str, typer.Option(help="Core ML: oldest system, iOS18 or macOS15.", rich_help_panel=STATIC)
     ] = "iOS18",
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
@@ -102,6 +105,7 @@ def export(
         ExecutorchOptions(max_seq_len, backend, stock_runner),
         CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
     )
+    refuse_idle_options(target or ["onnx"], static)
     options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration, static)
     with terminal.show_steps() as progress:
         write = export_encoder_bundle if is_encoder(model) else export_bundle
@@ -110,6 +114,22 @@ def export(
     warn_of_losses(output)
     warn_of_overflow(output)
     report_delegation(output, as_json)
+
+
+def refuse_idle_options(targets: list[str], static: TargetOptions) -> None:
+    """An option that no wanted target reads was meant for another one.
+
+    Raises:
+        LimeEdgeError: naming the target to add.
+    """
+    for target, told, default in (("executorch", static.executorch, ExecutorchOptions()),
+                                  ("coreml", static.coreml, CoremlOptions())):  # fmt: skip
+        own = [field.name for field in fields(told) if field.name != "max_length"]
+        changed = [name for name in own if getattr(told, name) != getattr(default, name)]
+        if changed and target not in targets:
+            flag = FLAGS.get(changed[0], changed[0]).replace("_", "-")
+            raise LimeEdgeError(f"--{flag}: only --target {target} reads it, found --target {', '.join(targets)}",
+                                f"add --target {target}, or leave the option out")  # fmt: skip
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ from lime_edge.golden import write_golden
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
 from lime_edge.target_options import TargetOptions
-from lime_edge.targets import load_exporter
+from lime_edge.targets import load_exporters
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -75,8 +75,7 @@ def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOp
     Raises:
         LimeEdgeError: faults of the checkpoint, the options or the storage.
     """
-    for target in options.targets:
-        load_exporter(target)  # before anything is read: its packages may be missing
+    load_exporters(options.targets, options.target_options, compiling.quant, compiling.group)
     check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
@@ -111,9 +110,10 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
     compiled = compile_checkpoint(checkpoint, compiling, calibration, progress)
     survival = check_survival(checkpoint, compiled, compiling, calibration, stage / "tokenizer", progress)
     targets = {}
-    for target in options.targets:
+    exporters = load_exporters(options.targets, options.target_options, compiling.quant, compiling.group)
+    for target, exporter in exporters.items():
         (stage / target).mkdir()
-        facts = load_exporter(target).export(compiled, stage / target, options.target_options, progress)
+        facts = exporter.export(compiled, stage / target, options.target_options, progress)
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     write_golden(stage, ask_decoder(compiled, find_encoder(stage / "tokenizer"), progress))
     progress("hash", 0, 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +33,7 @@ from lime_edge.export import (
 from lime_edge.golden import write_golden
 from lime_edge.prompts import TextCodec
 from lime_edge.staging import stage_directory
-from lime_edge.targets import check_target
+from lime_edge.targets import load_exporters
 
 __all__ = ["export_encoder_bundle", "is_encoder"]
 PREPROCESSOR = "preprocessor_config.json"
@@ -51,7 +49,7 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
     Raises:
         LimeEdgeError: faults of the checkpoint, the options or the storage.
     """
-    exporters = {target: load_encoder_exporter(target) for target in options.targets}
+    exporters = load_exporters(options.targets, options.target_options, compiling.quant, compiling.group, "_encoder")
     check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
@@ -73,22 +71,6 @@ def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: C
         manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
         progress("hash", 1, 1)
     return manifest
-
-
-def load_encoder_exporter(target: str) -> ModuleType:
-    """lime_edge.exporters.<target>_encoder.
-
-    Raises:
-        LimeEdgeError: no such target, or one that takes decoders alone.
-    """
-    name = f"lime_edge.exporters.{check_target(target)}_encoder"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise LimeEdgeError(f"target {target}: encoders and vision models cannot be exported to it yet",
-                            "--target onnx can") from None  # fmt: skip
 
 
 def _copy_beside(backbone: EncoderBackbone, model: Path, stage: Path, options: ExportOptions) -> None:

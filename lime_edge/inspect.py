@@ -44,6 +44,15 @@ def target_bytes(bundle: Bundle, target: str) -> int:
     return sum(e.size for n, e in bundle.manifest.files.items() if n.startswith(f"{target}/"))
 
 
+def describe_making(facts: dict[str, Any]) -> str:
+    """What a target's artifact was made for: "cache 1024, prompts 32/128, iOS18, all", "cache 1024, xnnpack"."""
+    parts = [f"cache {facts['max_length']}"] if facts.get("max_length") else []
+    prompts = [str(length) for length in facts.get("lengths") or () if length > 1]  # 1 is the next token's
+    parts += [f"prompts {'/'.join(prompts)}"] if prompts else []
+    parts += [facts[key] for key in ("minimum", "compute_units", "backend") if facts.get(key)]
+    return ", ".join(parts)
+
+
 def print_bundle(bundle: Bundle, sites: bool) -> None:
     """Print the tables of `lime-edge inspect`."""
     m, size = bundle.manifest, terminal.show_size
@@ -61,11 +70,12 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     ]
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
-        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), f.get("routed") or "no",
-         f["weight_hash"][:16]]
+        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), describe_making(f),
+         "yes" if f.get("routed") else "no", f["weight_hash"][:16]]
         for name, f in m.targets.items()
     ]
-    columns = {"target": "left", "size": "right", "providers": "left", "routed": "left", "weight hash": "left"}
+    columns = {"target": "left", "size": "right", "providers": "left", "made for": "left", "routed": "left",
+               "weight hash": "left"}  # fmt: skip
     terminal.print_table("targets", columns, rows)
     rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
     terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from lime_edge.bundle import Bundle
-from lime_edge.errors import LimeEdgeError
+from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.experts import ExpertBank, Selection, describe_selection
 from lime_edge.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.prompts import TextCodec
 from lime_edge.switching import ROUTED, ExpertSwitch, SwitchableEngine
 
+ROOM = ("shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
+        "coreml), export with a larger --max-seq-len")  # fmt: skip
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 
@@ -25,11 +27,20 @@ class SessionOptions:
     threads: of the engine, None for the bundle's default. max_length: tokens the cache holds, None
     for the model's context or 2048, whichever is less. providers: execution providers to try, in
     order, instead of the bundle's.
+    Raises:
+        LimeEdgeError: threads or max_length below 1.
     """
 
     threads: int | None = None
     max_length: int | None = None
     providers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        with Faults("session", "leave it out for the bundle's own default") as faults:
+            for name in ("threads", "max_length"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    faults.add(name, "at least 1", value)
 
 
 class Engine(SwitchableEngine, Protocol):
@@ -117,7 +128,7 @@ class Session(ExpertSwitch):
         if len(ids) > room:
             total = len(ids) + self._engine.length
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed",
-                                "shorten the prompt or open the session with a larger max_length")  # fmt: skip
+                                ROOM)  # fmt: skip
         chunk = CHUNK
         if self._selection == ROUTED:
             if self._engine.length and array.size > 1:
@@ -138,14 +149,15 @@ class Session(ExpertSwitch):
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
         vocab = self.bundle.manifest.model["vocab"]
-        array = np.asarray(ids, dtype=np.int64)
-        if array.ndim != 1 or array.size == 0:
-            raise LimeEdgeError(f"token ids: expected a non-empty list, found shape {array.shape}",
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+            raise LimeEdgeError("token ids: expected a non-empty list of integers, found "
+                                f"shape {array.shape} {array.dtype}",
                                 "give at least one token id, in a flat list")  # fmt: skip
         if array.min() < 0 or array.max() >= vocab:
             raise LimeEdgeError(f"token ids: expected 0..{vocab - 1}, found {array.min()}..{array.max()}",
                                 "they come from another tokenizer?")  # fmt: skip
-        return array
+        return array.astype(np.int64, copy=False)
 
     def _note(self, tokens: int) -> None:
         name = describe_selection(self._selection)
@@ -206,7 +218,7 @@ class Session(ExpertSwitch):
         room = self._engine.capacity - len(ids)
         if room < 1:
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}",
-                                "shorten it or open the session with a larger max_length")  # fmt: skip
+                                ROOM)  # fmt: skip
         options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731
         yield from stream_tokens(self._feed(ids[shared:], 1)[-1], step, options, eos)

@@ -13,7 +13,7 @@ from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import ALWAYS_ON, ExpertBank, Selection, describe_selection, read_expert
 
-ROUTED = "routed"
+ROUTED, NONE = "routed", "none"
 
 
 class SwitchableEngine(Protocol):
@@ -72,6 +72,11 @@ class ExpertSwitch:
         self._apply(selection)
 
     def _apply(self, selection: Selection) -> None:
+        if selection == NONE:
+            selection = None  # as the command line has it; no expert can have that name
+        if not (selection is None or isinstance(selection, (str, Mapping))):
+            raise LimeEdgeError(f"expert: expected a name, a blend or None, found {selection!r}",
+                                f"the names are {', '.join(self._bank.names)}")  # fmt: skip
         if self._single is not None:
             if selection != self._single:
                 asked = describe_selection(selection)

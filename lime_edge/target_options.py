@@ -22,8 +22,9 @@ class ExecutorchOptions:
 class CoremlOptions:
     """How to write a .mlpackage.
 
-    max_length: tokens of the static cache. prompt_lengths: enumerated input lengths besides 1 (decode).
-    compute_units: "all", "cpu_and_ne", "cpu_and_gpu" or "cpu_only". minimum: oldest system, "iOS18" or later.
+    max_length: tokens of the static cache, at least 1. prompt_lengths: enumerated input lengths besides 1 (decode).
+    compute_units: "all", "cpu_and_ne", "cpu_and_gpu" or "cpu_only". minimum: oldest system, "iOS18" or "macOS15";
+    newer ones run the same package.
     """
 
     max_length: int = 1024

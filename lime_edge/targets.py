@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session import Session, SessionOptions
+from lime_edge.target_options import TargetOptions
 
 TARGETS = {
     "onnx": "onnx",  # key -> module name in lime_edge.exporters and lime_edge.runtimes
@@ -23,14 +25,35 @@ def check_target(target: str) -> str:
         LimeEdgeError: no such target.
     """
     if target not in TARGETS:
-        raise LimeEdgeError(f"target: expected {' or '.join(TARGETS)}, found {target!r}",
+        raise LimeEdgeError(f"target: expected {', '.join(TARGETS)}, found {target!r}",
                             "--target may be repeated; onnx runs everywhere")  # fmt: skip
     return TARGETS[target]
 
 
-def load_exporter(target: str) -> ModuleType:
-    """lime_edge.exporters.<target>: needs the packages of a workstation."""
-    return importlib.import_module(f"lime_edge.exporters.{check_target(target)}")
+def load_exporter(target: str, kind: str = "") -> ModuleType:
+    """lime_edge.exporters.<target>: needs the packages of a workstation.
+
+    Args:
+        kind: "" for language models, "_encoder" for encoders.
+    Raises:
+        LimeEdgeError: no such target, or its packages are missing.
+    """
+    return importlib.import_module(f"lime_edge.exporters.{check_target(target)}{kind}")
+
+
+def load_exporters(targets: Sequence[str], options: TargetOptions, quant: str, group: int,
+                   kind: str = "") -> dict[str, ModuleType]:  # fmt: skip
+    """The exporters of the wanted targets, each once, after they have looked at what they are told.
+
+    Called before anything is read or compiled: a wrong option is said in the first second.
+
+    Raises:
+        LimeEdgeError: no such target, missing packages, or options that a target does not take.
+    """
+    exporters = {target: load_exporter(target, kind) for target in dict.fromkeys(targets)}
+    for exporter in exporters.values():
+        exporter.check_options(options, quant, group)
+    return exporters
 
 
 def open_session(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ OK, MISSED, UNCHECKED = "ok", "missed", "not checked"
 EVERY = "all"  # what stands for all selections where a target cannot be run at all
 DECIDING = "logits"  # the output whose largest value is a decision
 NARROW, ROUTED_FACTOR, NARROW_FACTOR = 16, 2, 3  # see choose_tolerance
+LEAN, LEAN_SHARE = 0.25, 0.25  # see find_lean
 Progress = Callable[[str, int, int], None]
 
 
@@ -118,22 +119,32 @@ def verify_bundle(path: Path, targets: Sequence[str] = (), selections: Sequence[
     for target in computes:
         providers[target], found = verify_target(bundle, golden, target, wanted, threads, bool(targets), progress)
         checks += found
-    refuse_nothing(path, checks)
+    refuse_nothing(path, checks, providers, count_tokens(golden))
     return Report(str(path), len(bundle.manifest.files), computes, providers, tuple(checks))
 
 
-def refuse_nothing(path: Path, checks: Sequence[Check]) -> None:
+def count_tokens(golden: Golden) -> int:
+    """What a cache must hold: a prompt and the oracle's steps after it."""
+    return next(iter(golden.calls.values())).shape[-1] + golden.steps
+
+
+def refuse_nothing(path: Path, checks: Sequence[Check], providers: Mapping[str, str], needed: int) -> None:
     """An answer that compares nothing is none.
 
+    Args:
+        providers: by target; empty where its engine is not here. needed: tokens that a cache must hold.
     Raises:
-        LimeEdgeError: no engine is here, or only what PyTorch never ran was asked for.
+        LimeEdgeError: no engine is here, every cache is too short, or only what PyTorch never ran was asked for.
     """
     if any(check.result != UNCHECKED for check in checks):
         return
     problem = "; ".join(dict.fromkeys(f"{check.target}, {check.selection}: {check.why}" for check in checks))
-    engines = any(check.selection == EVERY for check in checks)
-    hint = "install one target's engine" if engines else "leave --expert out to check what the export knew"
-    raise LimeEdgeError(f"{path}: nothing could be checked: {problem}", hint, EXIT_MISSING if engines else EXIT_INPUT)
+    hint, code = "leave --expert out to check what the export knew", EXIT_INPUT
+    if not all(providers.values()):
+        hint, code = "install one target's engine", EXIT_MISSING
+    elif any(check.selection == EVERY for check in checks):
+        hint = f"export with --max-seq-len {needed} or more"
+    raise LimeEdgeError(f"{path}: nothing could be checked: {problem}", hint, code)
 
 
 def choose_selections(golden: Golden, bundle: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
@@ -181,7 +192,7 @@ def verify_target(bundle: Bundle, golden: Golden, target: str, wanted: Sequence[
         result = UNCHECKED if error.exit_code == EXIT_MISSING else MISSED
         return "", [Check(target, EVERY, result, error.problem)]
     compute = find_compute(bundle, target)
-    needed = next(iter(golden.calls.values())).shape[-1] + golden.steps
+    needed = count_tokens(golden)
     if isinstance(session, Session) and session.max_length < needed:
         why = f"its cache holds {session.max_length} tokens, {needed} are needed"
         return session.provider, [Check(target, EVERY, UNCHECKED, why)]
@@ -272,6 +283,11 @@ def judge(golden: Golden, target: str, label: str, found: dict[str, np.ndarray],
                               tolerance.mean * output.scale)  # fmt: skip
         if other is not None:
             faults.append(f"answers like {golden.selections[other]}")
+        elif not faults and may_lean(compute, label, output.columns.size):  # gross damage leans anywhere
+            leaning = find_lean(mine.values[:, :shared], output.expected.values[:, :, :shared], index,
+                                tolerance.mean * output.scale)  # fmt: skip
+            if leaning is not None:
+                faults.append(f"leans towards {golden.selections[leaning]}")
     faults, error = list(dict.fromkeys(faults)), float(np.max(means))
     if not np.isfinite(error):
         return Check(target, label, MISSED, "NaN or infinite values", None, None, agreed, decisions)
@@ -302,6 +318,30 @@ def find_likeness(found: np.ndarray, expected: np.ndarray, index: int, limit: fl
     return nearest if nearest != index and away[nearest] <= limit else None
 
 
+def may_lean(compute: str, label: str, width: int) -> bool:
+    """Whether rounding leaves errors without a direction: not where it tips routing, nor in a row of a few values."""
+    return compute == "float32" or (label != ROUTED and width >= NARROW)
+
+
+def find_lean(found: np.ndarray, expected: np.ndarray, index: int, limit: float) -> int | None:
+    """The selection that a part of the answers seems to come from, as when some slices of an expert are another's.
+
+    Rounding errors have no direction; a mixture's error points from the answers of the one to those of the other.
+    Their least squares coefficient must be beyond LEAN, and what it explains of the error beyond LEAN_SHARE of the
+    limit (coefficients of selections that are close together are noise).
+
+    Args:
+        found, expected, limit: see find_likeness.
+    """
+    ways = (expected - expected[index]).reshape(len(expected), -1).astype(np.float64)
+    squares = np.maximum((ways**2).mean(1), 1e-30)
+    leans = (ways * (found - expected[index]).reshape(-1)).mean(1) / squares
+    explained = leans * np.sqrt(squares)
+    explained[leans <= LEAN] = 0.0
+    best = int(explained.argmax())
+    return best if explained[best] > LEAN_SHARE * limit else None
+
+
 def show_report(report: Report) -> None:
     """Print the table of `lime-edge verify`."""
     columns = {"target": "left", "selection": "left", "error": "right", "worst": "right", "decisions": "right",
@@ -316,10 +356,19 @@ def show_report(report: Report) -> None:
     for target, compute in report.computes.items():
         limit = TOLERANCES[compute]
         own = [check for check in report.checks if check.target == target]
-        passed = sum(check.result == OK for check in own)
         engine = f" on {report.providers[target]}" if report.providers[target] else ""
-        terminal.out.print(f"{target}{engine}: {passed} of {len(own)} as PyTorch computed them ({compute}: error at "
-                           f"most {limit.mean:g}, worst {limit.worst:g})", soft_wrap=True)  # fmt: skip
+        terminal.out.print(f"{target}{engine}: {count_results(own)} ({compute}: error at most {limit.mean:g}, worst "
+                           f"{limit.worst:g})", soft_wrap=True)  # fmt: skip
+
+
+def count_results(checks: Sequence[Check]) -> str:
+    """One target's results in words: "5 checked, 5 as PyTorch computed them, 3 not checked"."""
+    unchecked = sum(check.result == UNCHECKED for check in checks)
+    if any(check.selection == EVERY for check in checks):
+        return "not checked" if unchecked else "not as PyTorch computed it"
+    passed = sum(check.result == OK for check in checks)
+    words = f"{len(checks) - unchecked} checked, {passed} as PyTorch computed them"
+    return f"{words}, {unchecked} not checked" if unchecked else words
 
 
 def refuse_misses(report: Report) -> None:

@@ -48,7 +48,8 @@ class CoremlEngine:
         most = min(facts["max_length"], model["context"]) - self._virtual
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}")
+            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
+                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
         self.length = 0
         self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
         self._takes_expert, self._routed = bool(facts["expert_input"]), facts.get("routed")
@@ -96,7 +97,7 @@ class CoremlEngine:
             return plan_calls(count, self._lengths)
         fitting = [length for length in self._lengths if length >= count]
         if not fitting:
-            longest = self._lengths[-1] - self._virtual
+            longest = max(0, self._lengths[-1] - self._virtual)
             raise LimeEdgeError(f"routed: this package takes prompts of up to {longest} tokens in one call, "
                                 f"found {count - self._virtual}",
                                 "export it with a longer --prompt-lengths")  # fmt: skip

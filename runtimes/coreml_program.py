@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -27,7 +27,7 @@ BLOB_TYPES = {1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 6: "int16", 7: "uint1
               15: "uint32"}  # fmt: skip
 STORED = {"bool": "?", "fp16": "<f2", "fp32": "<f4", "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
           "int4": "u1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4"}  # fmt: skip
-SENTINEL = 0xDEADBEEF
+SENTINEL, BLOB = 0xDEADBEEF, struct.Struct("<IIQQ")  # a description: sentinel, type, bytes, where they start
 HINT = "lime-edge inspect BUNDLE --verify compares the hashes"
 Fields = dict[int, list[Any]]
 
@@ -95,6 +95,7 @@ def read_package(path: Path) -> Package:
         weights = WeightFile(path / WEIGHTS)
     except OSError as error:
         raise LimeEdgeError(f"{path}: not a readable .mlpackage: {error}", HINT) from None
+    place = f"file of {len(model)} bytes"
     try:
         fields = read_fields(model)
         description = read_fields(fields[2][0])
@@ -104,10 +105,21 @@ def read_package(path: Path) -> Package:
         for entry in program[2]:
             pair = read_fields(entry)
             name = _text(pair, 1)
+            place = f"function {name!r}"
             functions[name] = _read_function(name, read_fields(pair[2][0]), weights, shapes.get(name, {}))
         return Package(path, functions, _read_metadata(description))
-    except (KeyError, IndexError, ValueError, struct.error) as error:
-        raise LimeEdgeError(f"{path}: damaged: {type(error).__name__}: {error}", HINT) from None
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError, struct.error) as error:
+        raise LimeEdgeError(f"{path / MODEL}: not a readable ML program: {place}: {_explain(error)}", HINT) from None
+
+
+def _explain(error: Exception) -> str:
+    """What a reader of protobuf found, in words."""
+    if isinstance(error, KeyError):
+        key = error.args[0]
+        return f"field {key} is missing" if isinstance(key, int) else f"{key!r} is not known or missing"
+    if isinstance(error, (IndexError, struct.error)):
+        return "a message ends too early"
+    return "a field of another type than expected" if isinstance(error, TypeError) else str(error)
 
 
 class WeightFile:
@@ -117,7 +129,7 @@ class WeightFile:
         self.path = path
         self._map: Any = b""
         self._read: dict[int, np.ndarray] = {}  # functions that share a blob share its array
-        if path.is_file():
+        if path.is_file() and path.stat().st_size:  # an empty file cannot be mapped
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -128,18 +140,25 @@ class WeightFile:
         return self._read[offset]
 
     def _load(self, offset: int, kind: Type) -> np.ndarray:
-        sentinel, code, size, start = struct.unpack_from("<IIQQ", self._map, offset)
+        if offset + BLOB.size > len(self._map):
+            self._refuse_length(offset + BLOB.size)
+        sentinel, code, size, start = BLOB.unpack_from(self._map, offset)
         if sentinel != SENTINEL or BLOB_TYPES.get(code) != kind.name:
             found = BLOB_TYPES.get(code, str(code)) if sentinel == SENTINEL else "no blob"
             raise LimeEdgeError(f"{self.path}: at byte {offset}: expected {kind.name}, found {found}", HINT)
         shape = [length or 0 for length in kind.shape]
         count = int(np.prod(shape))
         expected = -(-count // 2) if kind.name == "int4" else count * np.dtype(STORED[kind.name]).itemsize
-        if size != expected or start + size > len(self._map):
+        if size != expected:
             raise LimeEdgeError(f"{self.path}: at byte {offset}: expected {expected} bytes, found {size}", HINT)
+        if start + size > len(self._map):
+            self._refuse_length(start + size)
         raw = np.frombuffer(self._map, np.dtype(STORED[kind.name]), offset=start,
                             count=size if kind.name == "int4" else count)  # fmt: skip
         return (unpack_int4(raw)[:count] if kind.name == "int4" else raw).reshape(shape)
+
+    def _refuse_length(self, expected: int) -> NoReturn:
+        raise LimeEdgeError(f"{self.path}: expected at least {expected} bytes, found {len(self._map)}", HINT)
 
 
 def unpack_int4(raw: np.ndarray) -> np.ndarray:
@@ -183,6 +202,8 @@ def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
         shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than ten bytes")
 
 
 def _unpack_varints(values: list[Any]) -> Iterator[int]:

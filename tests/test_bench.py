@@ -284,11 +284,19 @@ def test_a_wrong_baseline_is_refused(tiny_bundle: Make, options: dict[str, Any],
         bench_bundle(tiny_bundle(), None, FIRST, 1, BenchOptions(4, 2, 1, baseline=tiny_bundle(**options)))
 
 
+def test_the_title_names_every_engine(document: dict[str, Any]) -> None:
+    run = document["runs"][0]
+    one = tabulate(document | {"runs": [run | {"repeat": 1}]}).title
+    assert f", {run['provider']}, expert expert1, 1 round, 1 thread;" in one, one
+    both = tabulate(document | {"runs": [run, run | {"target": "executorch", "provider": "XnnpackBackend"}]}).title
+    assert f", onnx on {run['provider']}, executorch on XnnpackBackend, expert expert1, 3 rounds," in both, both
+
+
 def test_an_interpreter_is_refused(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExpertSwitch, "provider", property(lambda _: "interpreter"))
     with pytest.raises(LimeEdgeError, match="interpreter") as caught:
         bench_bundle(tiny_bundle(), None, FIRST, 1, BenchOptions(4, 2, 1))
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 4 and caught.value.hint.startswith("leave out --target onnx, or run")
 
 
 def test_too_many_tokens_are_refused_first(tiny_bundle: Make) -> None:

@@ -144,6 +144,19 @@ def test_nothing_is_replaced_or_half_written(tmp_path: Path, monkeypatch: pytest
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
+def test_what_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(bench, "bench_bundle", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr("sys.argv", ["lime-edge", "bench", "any.lime", "--report", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 5 and "cannot write" in capsys.readouterr().err
+    check_report(tmp_path / "new" / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 def test_without_matplotlib_nothing_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

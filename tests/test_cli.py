@@ -21,6 +21,7 @@ from lime_edge import cli
 from lime_edge.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import Expert, read_expert
+from lime_edge.inspect import describe_making
 from lime_edge.staging import write_file
 
 Make = Callable[..., Path]
@@ -110,7 +111,7 @@ def test_run_takes_an_expert_a_blend_and_none(lime: Cli, bundle: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"quant": "int4"}, {"fold": "expert1"}])
 def test_verify_agrees_on_this_machine(lime: Cli, tiny_bundle: Make, options: dict[str, str]) -> None:
     done = lime("verify", tiny_bundle(**options), "--threads", 1)
-    assert done.code == 0 and "onnx on CPUExecutionProvider: 6 of 6 as PyTorch computed them" in done.out, done
+    assert done.code == 0 and "onnx on CPUExecutionProvider: 6 checked, 6 as PyTorch computed them" in done.out, done
 
 
 def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
@@ -140,6 +141,19 @@ def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     assert "as they were written" not in lime("inspect", bundle).out
     for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
         assert word in text
+
+
+def test_inspect_says_what_a_target_was_made_for(lime: Cli, bundle: Path) -> None:
+    coreml = {"max_length": 1024, "lengths": [1, 32, 128], "minimum": "iOS18", "compute_units": "all"}
+    assert describe_making(coreml) == "cache 1024, prompts 32/128, iOS18, all"
+    assert describe_making({"max_length": 1024, "backend": "xnnpack"}) == "cache 1024, xnnpack"
+    assert describe_making({}) == ""
+    body = json.loads((bundle / "lime.json").read_text())
+    body["targets"] |= {"coreml": body["targets"]["onnx"] | coreml | {"routed": "coreml/model.mlpackage"}}
+    (bundle / "lime.json").write_text(json.dumps(body))
+    rows = {line.split()[1]: line for line in lime("inspect", bundle).out.splitlines() if line.startswith("│ ")}
+    assert "cache 1024, prompts 32/128, iOS18, all" in rows["coreml"] and "│ yes" in rows["coreml"], rows["coreml"]
+    assert "│ no" in rows["onnx"], rows["onnx"]
 
 
 def test_experts_are_listed_blended_added_and_removed(lime: Cli, bundle: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lime_edge.exporters.coreml_encoder import choose_lengths, export
 from lime_edge.runtimes.coreml_interpreter import Interpreter
 from lime_edge.runtimes.coreml_program import Constant, read_package
 from lime_edge.session import SessionOptions
-from lime_edge.target_options import TargetOptions
+from lime_edge.target_options import CoremlOptions, TargetOptions
 
 QUANTS = {"bert-lora-cls": "int8", "vit-lora-cls": "int4"}
 
@@ -161,3 +161,21 @@ def test_lengths_end_with_the_context(made: tuple[Path, CompiledEncoder]) -> Non
     path, compiled = made
     lengths = choose_lengths(compiled, (16, 64, 4096))
     assert lengths == (() if "vit" in str(path.parent) else (16, 64, 128))
+
+
+@pytest.mark.parametrize("made", ["bert-lora-cls"], indirect=True)  # pixels have no lengths
+def test_one_enumerated_length_is_a_fixed_shape(made: tuple[Path, CompiledEncoder], tmp_path: Path) -> None:
+    """Lengths beyond the context leave the context alone: padded to it, the text says what the oracle says."""
+    path, compiled = made
+    options = TargetOptions(coreml=CoremlOptions(prompt_lengths=(4096,)))
+    facts = export(compiled, tmp_path, options, lambda *_: None)
+    package = read_package(tmp_path / "model.mlpackage")
+    assert facts["lengths"] == [128] and package.functions["main"].inputs["input_ids"].shape == (1, 128)
+    session = open_on(path, EXACT)  # for its bank
+    session.use(session.experts[1])
+    inputs = draw(session, 1, 19)
+    wanted = ask_oracle(compiled, session, inputs, session.experts[1])
+    padded = {name: np.pad(x, ((0, 0), (0, 128 - 19))).astype(np.int32) for name, x in inputs.items()}
+    runner = Interpreter(package)
+    d = session._bank.residual(session.experts[1])
+    assert measure(runner.run(padded | {"expert": d}, runner.make_state())["logits"], wanted) < 1e-4

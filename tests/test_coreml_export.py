@@ -24,9 +24,11 @@ from lime_edge.compiler.decoder import Cache, DecoderModule, Prefix
 from lime_edge.compiler.multiplier import Multiplier
 from lime_edge.compiler.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml import export, store_as_half
+from lime_edge.exporters import coreml_encoder
+from lime_edge.exporters.coreml import check_options, export, store_as_half
 from lime_edge.exporters.coreml_overflow import LIMIT, find_peak
 from lime_edge.runtimes.coreml import plan_calls
+from lime_edge.runtimes.coreml_interpreter import Interpreter
 from lime_edge.runtimes.coreml_program import WEIGHTS, Constant, read_package
 from lime_edge.session import Session, SessionOptions
 from lime_edge.target_options import CoremlOptions, TargetOptions
@@ -290,15 +292,58 @@ def test_the_routed_function_shares_the_weights(tiny_model: Make, tiny_adapter: 
 def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
     model = tiny_model("llama")
     compiled = compile_again(model, tiny_adapter(model), quant="none")
-    for options, problem in (
-        (CoremlOptions(compute_units="gpu"), "--compute-units: expected all or cpu_and_ne"),
-        (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'"),
-    ):
-        with pytest.raises(LimeEdgeError, match=problem):
-            export(compiled, tmp_path, TargetOptions(coreml=options), lambda *_: None)
+    with pytest.raises(LimeEdgeError, match="--compute-units: expected all or cpu_and_ne"):
+        export(compiled, tmp_path, TargetOptions(coreml=CoremlOptions(compute_units="gpu")), lambda *_: None)
     loud = dict(compiled.vectors) | {"model.norm.weight": compiled.vectors["model.norm.weight"] * 1e6}
     with pytest.raises(LimeEdgeError, match="model.norm.weight: expected at most 65504"):
         export(replace(compiled, vectors=loud), tmp_path, TargetOptions(), lambda *_: None)
+
+
+@pytest.mark.parametrize("options,problem,hint", [
+    (CoremlOptions(compute_units="banana"), "--compute-units: expected all or .* or cpu_only, found 'banana'", "all"),
+    (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'", "older ones"),
+    (CoremlOptions(minimum="iOS19"), "--minimum-os: expected iOS18 or macOS15, found 'iOS19'", "newer systems run"),
+    (CoremlOptions(prompt_lengths=(0, 32)), "--prompt-lengths: expected positive integers, found '0,32'", "32,128"),
+    (CoremlOptions(prompt_lengths=()), "--prompt-lengths: expected positive integers, found ''", "32,128"),
+    (CoremlOptions(max_length=0), "--max-seq-len: for Core ML expected at least 1, found 0", "1024"),
+])  # fmt: skip
+def test_options_are_refused_before_compiling(options: CoremlOptions, problem: str, hint: str) -> None:
+    """Encoders refuse the same, but for the cache's length: they have none."""
+    check_options(TargetOptions(), "int4", 32)
+    with pytest.raises(LimeEdgeError, match=problem) as caught:
+        check_options(TargetOptions(coreml=options), "int4", 32)
+    assert hint in caught.value.hint and caught.value.exit_code == 2
+    if options.max_length < 1:
+        coreml_encoder.check_options(TargetOptions(coreml=options), "int4", 32)
+        return
+    with pytest.raises(LimeEdgeError, match=problem):
+        coreml_encoder.check_options(TargetOptions(coreml=options), "int4", 32)
+
+
+def test_one_enumerated_length_is_a_fixed_shape(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """--prompt-lengths 1: both functions take one token; with the cache they say what the oracle says."""
+    model = tiny_model("llama")
+    compiled = compile_again(model, tiny_adapter(model, routing=ROUTINGS["soft"]), quant="int8")
+    options = TargetOptions(coreml=CoremlOptions(prompt_lengths=(1,)))
+    assert export(compiled, tmp_path, options, lambda *_: None)["lengths"] == [1]
+    package = read_package(tmp_path / "model.mlpackage")
+    assert all(function.inputs["input_ids"].shape == (1, 1) for function in package.functions.values())
+    runner = Interpreter(package)
+    d = 0.5 * torch.randn(compiled.sites.total, generator=torch.Generator().manual_seed(1)).half().float()
+    ids, state, found = draw_ids(5), runner.make_state(), []
+    for place, token in enumerate(ids[0].tolist()):
+        given = {"input_ids": np.array([[token]]), "position": np.array([place]), "length": np.array([1])}
+        inputs = {name: x.astype(np.int32) for name, x in given.items()} | {"expert": d.numpy()}
+        found.append(runner.run(inputs, state)["logits"][0])
+    wanted = make_oracle(compiled)(ids, d, Cache())[0].numpy()
+    compare(np.concatenate(found), wanted, EXACT, "one length")
+
+
+def test_a_session_beyond_the_cache_names_the_option(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    path = tiny_bundle(*build(CASES["llama-tied"], tiny_model, tiny_adapter), targets=("coreml",), **QUANTS["int4"])
+    with pytest.raises(LimeEdgeError, match=f"max_length: expected 1..{CONTEXT}, found 5000") as caught:
+        open_session(Bundle.open(path), "coreml", SessionOptions(max_length=5000))
+    assert "--max-seq-len at export" in caught.value.hint
 
 
 def test_a_routed_prompt_longer_than_every_length(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:

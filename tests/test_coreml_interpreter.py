@@ -342,11 +342,53 @@ def test_wrong_inputs_and_files_are_refused(package: Path, tmp_path: Path) -> No
     path = mutated(package, tmp_path) / "coreml/model.mlpackage"
     file = path / MODEL
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(LimeEdgeError, match="damaged"):
+    with pytest.raises(LimeEdgeError, match="model.mlmodel: not a readable ML program: file of .* a message ends too"):
         read_package(path)
     (path / MODEL).unlink()
     with pytest.raises(LimeEdgeError, match="not a readable .mlpackage"):
         read_package(path)
+
+
+@pytest.mark.parametrize("content,what", [
+    (b"\x08\x09", "file of 2 bytes: field 2 is missing"), (b"garbage", "file of 7 bytes: wire type 7"),
+    (b"\x10\x01", "file of 2 bytes: a field of another type than expected"), (b"", "file of 0 bytes: field 2 is"),
+    (b"\xff" * 40, "file of 40 bytes: a number of more than ten bytes"),
+])  # fmt: skip
+def test_a_program_that_is_none(content: bytes, what: str, package: Path, tmp_path: Path) -> None:
+    path = mutated(package, tmp_path) / "coreml/model.mlpackage"
+    (path / MODEL).write_bytes(content)
+    with pytest.raises(LimeEdgeError, match=f"model.mlmodel: not a readable ML program: {what}") as caught:
+        read_package(path)
+    assert "lime-edge inspect BUNDLE --verify" in caught.value.hint
+
+
+def test_noise_in_the_program_is_told(package: Path, tmp_path: Path) -> None:
+    """Whatever a byte becomes, the reader answers or says what it cannot read."""
+    path = mutated(package, tmp_path) / "coreml/model.mlpackage"
+    whole, noise, refused = (path / MODEL).read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        changed = bytearray(whole)
+        for place in noise.integers(0, len(whole), 8):
+            changed[place] = noise.integers(0, 256)
+        (path / MODEL).write_bytes(changed)
+        try:
+            read_package(path)
+        except LimeEdgeError:
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("kept", [0, 70, -1])
+def test_a_truncated_weight_file_is_told(kept: int, package: Path, tmp_path: Path) -> None:
+    """The file, what it should hold at least, and its length; empty, within a description, within values."""
+    path = mutated(package, tmp_path) / "coreml/model.mlpackage"
+    whole = (path / WEIGHTS).read_bytes()
+    size = kept if kept >= 0 else len(whole) // 2
+    (path / WEIGHTS).write_bytes(whole[:size])
+    with pytest.raises(LimeEdgeError, match=rf"weight.bin: expected at least \d+ bytes, found {size}\n") as caught:
+        read_package(path)
+    assert int(caught.value.problem.split("at least ")[1].split()[0]) > size
+    assert "lime-edge inspect BUNDLE --verify" in caught.value.hint
 
 
 def test_what_is_not_known_is_named(package: Path, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_the_script_tells_a_miss(package: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("arguments,code,words", [
     (["--units", "cpu_only"], 4, "Core ML needs a Mac"), (["--units", "gpu"], 2, "unknown: gpu"),
     (["--iterations", "0"], 2, "at least 1"),
+    (["--units", "interpreter", "--plan"], 2, "--plan: expected --units with some of all, cpu_and_ne"),
+    (["--units", "interpreter", "--benchmarker"], 2, "--benchmarker: expected --units with some of"),
 ])  # fmt: skip
 def test_the_scripts_arguments(arguments: list[str], code: int, words: str, package: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -135,6 +137,33 @@ def test_the_scripts_arguments(arguments: list[str], code: int, words: str, pack
     except SystemExit as stop:
         found = stop.code
     assert found == code and words in capsys.readouterr().err
+
+
+def test_the_script_refuses_to_check_nothing(package: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """No golden outputs, or none that this bundle can be asked for: 2 and a hint, as `lime-edge verify`."""
+    script = load_script()
+    monkeypatch.setattr(script, "find_obstacle", lambda *_: "removed after the export")
+    assert script.main([str(package)]) == 2
+    told = capsys.readouterr().err
+    assert "nothing could be checked" in told and "expert1: removed after the export" in told and "hint:" in told
+    monkeypatch.setattr(script, "read_golden", lambda _: None)
+    assert script.main([str(package)]) == 2
+    told = capsys.readouterr().err
+    assert "holds no golden outputs to compare with" in told and "hint: export the bundle again" in told
+
+
+def test_the_script_says_what_it_was_given(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    script, path = load_script(), str(tiny_bundle())
+    assert script.main([path]) == 2
+    told = capsys.readouterr().err
+    assert "expected a bundle for coreml, found onnx" in told and "hint: lime-edge export --target coreml" in told
+    manifest = SimpleNamespace(model={"kind": "encoder"}, targets={"coreml": {}})
+    monkeypatch.setattr(script.Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    assert script.main([path]) == 2
+    told = capsys.readouterr().err
+    assert "expected a language model, found an encoder" in told and "hint: lime-edge verify" in told
 
 
 def test_the_script_names_what_it_imports_from_coremltools() -> None:
@@ -158,6 +187,18 @@ def test_exporting_without_coremltools_names_the_package(monkeypatch: pytest.Mon
     with pytest.raises(LimeEdgeError, match="the package 'coremltools' is not installed") as caught:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert caught.value.exit_code == 4 and "lime-edge[coreml]" in caught.value.hint
+
+
+def test_a_package_that_coremltools_needs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A coremltools that is there and finds no protobuf: it is not the one that is missing."""
+    (tmp_path / "coremltools.py").write_text("import a_package_of_coremltools.part")
+    file = Path(__file__).parent.parent / "exporters" / "coreml_graph.py"
+    spec = importlib.util.spec_from_file_location("coreml_graph_again", file)
+    assert spec and spec.loader
+    monkeypatch.delitem(sys.modules, "coremltools", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LimeEdgeError, match="the package 'a_package_of_coremltools' is not installed"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_a_device_needs_numpy_alone(package: Path) -> None:

@@ -6,6 +6,7 @@ Lowering takes seconds, so that few programs prove many things at once: each mod
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,9 @@ from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.decoder import DecoderModule
 from lime_edge.compiler.prompt_tuning import CONDITIONING
+from lime_edge.devices import find_device
 from lime_edge.errors import LimeEdgeError
+from lime_edge.export import ExportOptions, export_bundle
 from lime_edge.exporters.executorch import choose_sizes, export, write_stock
 from lime_edge.exporters.executorch_prompt import summarize
 from lime_edge.generate import GenerationOptions
@@ -296,13 +299,24 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
         check_provider(["XnnpackBackend"], ("CUDA",))
 
 
-def test_bad_sizes_are_refused(tmp_path: Path, tiny_model: Make, tiny_adapter: Make) -> None:
-    model = tiny_model("llama", **SMALL)
-    checkpoint = read_checkpoint(model, tiny_adapter(model))
-    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="int4", group=16, rounding="nearest"))
-    with pytest.raises(LimeEdgeError, match="--group-size: for ExecuTorch expected a multiple of 32, found 16"):
-        export(compiled, tmp_path, TargetOptions(), lambda *_: None)
-    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
-    with pytest.raises(LimeEdgeError, match="--max-seq-len: for ExecuTorch expected at least 2, found 1"):
-        export(compiled, tmp_path, TargetOptions(executorch=ExecutorchOptions(max_length=1)), lambda *_: None)
+@pytest.mark.parametrize("options, group, refusal", [
+    (ExecutorchOptions(), 16, "--group-size: for ExecuTorch expected a multiple of 32, found 16"),
+    (ExecutorchOptions(max_length=1), 32, "--max-seq-len: for ExecuTorch expected at least 2, found 1"),
+    (ExecutorchOptions(backend="banana"), 32, "--backend: expected xnnpack or portable, found 'banana'"),
+    (ExecutorchOptions(backend="portable"), 32, "--backend portable: expected --quant none, found int4"),
+])  # fmt: skip
+def test_bad_options_are_refused_before_anything_is_read(options: ExecutorchOptions, group: int, refusal: str,
+                                                         tmp_path: Path) -> None:  # fmt: skip
+    chosen = ExportOptions(targets=("onnx", "executorch"), target_options=TargetOptions(executorch=options))
+    compiling = CompileOptions(quant="int4", group=group)
+    nothing = tmp_path / "no-model"
+    with pytest.raises(LimeEdgeError, match=re.escape(refusal)):
+        export_bundle(nothing, nothing, tmp_path / "x.lime", compiling, find_device("cpu"), chosen)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_asked_for_twice_is_written_once(tmp_path: Path, tiny_model: Make, tiny_adapter: Make) -> None:
+    model = tiny_model("llama", **SMALL)
+    manifest = export_bundle(model, tiny_adapter(model), tmp_path / "x.lime", CompileOptions(quant="none"),
+                             find_device("cpu"), ExportOptions(targets=("onnx", "onnx")))  # fmt: skip
+    assert list(manifest.targets) == ["onnx"]

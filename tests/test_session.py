@@ -61,6 +61,18 @@ def answer(session: Session, prompt: list[int]) -> list[int]:
     return list(session.generate_ids(prompt, OPTIONS))
 
 
+def test_what_is_not_a_selection_or_a_token_is_refused(bundle: Path) -> None:
+    session = open_session(bundle)
+    with pytest.raises(LimeEdgeError, match="expected a name, a blend or None, found 3"):
+        session.use(3)  # type: ignore[arg-type]
+    with pytest.raises(LimeEdgeError, match="expected a non-empty list of integers, found shape \\(1,\\) float64"):
+        session.logits([1.5])  # type: ignore[list-item]
+    with pytest.raises(LimeEdgeError, match="threads: expected at least 1, found 0"):
+        lime_edge.open(bundle, threads=0)
+    session.use("none")
+    assert session.selection is None
+
+
 def test_experts_answer_differently(bundle: Path) -> None:
     """Or the tests below prove nothing."""
     session = open_session(bundle)
@@ -107,7 +119,8 @@ def test_ten_thousand_switches_equal_fresh_sessions(switched: tuple[list[str], l
 
 def test_ten_thousand_switches_keep_memory_flat(switched: tuple[list[str], list[int]]) -> None:
     memory = switched[1]
-    assert max(memory[1:]) - memory[0] < 1_000_000, f"memory grew: {memory}"
+    settled = memory[2]  # allocators of a process that ran other tests before take a while to settle
+    assert max(memory[3:]) - settled < 1_000_000, f"memory grew: {memory}"
 
 
 def read_rss() -> int:

@@ -31,7 +31,19 @@ from lime_edge.experts import read_expert
 from lime_edge.export import ExportOptions, export_bundle
 from lime_edge.golden import FILE, choose_columns, read_golden
 from lime_edge.session import Session
-from lime_edge.verify import MISSED, OK, TOLERANCES, UNCHECKED, Check, verify_bundle
+from lime_edge.verify import (
+    LEAN_SHARE,
+    MISSED,
+    OK,
+    TOLERANCES,
+    UNCHECKED,
+    Check,
+    Tolerance,
+    count_results,
+    find_lean,
+    may_lean,
+    verify_bundle,
+)
 
 Make = Callable[..., Path]
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
@@ -194,6 +206,39 @@ def test_a_swapped_slice_is_missed(tiny_bundle: Make, quant: str, tmp_path: Path
         assert check.result == MISSED and "logits differ" in check.why, check
 
 
+@pytest.mark.parametrize("target", SESSION_TARGETS)
+def test_a_mixture_leans_towards_what_was_mixed_in(tiny_bundle: Make, target: str, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """40% of an expert's slices are another's: the direction alone tells, whatever the size of the error."""
+    options = {} if target == "onnx" else {"targets": ("onnx", target)}
+    bundle = copy(tiny_bundle(quant="int4", **options), tmp_path)
+    sites = list(Bundle.open(bundle).manifest.sites)
+    mixed, other = vector(bundle, "expert1").copy(), vector(bundle, "expert3")
+    for site in sites[: round(0.4 * len(sites))]:
+        mixed[site.offset : site.offset + site.width] = other[site.offset : site.offset + site.width]
+    for compute, limits in TOLERANCES.items():  # nothing else can notice
+        monkeypatch.setitem(TOLERANCES, compute, Tolerance(100 * limits.mean, 100.0, 100.0))
+    monkeypatch.setattr("lime_edge.verify.LEAN_SHARE", LEAN_SHARE / 100)
+    assert not verify_bundle(bundle, (target,), threads=1).missed
+    put_vector(bundle, "expert1", mixed)
+    checks = {check.selection: check for check in verify_bundle(bundle, (target,), threads=1).checks}
+    assert checks["expert1"].why == "leans towards expert3", checks["expert1"]
+    assert {checks[name].result for name in ("expert0", "expert2", "expert3", "none")} == {OK}
+
+
+def test_errors_with_a_direction_lean_and_noise_does_not() -> None:
+    random = np.random.default_rng(0)
+    expected = random.normal(size=(4, 2, 1, 512))
+    expected[3] = expected[0] + 0.05 * random.normal(size=(2, 1, 512))  # too near to be told apart
+    noise = 0.12 * random.normal(size=(2, 1, 512))
+    assert find_lean(expected[0] + noise, expected, 0, 0.2) is None
+    assert find_lean(expected[3], expected, 0, 0.2) is None
+    for share, found in ((0.15, None), (0.4, 2)):
+        assert find_lean(expected[0] + noise + share * (expected[2] - expected[0]), expected, 0, 0.2) == found
+    assert not may_lean("int8-per-token", "routed", 512) and not may_lean("float16", "expert0", 3)
+    assert may_lean("float32", "routed", 3) and may_lean("int8-dynamic", "none", 16)
+
+
 def locate(bundle: Path, ending: str) -> list[tuple[str, int]]:
     """Initializers whose name ends so, with their place in the data file."""
     graph = onnx.load(str(bundle / "onnx" / "model.onnx"), load_external_data=False).graph
@@ -306,8 +351,17 @@ def test_a_target_without_routing_says_so(routed: Make, tmp_path: Path) -> None:
 
 def test_a_cache_too_short_for_the_prompts(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "max_length", 15)
-    with pytest.raises(LimeEdgeError, match="its cache holds 15 tokens, 16 are needed"):
+    with pytest.raises(LimeEdgeError, match="its cache holds 15 tokens, 16 are needed") as error:
         verify_bundle(tiny_bundle(quant="int4"), threads=1)
+    assert (error.value.exit_code, error.value.hint) == (EXIT_INPUT, "export with --max-seq-len 16 or more")
+
+
+def test_a_static_cache_too_short_for_the_prompts(tiny_model: Make, tiny_adapter: Make, tmp_path: Path,
+                                                  lime: Cli) -> None:  # fmt: skip
+    words = ("--target", "executorch", "--quant", "none", "--max-seq-len", 7, "-o", tmp_path / "x.lime")
+    assert lime("export", tiny_model(), "--adapter", tiny_adapter(), *words).code == 0
+    error = lime.refuse("verify", tmp_path / "x.lime", code=EXIT_INPUT)
+    assert "its cache holds 7 tokens, 16 are needed hint: export with --max-seq-len 16 or more" in error
 
 
 def test_an_engine_that_fails_is_missed(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +400,7 @@ def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest
 def test_what_is_refused(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     assert "holds no executorch artifact hint: it holds onnx" in lime.refuse("verify", bundle, "--target", "executorch")
-    assert "expected onnx or" in lime.refuse("verify", bundle, "--target", "toaster")
+    assert "target: expected onnx" in lime.refuse("verify", bundle, "--target", "toaster")
     error = lime.refuse("verify", bundle, "-e", "nobody")
     assert "no golden outputs for 'nobody' hint: there are some for expert0" in error
     edit_manifest(bundle, lambda body: body["targets"]["onnx"].update(compute="analog"))
@@ -364,16 +418,16 @@ def test_what_is_refused(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
 
 
 def test_inspect_tells_which_targets_route(routed: Make, tiny_bundle: Make, lime: Cli) -> None:
-    assert "onnx/routed.onnx" in lime("inspect", routed(quant="int4")).out
-    row = next(line for line in lime("inspect", tiny_bundle(quant="int4")).out.splitlines() if "│ onnx" in line)
-    assert "│ no" in row
+    for bundle, word in ((routed(quant="int4"), "yes"), (tiny_bundle(quant="int4"), "no")):
+        row = next(line for line in lime("inspect", bundle).out.splitlines() if "│ onnx" in line)
+        assert f"│ {word}" in row, row
 
 
 def test_the_command(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     done = lime("verify", bundle, "--threads", 1)
     assert done.code == 0, done.err
-    assert "onnx on CPUExecutionProvider: 6 of 6 as PyTorch computed them" in done.out
+    assert "onnx on CPUExecutionProvider: 6 checked, 6 as PyTorch computed them" in done.out
     assert "(int8-dynamic: error at most 0.1, worst 0.25)" in done.out
     done = lime("verify", bundle, "--target", "onnx", "-e", "expert1", "-e", BLEND, "-e", "none", "--json")
     report = json.loads(done.out)
@@ -386,12 +440,22 @@ def test_the_command(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
     assert done.code == 3 and not json.loads(done.out)["passed"]
 
 
+def test_the_summary_counts_what_was_checked(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
+    bundle = copy(tiny_bundle(quant="int4"), tmp_path)
+    Bundle.open(bundle).remove_expert("expert3")
+    done = lime("verify", bundle, "--threads", 1)
+    assert done.code == 0 and ": 5 checked, 5 as PyTorch computed them, 1 not checked (" in done.out, done
+    assert count_results([Check("coreml", "all", UNCHECKED)]) == "not checked"
+    assert count_results([Check("coreml", "all", MISSED)]) == "not as PyTorch computed it"
+    assert count_results([Check("onnx", "none", MISSED)]) == "1 checked, 0 as PyTorch computed them"
+
+
 def test_a_device_verifies_without_torch(tiny_bundle: Make) -> None:
     blocked = "import sys; sys.modules.update(torch=None, transformers=None, onnx=None); "
     code = blocked + "from lime_edge.cli import main; main()"
     words = [sys.executable, "-c", code, "verify", str(tiny_bundle(quant="int4")), "--threads", "1"]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0 and "6 of 6 as PyTorch computed them" in done.stdout, done.stderr
+    assert done.returncode == 0 and "6 checked, 6 as PyTorch computed them" in done.stdout, done.stderr
 
 
 def test_golden_outputs_are_small() -> None:

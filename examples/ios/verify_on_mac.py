@@ -30,7 +30,7 @@ import numpy as np
 from lime_edge.bundle import Bundle
 from lime_edge.errors import EXIT_MISMATCH, EXIT_MISSING, LimeEdgeError
 from lime_edge.experts import parse_selection
-from lime_edge.golden import read_golden
+from lime_edge.golden import Golden, read_golden
 from lime_edge.runtimes.coreml import COREML, INTERPRETER, ROUNDED, UNITS
 from lime_edge.session import Session, SessionOptions
 from lime_edge.targets import open_session
@@ -39,11 +39,33 @@ from lime_edge.verify import MISSED, find_compute, find_obstacle, judge, run_dec
 TARGET = "coreml"
 
 
-def check_numbers(bundle: Bundle, session: Session) -> dict[str, Any]:
-    """Every golden selection: worst errors in standard deviations of the logits, greedy tokens, what was missed."""
+def open_bundle(path: Path) -> tuple[Bundle, Golden]:
+    """The bundle, its hashes compared, and what to compare its answers with.
+
+    Raises:
+        LimeEdgeError: a damaged bundle, another kind of one, or nothing in it that can be compared.
+    """
+    bundle = Bundle.open(path, verify=True)
+    manifest = bundle.manifest
+    if manifest.model.get("kind") == "encoder":
+        raise LimeEdgeError(f"{path}: expected a language model, found an encoder",
+                            f"lime-edge verify {path} --target {TARGET} checks encoders")  # fmt: skip
+    if TARGET not in manifest.targets:
+        raise LimeEdgeError(f"{path}: expected a bundle for {TARGET}, found {', '.join(manifest.targets)}",
+                            f"lime-edge export --target {TARGET} writes one")  # fmt: skip
     golden = read_golden(bundle)
     if golden is None:
-        return {"checked": 0, "note": "the bundle holds no golden outputs: export it again with this version"}
+        raise LimeEdgeError(f"{path}: holds no golden outputs to compare with",
+                            "export the bundle again: lime-edge export of this version stores them")  # fmt: skip
+    obstacles = {label: find_obstacle(bundle, golden, TARGET, label) for label in golden.selections}
+    if all(obstacles.values()):
+        problem = "; ".join(f"{label}: {why}" for label, why in obstacles.items())
+        raise LimeEdgeError(f"{path}: nothing could be checked: {problem}", "export the bundle again")
+    return bundle, golden
+
+
+def check_numbers(bundle: Bundle, golden: Golden, session: Session) -> dict[str, Any]:
+    """Every golden selection: worst errors in standard deviations of the logits, greedy tokens, what was missed."""
     checks = []
     for label in golden.selections:
         if find_obstacle(bundle, golden, TARGET, label):
@@ -128,13 +150,13 @@ def ask_benchmarker(bundle: Bundle, units: str, iterations: int) -> dict[str, An
     return asyncio.run(measure())
 
 
-def examine(bundle: Bundle, units: str, options: argparse.Namespace) -> dict[str, Any]:
+def examine(bundle: Bundle, golden: Golden, units: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one compute unit."""
     provider = units if units in (INTERPRETER, ROUNDED) else f"{COREML}:{units}"
     begun = time.perf_counter()
     session = open_session(bundle, TARGET, SessionOptions(providers=(provider,)))
     found: dict[str, Any] = {"provider": session.provider, "load_s": round(time.perf_counter() - begun, 2)}
-    found["numbers"] = check_numbers(bundle, session)
+    found["numbers"] = check_numbers(bundle, golden, session)
     found["times"] = time_session(bundle, session, options.iterations)
     if provider.startswith(COREML):  # pragma: no cover - needs a Mac
         found |= {"devices": count_devices(bundle, units)} if options.plan else {}
@@ -172,6 +194,10 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--iterations: at least 1")
     if sys.platform != "darwin" and set(options.units) & set(UNITS):
         raise LimeEdgeError("Core ML needs a Mac", f"--units {INTERPRETER} proves the numbers anywhere", EXIT_MISSING)
+    for name in ("plan", "benchmarker"):
+        if getattr(options, name) and not set(options.units) & set(UNITS):
+            parser.error(f"--{name}: expected --units with some of {', '.join(UNITS)}, "
+                         f"found {', '.join(options.units)}: only Core ML on a Mac can tell")  # fmt: skip
     return options
 
 
@@ -179,10 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Examine every unit; 3 where the numbers missed."""
     try:
         options = read_options(arguments)
-        bundle = Bundle.open(options.bundle, verify=True)
-        if TARGET not in bundle.manifest.targets or bundle.manifest.model.get("kind") == "encoder":
-            raise LimeEdgeError(f"{options.bundle}: expected a language model exported with --target coreml")
-        found = {units: examine(bundle, units, options) for units in options.units}
+        bundle, golden = open_bundle(options.bundle)
+        found = {units: examine(bundle, golden, units, options) for units in options.units}
     except LimeEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -21,7 +21,10 @@ METHOD = (
     """One process per engine, all loaded at the same time and asked in turn, round by round: the same prompt of
     random tokens, then greedy ones, batch 1, the same number of threads; medians over the rounds after a warm-up
     round. *Ratio*: the decode step's time by that of *no branch* in the same round: median (least to most). A process
-    that waited used {idle:.1%} of a core or less ({idle_name}).""",
+    that waited used {idle:.1%} of a core or less ({idle_name}). Where a process's memory happens to lie moves its times
+    by up to a tenth for as long as it lives (a model with a branch has come out faster than the same one without):
+    smaller differences between processes mean nothing; [performance.md](performance.md) measures the branch in one
+    process.""",
     """The backbone is one GGUF file (SmolLM2-135M-Instruct, Q4_1), dequantized for our exporter, for ONNX Runtime
     GenAI's builder and for PyTorch, requantized to Q4_0 by llama.cpp. The expert is the first of
     `examples/demo_adapter/routed` (q, k, v, o; rank 8), for the others written as a plain LoRA by `lime-edge experts
