@@ -220,7 +220,13 @@ def find_obstacle(bundle: Bundle, golden: Golden, target: str, label: str) -> st
     """Why a selection cannot be compared on a target, or empty."""
     selection, manifest = parse_selection(label), bundle.manifest
     if selection == ROUTED:
-        return "" if manifest.targets[target].get("routed") else "this target has no routed graph"
+        facts = manifest.targets[target]
+        if not facts.get("routed"):
+            return "this target has no routed graph"
+        prompt, most = next(iter(golden.calls.values())).shape[-1], max(facts.get("lengths") or (0,))
+        if most and prompt + facts.get("virtual_tokens", 0) > most:  # a routed prompt is run in one call
+            return f"its prompt of {prompt} tokens is longer than --prompt-lengths at export, {most}"
+        return ""
     names = [selection] if isinstance(selection, str) else list(selection or ())
     if gone := [name for name in names if name not in manifest.experts]:
         return f"{', '.join(gone)}: removed after the export"
