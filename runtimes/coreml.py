@@ -39,19 +39,11 @@ def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEngine:
     return CoremlEngine(bundle, options)
 
 
-class CoremlEngine:
-    """A loaded package with its cache as state; implements lime_edge.session.Engine."""
+class SwitchedPackage:
+    """A loaded package whose expert can be switched: what language models and encoders share."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.model
-        self._virtual = int(facts["virtual_tokens"])  # in the cache before everything else
-        most = min(facts["max_length"], model["context"]) - self._virtual
-        self.capacity = options.max_length or most
-        if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
-                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
-        self.length = 0
-        self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
+        facts = bundle.manifest.targets["coreml"]
         self._takes_expert, self._routed = bool(facts["expert_input"]), facts.get("routed")
         self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
         self._function = "main"
@@ -67,6 +59,22 @@ class CoremlEngine:
         """Weigh the frozen bank per token from now on."""
         assert self._routed is not None, "the session asks for it only where there is one"
         self._function = self._routed
+
+
+class CoremlEngine(SwitchedPackage):
+    """A loaded package with its cache as state; implements lime_edge.session.Engine."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.model
+        self._virtual = int(facts["virtual_tokens"])  # in the cache before everything else
+        most = min(facts["max_length"], model["context"]) - self._virtual
+        self.capacity = options.max_length or most
+        if not 1 <= self.capacity <= most:
+            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
+                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
+        self.length = 0
+        self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
+        super().__init__(bundle, options)
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens; the cache is overwritten later."""

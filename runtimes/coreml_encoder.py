@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from lime_edge.bundle import Bundle
-from lime_edge.runtimes.coreml import choose_provider, load_package
+from lime_edge.runtimes.coreml import SwitchedPackage
 from lime_edge.session import SessionOptions
 
 EXPERT, IDS = "expert", "input_ids"
@@ -24,26 +24,13 @@ def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> CoremlEncode
     return CoremlEncoderEngine(bundle, options)
 
 
-class CoremlEncoderEngine:
+class CoremlEncoderEngine(SwitchedPackage):
     """The loaded package; implements lime_edge.encoder_session.EncoderEngine."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
+        super().__init__(bundle, options)
         facts = bundle.manifest.targets["coreml"]
-        self._outputs, self._lengths, self._routed = facts["outputs"], facts["lengths"], facts.get("routed")
-        self._takes_expert = bool(facts["expert_input"])
-        self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
-        self._function = "main"
-        self.provider = choose_provider(options.providers)
-        self._model = load_package(bundle, self.provider)
-
-    def set_expert(self, residual: np.ndarray) -> None:
-        """Use d (sum_H,) float32, rounded to float16, from the next call on."""
-        self._residual, self._function = residual.astype(np.float16), "main"
-
-    def set_routed(self) -> None:
-        """Weigh the checkpoint's experts per token from the next call on."""
-        assert self._routed is not None, "the session asks for it only where there is one"
-        self._function = self._routed
+        self._outputs, self._lengths = facts["outputs"], facts["lengths"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name, float32."""

@@ -31,11 +31,49 @@ def open_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEngine:
     return ExecutorchEngine(bundle, options)
 
 
-class ExecutorchEngine:
-    """A loaded program; implements lime_edge.session.Engine.
+class SwitchedProgram:
+    """A loaded program whose expert can be switched: what language models and encoders share.
 
-    A routed bundle has a second method on the same weights and the same cache: it is loaded at the first
-    `set_routed`. The engine checks nothing itself in ExecuTorch, so positions and lengths are checked here.
+    A routed bundle has a second method on the same weights: it is loaded at the first `set_routed`.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts = bundle.manifest.targets["executorch"]
+        self.provider = check_provider(facts["providers"], options.providers)
+        self._program = load_program(bundle, options.threads)
+        self._file = bundle.path / facts["file"]
+        self._pinned = self._method = load_method(self._program, "forward", self._file)
+        self._routed: Any = None
+        self._residual = np.zeros(bundle.manifest.sites.total, np.float32)
+        self._expert = wrap(self._residual)
+
+    @property
+    def _routing(self) -> bool:
+        return self._method is not self._pinned
+
+    def set_expert(self, residual: np.ndarray) -> None:
+        """Pass another residual d (sum_H,) float32 from the next call on.
+
+        Raises:
+            LimeEdgeError: another length or dtype.
+        """
+        wanted = self._residual.shape
+        if residual.shape != wanted or residual.dtype != np.float32:
+            raise LimeEdgeError(f"expert: expected {wanted} float32, found {residual.shape} {residual.dtype}")
+        self._method = self._pinned
+        np.copyto(self._residual, residual)
+
+    def set_routed(self) -> None:
+        """Weigh the frozen bank per token from now on; the first time loads the routed method."""
+        if self._routed is None:
+            self._routed = load_method(self._program, "routed", self._file)
+        self._method = self._routed
+
+
+class ExecutorchEngine(SwitchedProgram):
+    """A loaded program; implements lime_edge.session.Engine. Both methods share one cache.
+
+    ExecuTorch checks neither positions nor lengths, so that is done here.
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
@@ -46,34 +84,10 @@ class ExecutorchEngine:
             raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
                                 "--max-seq-len at export sets the cache of this target")  # fmt: skip
         self.length = 0
-        self._vocab, self._total = bundle.manifest.model["vocab"], bundle.manifest.sites.total
+        self._vocab = bundle.manifest.model["vocab"]
         self._virtual, self._rows, self._prompt = facts["virtual_tokens"], facts["rows"], facts["prompt_length"]
         self._takes_expert: bool = facts["expert_input"]
-        self.provider = check_provider(facts["providers"], options.providers)
-        self._program = load_program(bundle, options.threads)
-        self._file = bundle.path / facts["file"]
-        self._pinned = load_method(self._program, "forward", self._file)
-        self._routed: Any = None
-        self._method = self._pinned
-        self._residual = np.zeros(self._total, np.float32)
-        self._expert = wrap(self._residual)
-
-    def set_expert(self, residual: np.ndarray) -> None:
-        """Pass another residual d (sum_H,) float32 from the next call on.
-
-        Raises:
-            LimeEdgeError: another length or dtype.
-        """
-        if residual.shape != (self._total,) or residual.dtype != np.float32:
-            raise LimeEdgeError(f"expert: expected ({self._total},) float32, found {residual.shape} {residual.dtype}")
-        self._method = self._pinned
-        np.copyto(self._residual, residual)
-
-    def set_routed(self) -> None:
-        """Weigh the frozen bank per token from now on; the first time loads the routed method."""
-        if self._routed is None:
-            self._routed = load_method(self._program, "routed", self._file)
-        self._method = self._routed
+        super().__init__(bundle, options)
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens; the cache is overwritten later.
@@ -96,7 +110,7 @@ class ExecutorchEngine:
             raise LimeEdgeError(f"position: expected 1..{self.capacity - self.length} tokens after {self.length}, "
                                 f"found {ids.size}")  # fmt: skip
         keep = min(keep, ids.size) if keep else ids.size
-        feed = self._feed_whole if self._method is self._routed else self._feed_pieces
+        feed = self._feed_whole if self._routing else self._feed_pieces
         logits = feed(ids, keep)
         self.length = total
         return logits
@@ -129,7 +143,7 @@ class ExecutorchEngine:
         elif self._virtual:
             position += self._virtual
         inputs = [wrap(ids[None]), wrap(np.array([position], np.int64)), wrap(rows)]
-        if self._takes_expert and self._method is self._pinned:
+        if self._takes_expert and not self._routing:
             inputs.append(self._expert)
         return self._method.execute(inputs)[0].numpy()[0]
 
