@@ -33,10 +33,10 @@ test: $(VENV)/.dev  ## the whole test-suite
 
 lint: $(VENV)/.dev  ## ruff and mypy (on an installed copy: the mapped packages are not visible otherwise)
 	$(BIN)/ruff check .
-	rm -rf .types build/lib
+	rm -rf .types build/lib* build/temp* build/bdist*
 	$(BIN)/pip install --quiet --no-deps --target .types .
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
-	rm -rf build/lib
+	rm -rf build/lib* build/temp* build/bdist*
 
 bench: $(VENV)/.base build/demo.lime build/demo-single.lime  ## the standard set: time, memory, energy; plots in build/bench
 	rm -rf build/bench

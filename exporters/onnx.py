@@ -15,9 +15,10 @@ from lime_edge import __version__
 from lime_edge.compiler.compiled import CompiledModel, Group
 from lime_edge.compiler.quantize import QuantizedTensor
 from lime_edge.errors import Faults
-from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
-from lime_edge.exporters.onnx_graph import MICROSOFT, OPSET, Graph
-from lime_edge.exporters.onnx_prompt import declare_expert, prepend_virtual
+from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts, fuse_norm
+from lime_edge.exporters.onnx_functions import SWIGLU, make_swiglu
+from lime_edge.exporters.onnx_graph import LIME, MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx_prompt import prepend_virtual
 from lime_edge.exporters.onnx_weights import pack_weight
 from lime_edge.genai import CONFIG
 from lime_edge.target_options import TargetOptions
@@ -85,11 +86,7 @@ class DecoderWriter:
         total = len(self.config.layers)
         self._declare_inputs()
         if self.experts is not None:
-            branches = self.model.all_branches()
-            if branches or isinstance(self.experts, RoutedExperts):
-                self.experts.declare(branches)
-            else:
-                declare_expert(self.model, self.graph)
+            self.experts.declare()
         stream = self._embed()
         if self.model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
@@ -166,16 +163,14 @@ class DecoderWriter:
 
     def _write_layer(self, index: int, stream: str, update: str) -> tuple[str, str]:
         """One layer. `update` is what the layer before adds to the stream; returns (stream, update)."""
-        g, path, prefix = self.graph, f"/model/layers.{index}", f"model.layers.{index}."
+        path, prefix = f"/model/layers.{index}", f"model.layers.{index}."
         groups = self.model.groups(index)
         x, stream = self._norm(f"{prefix}input_layernorm.weight", f"{path}/input_norm", stream, update)
         qkv = self._project(groups["qkv"], x, f"{path}/attn/qkv_proj")
         attended = self._attend(index, qkv, groups["qkv"], f"{path}/attn")
         update = self._project(groups["o"], attended, f"{path}/attn/o_proj")
         x, stream = self._norm(f"{prefix}post_attention_layernorm.weight", f"{path}/post_norm", stream, update)
-        gate, up = self._gate_up(groups["gate_up"], x, f"{path}/mlp")
-        gate = self._activate(gate, f"{path}/mlp/act")
-        gated = g.node("Mul", [gate, up], f"{path}/mlp/Mul")
+        gated = self._gate(groups["gate_up"], x, f"{path}/mlp")
         return stream, self._project(groups["down"], gated, f"{path}/mlp/down_proj")
 
     def _norm(self, name: str, path: str, stream: str, update: str) -> tuple[str, str]:
@@ -185,26 +180,25 @@ class DecoderWriter:
         if not update:
             out = g.node("SimplifiedLayerNormalization", [stream, weight], f"{path}/Norm", epsilon=eps, axis=-1)
             return out, stream
+        if fused := fuse_norm(g, update, stream, weight, eps, path):
+            return fused
         outputs = [f"{path}/SkipNorm/output", "", "", f"{path}/SkipNorm/sum"]
         g.node("SkipSimplifiedLayerNormalization", [stream, update, weight], f"{path}/SkipNorm", outputs,
                domain=MICROSOFT, epsilon=eps)  # fmt: skip
         return outputs[0], outputs[3]
 
-    def _gate_up(self, group: Group, x: str, path: str) -> tuple[str, str]:
-        g = self.graph
-        if self.model.group_branch(group) is None:
-            first, second = (Group((n,), (w,)) for n, w in zip(group.names, group.widths, strict=True))
-            return self._project(first, x, f"{path}/gate_proj"), self._project(second, x, f"{path}/up_proj")
-        both = self._project(group, x, f"{path}/gate_up_proj")
+    def _gate(self, group: Group, x: str, path: str) -> str:
+        """activation(gate) * up, from one product."""
+        g, both = self.graph, self._project(group, x, f"{path}/gate_up_proj")
+        if self.config.activation == "silu":
+            if SWIGLU not in g.functions:
+                g.functions[SWIGLU] = make_swiglu()
+            return g.node(SWIGLU, [both], f"{path}/SwiGLU", domain=LIME)
         names = [f"{path}/gate", f"{path}/up"]
         g.node("Split", [both], f"{path}/Split", names, axis=-1, num_outputs=2)
-        return names[0], names[1]
-
-    def _activate(self, x: str, path: str) -> str:
-        if self.config.activation == "silu":
-            return self.graph.node("QuickGelu", [x], path, domain=MICROSOFT, alpha=1.0)
         approximate = "tanh" if self.config.activation == "gelu_pytorch_tanh" else "none"
-        return self.graph.node("Gelu", [x], path, approximate=approximate)
+        active = g.node("Gelu", names[:1], f"{path}/act", approximate=approximate)
+        return g.node("Mul", [active, names[1]], f"{path}/Mul")
 
     def _attend(self, index: int, qkv: str, group: Group, path: str) -> str:
         g, c, attention = self.graph, self.config, self.config.layers[index]
@@ -253,12 +247,7 @@ class DecoderWriter:
                 return y
             return g.node("Add", [y, g.constant(f"{path}.bias", bias.numpy())], f"{path}/lime/Bias")
         y = self._matmul(names, bias, x, path)
-        a = g.constant(f"{path}.lime_a", branch.a.T.numpy())
-        b = g.constant(f"{path}.lime_b", branch.b.T.numpy())
-        hidden = g.node("MatMul", [x, a], f"{path}/lime/A")
-        delta = g.node("MatMul", [hidden, b], f"{path}/lime/B")
-        scaled = g.node("Mul", [delta, self.experts.multiply(branch, y, hidden, path)], f"{path}/lime/Mul")
-        return g.node("Add", [y, scaled], f"{path}/lime/Add")
+        return self.experts.add_branch(branch, x, y, path)
 
     def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str, share: str = "") -> str:
         """One product for several stacked weights; `share` names codes already in the file."""

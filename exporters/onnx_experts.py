@@ -1,6 +1,12 @@
-"""What multiplies a branch: a slice of the expert input (pinned), or weights made on the spot (routed)."""
+"""The branch of a group in the graph: multiplied by the expert input (pinned), or by weights made on the spot (routed).
+
+LoRA's branches are calls of a function (see onnx_functions); what has no products, SliceFine and embeddings, is nodes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -9,56 +15,70 @@ from onnx import TensorProto
 
 from lime_edge.compiler.compiled import CompiledModel, GroupBranch
 from lime_edge.compiler.routing import RoutingConfig, find_anchors
-from lime_edge.exporters.onnx_graph import Graph
+from lime_edge.exporters.onnx_functions import (
+    BRANCH_NORM,
+    EXPERT_BRANCH,
+    GAPPED_BRANCH,
+    LARGE,
+    ROUTED_BRANCH,
+    make_branch,
+    make_branch_norm,
+    make_gapped_branch,
+    make_routed_branch,
+)  # fmt: skip
+from lime_edge.exporters.onnx_graph import LIME, Graph
+from lime_edge.exporters.onnx_routing import RoutingNodes, find_shares
 
-SMALLEST_SCALE = 1e-6  # guards as in compiler.routing
-SMALLEST_SUM = 1e-9
+RANK_MULTIPLE = 8  # ranks that the operators compute at once
+MOST_RANK, MOST_EXPERTS = 1024, 256  # beyond, the operators refuse. Source: runtimes/onnx_operators/operators.h
+SPARSE_AUTO_TOPK, HARD_TOPK, AUTO_TOPK, SOFT_TOPK = range(4)  # Source: the same
+Make = Callable[[str], onnx.FunctionProto]
 
 
 class PinnedExperts:
-    """One flat input (sum_H,), cut once for the whole graph."""
+    """One flat input (sum_H,), of which each group takes its stretch."""
 
     def __init__(self, model: CompiledModel, graph: Graph):
         self.model, self.graph = model, graph
-        self.pieces: dict[tuple[int, int], str] = {}
 
-    def declare(self, branches: list[GroupBranch]) -> None:
-        """Declare the input and cut it. branches: of every group of the model."""
-        graph, total = self.graph, self.model.sites.total
-        graph.input("expert", TensorProto.FLOAT, [total])
+    def declare(self) -> None:
+        """Declare the input; its default is the expert that is folded in."""
+        total = self.model.sites.total
+        self.graph.input("expert", TensorProto.FLOAT, [total])
         neutral = np.full(total, 1.0 if self.model.variant == "slicefine" else 0.0, np.float32)
-        graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
-        sizes, names, end = [], [], 0
-        for offset, width in sorted(run for branch in branches for run in branch.find_runs()):
-            if offset > end:
-                sizes.append(offset - end)
-                names.append(f"expert_unused_{end}")
-            self.pieces[offset, width] = f"expert_{offset}"
-            sizes.append(width)
-            names.append(f"expert_{offset}")
-            end = offset + width
-        if end < total:
-            sizes.append(total - end)
-            names.append(f"expert_unused_{end}")
-        if len(names) == 1:
-            graph.node("Identity", ["expert"], "/expert/Identity", names)
-        else:
-            cuts = graph.constant("expert_sizes", np.array(sizes, np.int64))
-            graph.node("Split", ["expert", cuts], "/expert/Split", names, axis=0)
+        self.graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
+
+    def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
+        """y + d * (B A x) of a group with products, (B, S, N)."""
+        a, b = pack_branch(self.graph, branch, path)
+        attributes = {**find_parts(branch), "offsets": [part.site.offset if part.site else 0 for part in branch.parts]}
+        inputs = [x, y, a, b, "expert"]
+        if not branch.gaps:
+            start = branch.find_runs()[0][0]
+            span = {"start": [start], "end": [start + branch.width]}
+            return call(self.graph, EXPERT_BRANCH, make_branch, branch, inputs, f"{path}/lime", **attributes, **span)
+        places = np.concatenate([np.arange(part.width) + part.site.offset if part.site else np.zeros(part.width)
+                                 for part in branch.parts]).astype(np.int64)  # fmt: skip
+        inputs.append(self.graph.constant(f"{path}.lime_places", places))
+        return call(self.graph, GAPPED_BRANCH, make_gapped_branch, branch, inputs, f"{path}/lime", **attributes)
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
         """The group's multiplier (N,); it reads neither y nor hidden."""
-        graph, runs = self.graph, branch.find_runs()
-        if not branch.gaps:
-            return self.pieces[runs[0]]
         names: list[str] = []
+        for index, (offset, width) in enumerate(branch.find_runs()):
+            limits = [self.graph.constant(f"{path}/lime/{kind}_{index}", np.array([value], np.int64))
+                      for kind, value in (("start", offset), ("end", offset + width), ("axis", 0))]  # fmt: skip
+            names.append(self.graph.node("Slice", ["expert", *limits], f"{path}/lime/Slice_{index}"))
+        if not branch.gaps:
+            return names[0]
+        pieces: list[str] = []
         for index, part in enumerate(branch.parts):
             if part.site is not None:
-                names.append(self.pieces[part.site.offset, part.adapted])
+                pieces.append(names.pop(0))
             if rest := part.width - part.adapted:
                 fill = np.full(rest, 1.0 if branch.a is None else 0.0, np.float32)
-                names.append(graph.constant(f"{path}/lime/fill_{index}", fill))
-        return names[0] if len(names) == 1 else graph.node("Concat", names, f"{path}/lime/Concat", axis=0)
+                pieces.append(self.graph.constant(f"{path}/lime/fill_{index}", fill))
+        return self.graph.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
 
 
 class RoutedExperts:
@@ -67,22 +87,18 @@ class RoutedExperts:
     def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
         self.model, self.graph, self.config = model, graph, config
         self.count = len(model.experts)
+        self.reads = 1 if model.variant == "slicefine" else 2
+        self.anchors: list[str] = ["routing_anchors"] if config.n_gram > 1 else []
 
-    def declare(self, branches: list[GroupBranch]) -> None:
-        """Constants, and with windows the token whose routing each token takes."""
-        graph = self.graph
-        graph.constant("routing/tiny", np.array(SMALLEST_SCALE, np.float32))
-        graph.constant("routing/tiny_sum", np.array(SMALLEST_SUM, np.float32))
-        graph.constant("routing/last_axis", np.array([-1], np.int64))
-        graph.constant("routing/call_axes", np.array([0, 1, 4], np.int64))
-        share = self.config.gamma_routing
-        shares = [1.0] if self.model.variant == "slicefine" else [1.0 - share, share]
-        scales = np.array([shares], np.float32) / np.float32(max(self.config.temperature, SMALLEST_SCALE))
-        graph.constant("routing/shares", scales)
-        graph.constant("routing/split", np.array([0, 0, -1, len(shares), self.count], np.int64))
-        graph.constant("routing/flat", np.array([0, 0, -1], np.int64))
-        if self.config.n_gram > 1:
+    def declare(self) -> None:
+        """With windows, the token whose routing each token takes."""
+        if self.anchors:
             self._find_anchors(self.config.n_gram)
+
+    @cached_property
+    def nodes(self) -> RoutingNodes:
+        """Routing outside of functions, for what has no products."""
+        return RoutingNodes(self.graph, self.config, self.count, self.reads)
 
     def _find_anchors(self, window: int) -> None:
         """min(floor(t / n) n + n - 1, T - 1) for every token t of the call. Source: routing.find_anchors."""
@@ -96,17 +112,39 @@ class RoutedExperts:
         start = graph.node("Mul", [index, names["n"]], "/routing/Mul")
         end = graph.node("Add", [start, names["n_less_one"]], "/routing/End")
         last = graph.node("Sub", [tokens, names["step"]], "/routing/Last")
-        graph.node("Min", [end, last], "/routing/Min", ["routing_anchors"])
+        graph.node("Min", [end, last], "/routing/Min", self.anchors)
+
+    def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
+        """y + (weights bank) * (B A x) of a group with products, (B, S, N)."""
+        graph, config = self.graph, self.config
+        a, b = pack_branch(graph, branch, path)
+        bank = graph.constant(f"{path}/route/bank", self.model.group_bank(branch).numpy())
+        columns, read, recovery = self._describe_reading(branch, pad_rank)
+        described = {"recovery": recovery, "columns": columns, "read": read}
+        inputs = [x, y, a, b, bank, *(graph.constant(f"{path}/route/{kind}", one) for kind, one in described.items())]
+        frozen_share, adapted_share = find_shares(config, self.reads)
+
+        def make(name: str) -> onnx.FunctionProto:
+            return make_routed_branch(name, self.model, config)
+
+        return call(graph, ROUTED_BRANCH, make, branch, inputs + self.anchors, f"{path}/lime", **find_parts(branch),
+                    experts=self.count, selection=find_selection(config), top_k=config.top_k, n_gram=config.n_gram,
+                    frozen_share=frozen_share, adapted_share=adapted_share, threshold=config.auto_topk_threshold,
+                    heat=config.soft_topk_temperature)  # fmt: skip
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
-        """The group's multiplier per token, (B, S, N).
+        """The group's multiplier per token, (B, S, N), as nodes.
 
         Args:
             y: before the residual (SliceFine: before the bias). hidden: A x (B, S, R), not read by SliceFine.
         """
         graph, path = self.graph, f"{path}/route"
-        anchors = "routing_anchors" if self.config.n_gram > 1 else ""
-        weights = self._weigh(self._stack(branch, y, hidden, path), anchors, path)
+        columns, read, _ = self._describe_reading(branch, np.asarray)
+        stack = graph.node("Gather", [y, graph.constant(f"{path}/columns", columns)], f"{path}/Pick", axis=2)
+        if branch.b is not None:
+            joined = graph.node("Concat", [hidden, stack], f"{path}/Join", axis=2)
+            stack = graph.node("MatMul", [joined, graph.constant(f"{path}/read", read)], f"{path}/Stack")
+        weights = self.nodes.weigh(stack, "".join(self.anchors), path)
         bank = graph.constant(f"{path}/bank", self.model.group_bank(branch).numpy())
         chosen = graph.node("MatMul", [weights, bank], f"{path}/Bank")
         if branch.a is not None:
@@ -120,105 +158,97 @@ class RoutedExperts:
         graph, path = self.graph, f"{path}/route"
         assert self.model.virtual is not None
         anchors = ""
-        if self.config.n_gram > 1:
+        if self.anchors:
             count = self.model.virtual.base.shape[0]
             found = find_anchors(count, self.config.n_gram, None, torch.device("cpu"))
             anchors = graph.constant(f"{path}/anchors", found.numpy())
         stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
-        return self._weigh(stack, anchors, path)
+        return self.nodes.weigh(stack, anchors, path)
 
-    def _stack(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
-        """What routing reads, (B, S, G * K * E): per site the frozen output's first E columns, then delta's.
+    def _describe_reading(self, branch: GroupBranch, pad: Callable[[np.ndarray], np.ndarray],
+                          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """What routing reads: places in y (G E,), the matrix over [A x, those] (R + G E, 2 G E), recovery (G E,).
 
-        One product: frozen is recovered from y by what of delta it lacks, -p_ref (for DoRA 1 - p_ref), and both
-        come from the few numbers of `hidden`. SliceFine routes on y alone (K = 1).
+        Recovery is what of delta is added to y to get the output that routing reads: -p_ref, for DoRA 1 - p_ref.
+        SliceFine reads y alone.
         """
-        graph, starts, width = self.graph, [], 0
+        starts, width = [], 0
         for part in branch.parts:
             if part.site is not None:
                 starts.append(width)
             width += part.width
         columns = np.concatenate([np.arange(start, start + self.count) for start in starts])
-        picked = graph.node("Gather", [y, graph.constant(f"{path}/columns", columns)], f"{path}/Pick", axis=2)
         if branch.b is None:
-            return picked
-        rows = branch.b.numpy()[columns].reshape(len(starts), self.count, -1)
-        lacking = self._recovery(branch).reshape(len(starts), self.count, 1) * rows
-        identity = np.eye(columns.size, dtype=np.float32).reshape(len(starts), self.count, -1)
-        frozen = np.concatenate([lacking, identity], axis=2)
+            return columns, np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
+        kept = 1.0 if self.model.variant == "dora" else 0.0
+        offsets = [part.site.offset for part in branch.parts if part.site is not None]
+        reference = self.model.reference.numpy()
+        recovery = np.concatenate([kept - reference[offset : offset + self.count] for offset in offsets])
+        recovery = recovery.astype(np.float32)
+        shape = (len(starts), self.count, -1)
+        rows = pad(branch.b.numpy())[columns].reshape(shape)
+        identity = np.eye(columns.size, dtype=np.float32).reshape(shape)
+        frozen = np.concatenate([recovery.reshape(*shape[:2], 1) * rows, identity], axis=2)
         adapted = np.concatenate([rows, np.zeros_like(identity)], axis=2)
         read = np.stack([frozen, adapted], axis=1).reshape(2 * columns.size, -1).T
-        joined = graph.node("Concat", [hidden, picked], f"{path}/Join", axis=2)
-        return graph.node("MatMul", [joined, graph.constant(f"{path}/read", read)], f"{path}/Stack")
+        return columns, read, recovery
 
-    def _recovery(self, branch: GroupBranch) -> np.ndarray:
-        """What of delta is added to get the output that routing reads: -p_ref, for DoRA 1 - p_ref."""
-        kept = 1.0 if self.model.variant == "dora" else 0.0
-        starts = [part.site.offset for part in branch.parts if part.site is not None]
-        rows = [kept - self.model.reference[start : start + self.count].numpy() for start in starts]
-        return np.concatenate(rows).astype(np.float32)
 
-    def _weigh(self, stack: str, anchors: str, path: str) -> str:
-        """Weights (B, S, G * E) from what routing reads (B, S, G * K * E).
+def fuse_norm(graph: Graph, update: str, stream: str, gain: str, epsilon: float, path: str) -> tuple[str, str] | None:
+    """Let the branch that has just made `update` also add it to the stream and normalise: (normalised, sum).
 
-        l / T = sum_k share_k x_k / max|x_k| / T, the maxima per site over the whole call; then softmax and
-        selection. Source: routing.measure_logits, routing.route.
-        """
-        graph = self.graph
-        if anchors:
-            stack = graph.node("Gather", [stack, anchors], f"{path}/Anchor", axis=1)
-        x = graph.node("Reshape", [stack, "routing/split"], f"{path}/Split")
-        top = graph.node("ReduceMax", [graph.node("Abs", [x], f"{path}/Abs"), "routing/call_axes"], f"{path}/Max")
-        top = graph.node("Max", [top, "routing/tiny"], f"{path}/Guard")
-        x = graph.node("Div", [x, top], f"{path}/Relative")
-        logits = graph.node("MatMul", ["routing/shares", x], f"{path}/Logits")
-        probs = graph.node("Softmax", [logits], f"{path}/Softmax", axis=-1)
-        return graph.node("Reshape", [self._select(probs, path), "routing/flat"], f"{path}/Flat")
+    None where `update` is not from a branch, and nothing is changed then.
+    """
+    last = graph.nodes[-1]
+    if last.op_type not in (EXPERT_BRANCH, LARGE + EXPERT_BRANCH) or list(last.output) != [update]:
+        return None
+    outputs = [f"{path}/SkipNorm/output", f"{path}/SkipNorm/sum"]
+    last.op_type = last.op_type.replace(EXPERT_BRANCH, BRANCH_NORM)
+    last.input.extend([stream, gain])
+    last.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
+    last.output[:] = outputs
+    if last.op_type not in graph.functions:
+        graph.functions[last.op_type] = make_branch_norm(last.op_type)
+    return outputs[0], outputs[1]
 
-    def _select(self, probs: str, path: str) -> str:
-        """The configured selection over the last axis. Source: routing.select."""
-        config, graph = self.config, self.graph
-        if config.sparse_mode and config.auto_topk:
-            values, indices = self._top(probs, min(2 * config.top_k, self.count), path)
-            limit = self._threshold(values, path)
-            kept = graph.node("GreaterOrEqual", [values, limit], f"{path}/Reaches")
-            kept = graph.node("Cast", [kept], f"{path}/Kept", to=TensorProto.FLOAT)
-            return self._scatter(probs, indices, graph.node("Mul", [values, kept], f"{path}/Keep"), path)
-        if config.sparse_mode or not (config.auto_topk or config.soft_topk):
-            values, indices = self._top(probs, config.top_k, path)
-            return self._scatter(probs, indices, values, path)
-        if config.auto_topk:
-            return self._gate(probs, self._threshold(probs, path), path)
-        values, _ = self._top(probs, config.top_k, path)
-        kth = graph.constant(f"{path}/kth", np.array([config.top_k - 1], np.int64))
-        return self._gate(probs, graph.node("Gather", [values, kth], f"{path}/Kth", axis=-1), path)
 
-    def _threshold(self, values: str, path: str) -> str:
-        """theta * the largest."""
-        top = self.graph.node("ReduceMax", [values, "routing/last_axis"], f"{path}/Largest")
-        theta = self.graph.constant(f"{path}/theta", np.array(self.config.auto_topk_threshold, np.float32))
-        return self.graph.node("Mul", [top, theta], f"{path}/Threshold")
+def call(graph: Graph, name: str, make: Make, branch: GroupBranch, inputs: list[str], path: str,
+         **attributes: object) -> str:  # fmt: skip
+    """Append a call of a function, whose body `make` gives where the graph lacks it."""
+    assert branch.a is not None
+    experts = attributes.get("experts", 1)
+    if branch.a.shape[0] > MOST_RANK or (isinstance(experts, int) and experts > MOST_EXPERTS):
+        name = LARGE + name
+    if name not in graph.functions:
+        graph.functions[name] = make(name)
+    return graph.node(name, inputs, path, None, LIME, **attributes)
 
-    def _top(self, probs: str, k: int, path: str) -> tuple[str, str]:
-        count = self.graph.constant(f"{path}/k", np.array([k], np.int64))
-        names = [f"{path}/TopK/values", f"{path}/TopK/indices"]
-        self.graph.node("TopK", [probs, count], f"{path}/TopK", names, axis=-1)
-        return names[0], names[1]
 
-    def _scatter(self, probs: str, indices: str, values: str, path: str) -> str:
-        """Values renormalised, at their places; zeros elsewhere."""
-        graph = self.graph
-        total = graph.node("ReduceSum", [values, "routing/last_axis"], f"{path}/Sum")
-        total = graph.node("Max", [total, "routing/tiny_sum"], f"{path}/GuardSum")
-        values = graph.node("Div", [values, total], f"{path}/Renormalise")
-        zeros = graph.node("Sub", [probs, probs], f"{path}/Zeros")
-        return graph.node("ScatterElements", [zeros, indices, values], f"{path}/Scatter", axis=-1)
+def pack_branch(graph: Graph, branch: GroupBranch, path: str) -> tuple[str, str]:
+    """a (K, R) and b (R, N) of a group, float16 where that says the same, R rounded up with zeros."""
+    assert branch.a is not None and branch.b is not None
+    matrices = {"a": pad_rank(branch.a.T.numpy()), "b": np.ascontiguousarray(pad_rank(branch.b.numpy()).T)}
+    with np.errstate(over="ignore"):
+        halves = {name: matrix.astype(np.float16) for name, matrix in matrices.items()}
+    if all(np.array_equal(halves[name].astype(np.float32), matrix) for name, matrix in matrices.items()):
+        matrices = halves
+    return graph.constant(f"{path}.lime_a", matrices["a"]), graph.constant(f"{path}.lime_b", matrices["b"])
 
-    def _gate(self, probs: str, threshold: str, path: str) -> str:
-        """w sigmoid((w - threshold) / temperature), renormalised."""
-        graph = self.graph
-        above = graph.node("Sub", [probs, threshold], f"{path}/Above")
-        heat = graph.constant(f"{path}/heat", np.array(self.config.soft_topk_temperature, np.float32))
-        gate = graph.node("Sigmoid", [graph.node("Div", [above, heat], f"{path}/Heat")], f"{path}/Sigmoid")
-        gated = graph.node("Mul", [probs, gate], f"{path}/Gate")
-        return graph.node("LpNormalization", [gated], f"{path}/Renormalise", axis=-1, p=1)
+
+def pad_rank(matrix: np.ndarray) -> np.ndarray:
+    """Zero columns after the last, up to a multiple of RANK_MULTIPLE."""
+    return np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % RANK_MULTIPLE)))
+
+
+def find_parts(branch: GroupBranch) -> dict[str, list[int]]:
+    """Widths and ranks of the group's members; rank 0 where the member is no site."""
+    return {"widths": [part.width for part in branch.parts], "ranks": [part.rank for part in branch.parts]}
+
+
+def find_selection(config: RoutingConfig) -> int:
+    """The selection's number in the operators. Source: routing.select."""
+    if config.sparse_mode:
+        return SPARSE_AUTO_TOPK if config.auto_topk else HARD_TOPK
+    if config.auto_topk:
+        return AUTO_TOPK
+    return SOFT_TOPK if config.soft_topk else HARD_TOPK

@@ -10,13 +10,17 @@ import onnx
 from onnx import TensorProto, helper
 
 MICROSOFT = "com.microsoft"
+LIME = "lime_edge"
 OPSET = 21
 IR_VERSION = 10
 ALIGNMENT = 4096  # page: ONNX Runtime maps the file
 INLINE_BYTES = 1024  # smaller tensors stay in the graph file
 
+OPSETS = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+
 DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
@@ -36,6 +40,7 @@ class Graph:
     initializers: list[TensorProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     shared: dict[str, TensorProto] = field(default_factory=dict)
     _end: int = 0
 
@@ -86,9 +91,10 @@ class Graph:
     def save(self, path: Path, producer: str, metadata: dict[str, str]) -> None:
         """Write the graph; the external file is complete by then."""
         graph = helper.make_graph(self.nodes, "lime_edge", self.inputs, self.outputs, self.initializers)
+        opsets = [*OPSETS, helper.make_opsetid(LIME, 1)] if self.functions else OPSETS
         model = helper.make_model(
             graph, ir_version=IR_VERSION, producer_name="lime_edge", producer_version=producer,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            opset_imports=opsets, functions=list(self.functions.values()),
         )  # fmt: skip
         helper.set_model_props(model, metadata)
         path.write_bytes(model.SerializeToString())
@@ -100,6 +106,33 @@ class Graph:
             file.write(array.tobytes())
         self._end = offset + array.nbytes
         return offset
+
+
+class FunctionBody(Graph):
+    """The nodes of a function in the model: constants are nodes, because a function holds no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Add a Constant node."""
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array))
+        return self.node("Constant", [], name, [name], value=tensor)
+
+    def attribute(self, name: str, of: str) -> str:
+        """A Constant node of the integers that a call of the function gives as its attribute `of`. (n,) int64"""
+        self.node("Constant", [], name, [name])
+        self.refer("value_ints", onnx.AttributeProto.INTS, of)
+        return name
+
+    def refer(self, name: str, kind: int, of: str) -> None:
+        """Give the last node the attribute `name`, whose value a call of the function gives as its attribute `of`."""
+        self.nodes[-1].attribute.append(onnx.AttributeProto(name=name, type=kind, ref_attr_name=of))
+
+    def make_function(self, name: str, inputs: list[str], outputs: list[str],
+                      attributes: list[str]) -> onnx.FunctionProto:  # fmt: skip
+        """The function of these nodes, in the domain `lime_edge`."""
+        return helper.make_function(LIME, name, inputs, outputs, self.nodes, OPSETS, attributes)
 
 
 def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], location: str, offset: int,

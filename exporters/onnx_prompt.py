@@ -42,12 +42,6 @@ def prepend_virtual(model: CompiledModel, graph: Graph, embeds: str, routed: Rou
     return graph.node("Concat", [virtual, embeds], f"{PATH}/Concat", axis=1)
 
 
-def declare_expert(model: CompiledModel, graph: Graph) -> None:
-    """The expert input of a model whose only site is the virtual tokens."""
-    graph.input("expert", TensorProto.FLOAT, [model.sites.total])
-    graph.initializers.append(onnx.numpy_helper.from_array(np.zeros(model.sites.total, np.float32), "expert"))
-
-
 def _routed_prompt(model: CompiledModel, tokens: VirtualTokens, graph: Graph, embeds: str,
                    routed: RoutedExperts) -> str:  # fmt: skip
     """(1, V, H): constant where the routing does not read the input."""

@@ -205,7 +205,8 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
     heat_after = read_temperature(options.sysfs)
     facts = {
         "kind": "encoder" if job.encoder else "decoder", "target": job.target, "provider": session.provider,
-        "expert": describe_selection(session.selection), "quant": job.bundle.manifest.quantization["quant"],
+        "operators": session.operators, "expert": describe_selection(session.selection),
+        "quant": job.bundle.manifest.quantization["quant"],
         "threads": job.threads or target.get("threads"), "repeat": options.repeat, "warmup": options.warmup,
         "cache_dropped": loads.dropped, "bundle_bytes": job.bundle.total_bytes,
         "temperature_c": None if heat is None else {"before": heat, "after": heat_after},

@@ -47,6 +47,8 @@ def describe(document: Facts) -> str:
     providers = {run["target"]: run["provider"] for run in document["runs"]}
     several = len(providers) > 1
     engines = ", ".join(f"{target} on {name}" if several else name for target, name in providers.items())
+    if any(run.get("operators") is False for run in document["runs"]):
+        engines += ", without compiled operators"
     threads = "the engine's own threads" if count is None else f"{count} thread{'s' if count > 1 else ''}"
     return (f"{document['bundle']} ({first['quant']}, {engines}, expert {first['expert']}, "
             f"{rounds} round{'s' if rounds > 1 else ''}, {threads}; {machine['cpu']}, {machine['cores']} cores, "

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.residual import subtract_reference
 from lime_edge.sites import SiteTable
 
 FORMAT = "lime-edge-expert"
@@ -214,11 +215,14 @@ class ExpertBank:
         if key not in self._ready:
             slot = self._free_slot()
             try:
-                self._mix_into(slot, selection)
+                if isinstance(selection, str):
+                    subtract_reference(self.vector(selection), self.reference, slot)
+                else:
+                    self._mix_into(slot, selection)
+                    slot -= self.reference
             except LimeEdgeError:
                 self._free.append(slot)
                 raise
-            slot -= self.reference
             self._ready[key] = slot
         self._ready.move_to_end(key)
         view = self._ready[key].view()

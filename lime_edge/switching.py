@@ -59,6 +59,11 @@ class ExpertSwitch:
         """The execution provider the engine took."""
         return self._switchable.provider
 
+    @property
+    def operators(self) -> bool | None:
+        """Whether the graph's functions run as compiled operators; None where the engine knows none."""
+        return getattr(self._switchable, "operators", None)
+
     def use(self, selection: Selection) -> None:
         """Switch the expert; nothing is reloaded ("routed" loads its graph once).
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle import Bundle
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
+from lime_edge.runtimes.onnx_operators import find_library
 from lime_edge.session import SessionOptions
 
 try:
@@ -17,6 +20,7 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
     raise need("onnxruntime", "onnx") from error
 
 DEFAULT_LENGTH = 2048
+OPERATORS = "LIME_EDGE_OPERATORS"
 
 
 def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEngine:
@@ -60,6 +64,7 @@ class OnnxEngine:
         self._routed: tuple[ort.InferenceSession, ort.IOBinding] | None = None
         self._active = self._pinned
         self.provider = self._pinned[0].get_providers()[0]
+        self.operators = choose_operators(plan_providers(bundle, options)) is not None
 
     def _bind(self, session: ort.InferenceSession) -> tuple[ort.InferenceSession, ort.IOBinding]:
         """Bind what never changes: the cache, as past and as present: attention writes in place."""
@@ -142,6 +147,22 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
     return chosen
 
 
+def plan_providers(bundle: Bundle, options: SessionOptions) -> list[str]:
+    """The execution providers that the bundle's graphs are loaded with."""
+    return choose_providers(options.providers or tuple(bundle.manifest.targets["onnx"]["providers"]))
+
+
+def choose_operators(providers: list[str]) -> Path | None:
+    """The library with operators for the graph's functions, or None where their own nodes are to run.
+
+    Those are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait.
+    The environment variable LIME_EDGE_OPERATORS=0 leaves them out.
+    """
+    if providers != ["CPUExecutionProvider"] or os.environ.get(OPERATORS) == "0":
+        return None
+    return find_library()
+
+
 def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.InferenceSession:
     """Load one of the bundle's graphs with the threads and execution providers that are meant.
 
@@ -154,7 +175,9 @@ def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.Infere
     settings.log_severity_level = 3
     if threads := options.threads or facts.get("threads"):
         settings.intra_op_num_threads = threads
-    providers = choose_providers(options.providers or tuple(facts["providers"]))
+    providers = plan_providers(bundle, options)
+    if library := choose_operators(providers):
+        settings.register_custom_ops_library(str(library))
     file = bundle.path / name
     try:
         return ort.InferenceSession(str(file), settings, providers=providers)

@@ -143,13 +143,15 @@ def write_tokenizer(directory: Path, vocab: int) -> None:
 
 def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = ATTENTION, rank: int = 4,
                  experts: int = 4, shared: bool = False, spread: float = 0.5, seed: int = 0,
-                 variant: str = "lora", routing: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
+                 variant: str = "lora", routing: Mapping[str, Any] | None = None, rounded: bool = False,
+                 ) -> Path:  # fmt: skip
     """Write a random LiME adapter for a model: its experts are N(1, spread) and its branch is loud.
 
     Args:
         directory: made. model_dir: a directory of `make_model`. targets: module names or their last parts.
         shared: add a shared vector and its gamma. variant: lora, lora_fa, dora or slicefine.
         routing: hyper-parameters of routing; None makes an adapter whose experts are pinned only.
+        rounded: to what float16 can hold.
     Returns:
         The directory.
     """
@@ -188,6 +190,8 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
         config["embedding_modules"] = ["embed_tokens"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if rounded:
+        tensors = {name: tensor.half().float() for name, tensor in tensors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     return directory
 

@@ -24,6 +24,19 @@ BUNDLES: tuple[Options, ...] = (
     {}, {"fold": "none"}, {"fold": "expert1"}, {"fold": "expert0", "single": True},
     {"quant": "int8"}, {"quant": "int8", "fold": "expert1"}, {"quant": "int4"},
 )  # fmt: skip
+# What test_operators_on_device.py runs: adapters that between them have every size of branch, of float32 and (rounded)
+# float16 weights, and every selection of routing; the model's widths are no multiples of 8.
+ODD: Options = {"hidden_size": 60, "head_dim": 16, "intermediate_size": 100}
+_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS: dict[str, Options] = {
+    "rank8": {"targets": _ALL, "rank": 8},
+    "gaps": {"targets": ("q_proj", "v_proj", "down_proj"), "rank": 5, "rounded": True},
+    "soft": {"targets": _ALL, "rank": 16, "rounded": True, "routing": {"top_k": 2}},
+    "auto": {"rank": 6, "routing": {"auto_topk": True, "auto_topk_threshold": 0.6, "soft_topk_temperature": 0.2}},
+    "hard": {"rank": 12, "experts": 9, "routing": {"top_k": 3, "soft_topk": False, "temperature": 0.5}},
+    "sparse": {"targets": _ALL, "rank": 4, "rounded": True,
+               "routing": {"top_k": 2, "sparse_mode": True, "auto_topk": True, "temperature": 0.3, "n_gram": 3}},
+}  # fmt: skip
 
 
 def name_of(options: Options) -> str:

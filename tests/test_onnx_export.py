@@ -290,29 +290,44 @@ def test_without_the_runtime_caches_that_grow_and_a_batch(tiny_model: Make, tiny
 @pytest.mark.parametrize("quant", ["none", "int4"])
 @pytest.mark.parametrize("name", CASES)
 def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
-    """One attention and two fused norms a layer; one product and one branch for each shared input."""
+    """One attention and two fused norms a layer; one product and one branch for each shared input.
+
+    A branch is one call of a function, and those after attention and the gated layer take the norm with them.
+    """
     case = CASES[name]
     model, adapter = build(case, tiny_model, tiny_adapter)
-    found = count_operators(tiny_bundle(model, adapter, quant=quant, int8_kinds=()))
+    found, inside = count_operators(tiny_bundle(model, adapter, quant=quant, int8_kinds=()))
     layers = case.changes.get("num_hidden_layers", 2)
-    groups = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    branches = layers * sum(bool(group & set(case.targets)) for group in groups)
-    products = layers * (4 if groups[2] & set(case.targets) else 5) + 1
-    norms = 1 + (2 * layers if case.family == "qwen3" else 0)
-    wanted = {"GroupQueryAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers,
-              "SimplifiedLayerNormalization": norms}  # fmt: skip
+    groups = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"}]
+    whole = [layers * (group <= set(case.targets)) for group in groups]
+    gapped = sum(layers * bool(group & set(case.targets)) for group in groups) - sum(whole)
+    branches = {"ExpertBranch": sum(whole[:2]), "GappedExpertBranch": gapped, "ExpertBranchNorm": sum(whole[2:])}
+    silu = "hidden_act" not in case.changes
+    products, norms = 4 * layers + 1, 1 + (2 * layers if case.family == "qwen3" else 0)
+    wanted = branches | {
+        "GroupQueryAttention": layers, "SwiGLU": layers * silu, "Gelu": layers * (not silu), "QuickGelu": 0,
+        "SkipSimplifiedLayerNormalization": 2 * layers - branches["ExpertBranchNorm"],
+        "SimplifiedLayerNormalization": norms,
+    }  # fmt: skip
     tied = case.changes.get("tie_word_embeddings", False)
     if quant == "none":
-        wanted |= {"MatMulNBits": 0, "FusedMatMul": int(tied), "MatMul": products - tied + 2 * branches}
+        wanted |= {"MatMulNBits": 0, "FusedMatMul": int(tied), "MatMul": products - tied}
     else:
-        wanted |= {"MatMulNBits": products, "FusedMatMul": 0, "MatMul": 2 * branches, "GatherBlockQuantized": 1}
+        wanted |= {"MatMulNBits": products, "FusedMatMul": 0, "MatMul": 0, "GatherBlockQuantized": 1}
     wrong = {op: (found[op], count) for op, count in wanted.items() if found[op] != count}
     assert not wrong, f"{name}, {quant}: operator: (found, expected): {wrong}"
+    called = {op for op, count in (branches | {"SwiGLU": silu}).items() if count}
+    assert set(inside) == called, f"{name}, {quant}: functions {set(inside)}, called {called}"
+    for op, nodes in inside.items():
+        assert nodes["MatMul"] == 2 * (op != "SwiGLU"), f"{op}: {nodes}"
+        assert nodes["SkipSimplifiedLayerNormalization"] == (op == "ExpertBranchNorm"), f"{op}: {nodes}"
 
 
-def count_operators(bundle: Path) -> Counter[str]:
-    graph = onnx.load(bundle / "onnx/model.onnx", load_external_data=False).graph
-    return Counter(node.op_type for node in graph.node)
+def count_operators(bundle: Path) -> tuple[Counter[str], dict[str, Counter[str]]]:
+    """Nodes by type: of the graph, and of each function in the file."""
+    model = onnx.load(bundle / "onnx/model.onnx", load_external_data=False)
+    inside = {function.name: Counter(node.op_type for node in function.node) for function in model.functions}
+    return Counter(node.op_type for node in model.graph.node), inside
 
 
 # quantized: the compiler's integers and the torch oracle

@@ -1,7 +1,7 @@
-"""Where a decode step's time goes, and what other ways to write the branch would cost: docs/performance.json.
+"""Where a decode step's time goes, and what each idea in the graph is worth: docs/performance.json.
 
 Compiles SmolLM2-135M with the routed demo checkpoint (rounded to the nearest: no speed depends on how), writes every
-variant of tools/branch_variants.py, decodes with all of them in turn, round by round, in one process, and profiles
+variant of tools/graph_variants.py, decodes with all of them in turn, round by round, in one process, and profiles
 three of them. `make performance` runs it; tools/performance_page.py puts the results into docs/performance.md.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from branch_variants import VARIANTS, write_variant
+from graph_variants import VARIANTS, write_variant
 from performance_page import write_page
 
 from lime_edge import terminal
@@ -28,10 +28,11 @@ from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.compiled import CompiledModel
 from lime_edge.demo import find_backbone
+from lime_edge.runtimes.onnx_operators import find_library
 from lime_edge.staging import write_file
 
 ADAPTER = Path("examples/demo_adapter/routed")
-PROFILED = ("branchless", "as exported", "routed")
+PROFILED = ("branchless", "pinned", "routed")
 PROMPT, CAPACITY = 32, 256
 RESULTS = Path("docs/performance.json")
 
@@ -42,6 +43,8 @@ class Decoding:
     def __init__(self, path: Path, model: CompiledModel, threads: int, profile: bool = False):
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = threads, 3
+        if library := find_library():
+            settings.register_custom_ops_library(str(library))
         settings.enable_profiling, settings.profile_file_prefix = profile, str(path.with_suffix(""))
         self.session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         self.binding, self.held = self.session.io_binding(), []
@@ -100,7 +103,7 @@ def compare(paths: dict[str, Path], model: CompiledModel, threads: int, rounds: 
         progress(f"{threads} threads", rounds + 1, rounds + 1)
     rows = []
     for name, own in times.items():
-        ratios = [a / b for a, b in zip(own, times["branchless"], strict=True)]
+        ratios = [a / b for a, b in zip(own, times[VARIANTS[name].base], strict=True)]
         spread = [float(np.percentile(ratios, q)) for q in (25, 75)]
         rows.append({"variant": name, "decode_ms": statistics.median(own) * 1e3,
                      "ratio": statistics.median(ratios), "quartiles": spread})  # fmt: skip
@@ -125,8 +128,6 @@ def profile(path: Path, model: CompiledModel, threads: int, steps: int) -> list[
 
 def label(node: str, op: str) -> str:
     """The operator, with what part of the work it is."""
-    if node.startswith("/expert"):
-        return f"{op} (cut the expert input)"
     if "/route/" in node:
         return f"{op} (routing)"
     return f"{op} (branch)" if "/lime/" in node else op
@@ -138,20 +139,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="those and nothing else; no page then")
     arguments = parser.parse_args()
+    variants = {name: variant for name, variant in VARIANTS.items() if name in arguments.variants}
     checkpoint = read_checkpoint(find_backbone(), ADAPTER)
     model = compile_checkpoint(checkpoint, CompileOptions(rounding="nearest"))
     del checkpoint
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(VARIANTS)}
-        nodes = {name: write_variant(model, VARIANTS[name], path) for name, path in paths.items()}
+        paths = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(variants)}
+        nodes = {name: write_variant(model, variants[name], path) for name, path in paths.items()}
         decoding = [{"threads": count, "rows": compare(paths, model, count, arguments.rounds, arguments.steps)}
                     for count in arguments.threads]  # fmt: skip
+        if len(variants) < len(VARIANTS):
+            return print(json.dumps(decoding, indent=1))
         profiles = {name: profile(paths[name], model, arguments.threads[0], arguments.steps) for name in PROFILED}
     results = {
         "machine": describe_machine(), "rounds": arguments.rounds, "steps": arguments.steps, "prompt_tokens": PROMPT,
+        "operators": find_library() is not None,
         "versions": {name: importlib.metadata.version(name) for name in ("lime-edge", "onnxruntime", "numpy")},
         "predicted": {name: variant.predicted for name, variant in VARIANTS.items()}, "nodes": nodes,
+        "bases": {name: variant.base for name, variant in VARIANTS.items()},
         "decoding": decoding, "profile_threads": arguments.threads[0], "profiles": profiles,
     }  # fmt: skip
     write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())

@@ -27,10 +27,11 @@ def describe(results: dict[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['arch']}; {versions}. Medians over {results['rounds']} "
         f"rounds of {results['steps']} decode steps after {results['prompt_tokens']} tokens, all variants in turn in "
-        "one process; a ratio is the median over the rounds of the ratio to *branchless* in the same round, in "
-        "brackets its quartiles.", "",
+        "one process; a ratio is the median over the rounds of the ratio to the *branchless* graph of the same kind in "
+        "the same round, in brackets its quartiles.",
+        "" if results["operators"] else "\n**Measured without lime_edge's operators: they were not built.**\n",
         "| variant | graph nodes | predicted | " + " | ".join(
-            f"ratio, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in results["decoding"]) + " |",
+            f"step, ratio: {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in results["decoding"]) + " |",
         "|---" * (3 + len(results["decoding"])) + "|",
     ]  # fmt: skip
     for index, first in enumerate(results["decoding"][0]["rows"]):
@@ -40,7 +41,7 @@ def describe(results: dict[str, Any]) -> str:
             row = run["rows"][index]
             low, high = row["quartiles"]
             shown = f"{row['ratio']:.3f} ({low:.2f}-{high:.2f})"
-            cells.append(f"{row['decode_ms']:.2f} ms" if name == "branchless" else shown)
+            cells.append(f"{row['decode_ms']:.2f} ms" + ("" if results["bases"][name] == name else f": {shown}"))
         lines.append(f"| {name} | {results['nodes'][name]} | {results['predicted'][name]} | {' | '.join(cells)} |")
     for name, rows in results["profiles"].items():
         total = sum(row["us"] for row in rows)

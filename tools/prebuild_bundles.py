@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from models import make_adapter, make_model  # noqa: E402
-from prebuilt import BUNDLES, name_of, write_golden  # noqa: E402
+from prebuilt import ADAPTERS, BUNDLES, ODD, name_of, write_golden  # noqa: E402
 
 from lime_edge.compiler.backbone import quiet  # noqa: E402
 from lime_edge.compiler.compile import CompileOptions  # noqa: E402
@@ -40,6 +40,12 @@ def main() -> None:
                           ExportOptions(force=True))  # fmt: skip
             write_golden(directory / f"{name}.npz", model, adapter, options)
             print(f"{directory / name}.lime and .npz")
+        model = make_model(Path(folder) / "odd", "llama", **ODD)
+        for name, changes in ADAPTERS.items():
+            adapter = make_adapter(Path(folder) / name, model, **changes)
+            export_bundle(model, adapter, directory / f"{name}.lime", CompileOptions("none"), find_device("cpu"),
+                          ExportOptions(force=True))  # fmt: skip
+            print(f"{directory / name}.lime")
 
 
 if __name__ == "__main__":

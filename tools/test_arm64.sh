@@ -3,9 +3,10 @@
 #
 #   sudo tools/test_arm64.sh [PYTEST ARGUMENT ...]     builds what build/arm64/ lacks, then runs the tests
 #
-# The first run makes the root (debootstrap) and the virtual environment in it; later ones reuse both, and only
-# install this project's wheel anew. `rm -rf build/arm64` starts over. Bundles and what torch says about them are
-# made on the host by tools/prebuild_bundles.py, because there is no torch in the root.
+# The first run makes the root (debootstrap) and the virtual environment in it; later ones reuse both, and only build
+# this project's wheel anew, with the root's own gcc as on a Raspberry Pi, and install it. `rm -rf build/arm64` starts
+# over. Bundles and what torch says about them are made on the host by tools/prebuild_bundles.py, because there is no
+# torch in the root.
 #
 #   HOST_PYTHON     a Python with lime-edge[onnx,export] installed (default: .venv/bin/python, which `make test` makes)
 #   DEBIAN_MIRROR   where debootstrap fetches Debian (default: the mirror in this machine's apt sources)
@@ -26,9 +27,11 @@ declare -A PART=([$PI5]="0x4 0xd0b" [$PI4]="0x0 0xd08") FEATURES=(
     [$PI5]="fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
     [$PI4]="fp asimd evtstrm crc32 cpuid"
 )
-# What runs there, on a Raspberry Pi 5's processor; test_golden.py also on a Pi 4's, which has no dot products. Every
-# other file of tests/ needs torch, transformers or the exporter, or checks the sources.
-FILES=(test_experts.py test_bundle.py test_generate.py test_session.py test_golden.py test_examples.py test_cli.py)
+# What runs there, on a Raspberry Pi 5's processor; what compares numbers also on a Pi 4's, which has no dot products.
+# Every other file of tests/ needs torch, transformers or the exporter, or checks the sources.
+FILES=(test_experts.py test_bundle.py test_generate.py test_session.py test_golden.py test_operators_on_device.py
+    test_examples.py test_cli.py)
+PI4_FILES=(tests/test_golden.py tests/test_operators_on_device.py)
 # Tests of those files that are left out, and why. The exporter is not part of a device:
 EXPORTER_TESTS=(
     test_cli.py::test_export_then_run
@@ -41,6 +44,7 @@ EXPORTER_TESTS=(
     test_cli.py::test_a_missing_tokenizer_is_refused
     test_cli.py::test_a_full_disk_leaves_nothing
     test_cli.py::test_a_read_only_place_is_refused
+    test_cli.py::test_an_encoder_is_exported_and_opened
 )
 # The process that the kernel measures is qemu, with the code it has translated so far, which grows for minutes:
 MEMORY_TESTS=(test_session.py::test_ten_thousand_switches_keep_memory_flat)
@@ -93,16 +97,17 @@ find_mirror() {
         awk '$1 == "Debian" && $2 == "main" { print $3; exit }'
 }
 
-# A root that is half built has another name, so that it is never mistaken for a whole one.
+# A root that is half built has another name, so that it is never mistaken for a whole one; one without a compiler was
+# made by an earlier version of this script.
 build_root() {
-    [ -d "$ROOT" ] && say "root: $ROOT (kept from an earlier run)" && return
-    local mirror
+    [ -x "$ROOT/usr/bin/gcc" ] && say "root: $ROOT (kept from an earlier run)" && return
+    local mirror packages=python3,python3-venv,python3-pip,ca-certificates,gcc,libc6-dev
     mirror=$(find_mirror)
     [ -n "$mirror" ] || die "no Debian mirror in the apt sources of this machine: set DEBIAN_MIRROR to one"
     say "debootstrap $SUITE arm64 into $ROOT (minutes; log: $WORK/debootstrap.log)"
-    rm -rf "$ROOT.part"
-    debootstrap --arch=arm64 --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
-        $SUITE "$ROOT.part" "$mirror" >"$WORK/debootstrap.log" 2>&1 ||
+    rm -rf --one-file-system "$ROOT" "$ROOT.part"
+    debootstrap --arch=arm64 --variant=minbase --include=$packages $SUITE "$ROOT.part" "$mirror" \
+        >"$WORK/debootstrap.log" 2>&1 ||
         die "debootstrap failed: $(tail -n 3 "$WORK/debootstrap.log")"
     mv "$ROOT.part" "$ROOT"
 }
@@ -140,18 +145,20 @@ in_root() {
 }
 
 install_packages() {
-    say "build this project's wheel"
-    rm -rf "$WORK/source" "$WORK/wheel"
-    mkdir -p "$WORK/source"
-    cp -r pyproject.toml README.md LICENSE lime_edge exporters runtimes "$WORK/source"
-    "$HOST_PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$WORK/wheel" "$WORK/source"
     [ -x "$ROOT/venv/bin/pip" ] || { say "make /venv in the root"; in_root python3 -m venv /venv; }
-    say "install the wheel with its [onnx] extra, pytest and psutil from the package index"
-    rm -rf "$ROOT/wheel" && cp -r "$WORK/wheel" "$ROOT/wheel"
+    say "build this project's wheel in the root"
+    rm -rf "$ROOT/source" "$ROOT/wheel"
+    mkdir -p "$ROOT/source"
+    cp -r pyproject.toml README.md LICENSE lime_edge exporters runtimes "$ROOT/source"
+    find "$ROOT/source" -name '*.so' -delete # the host's, of an editable install
+    in_root pip wheel --quiet --no-deps --wheel-dir /wheel /source
     local wheel
-    wheel=$(basename "$WORK"/wheel/*.whl)
+    wheel=$(basename "$ROOT"/wheel/*.whl)
+    say "install $wheel with its [onnx] extra, pytest and psutil from the package index"
     in_root pip install --quiet --only-binary :all: "/wheel/$wheel[onnx]" 'pytest>=8' psutil
     in_root pip install --quiet --force-reinstall --no-deps "/wheel/$wheel" # the version may be the same
+    in_root python -c 'import lime_edge.runtimes.onnx_operators as o; print("operators:", o.find_library() or exit(1))' ||
+        die "the wheel has no operators: 'pip wheel -v /source' in the root shows what gcc says" 3
     in_root pip list --format freeze | tee "$WORK/packages.txt"
     ! grep -qiE '^(torch|transformers|onnx)=' "$WORK/packages.txt" || die "torch, transformers or onnx came along" 3
 }
@@ -176,8 +183,8 @@ run_tests() {
     say "left out, because qemu's own memory is counted: ${MEMORY_TESTS[*]}"
     run_pytest "${files[@]}" "${deselect[@]}" "$@"
     choose_processor $PI4
-    say "run on $(in_root uname -m), $PI4: tests/test_golden.py"
-    run_pytest tests/test_golden.py
+    say "run on $(in_root uname -m), $PI4: ${PI4_FILES[*]}"
+    run_pytest "${PI4_FILES[@]}"
 }
 run_pytest() {
     in_root LIME_EDGE_PREBUILT=/project/prebuilt \

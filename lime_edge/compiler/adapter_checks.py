@@ -211,6 +211,10 @@ def _check_tensors(
         faults.add(f"{WEIGHTS} holds no adapter tensors")
     for name, found in grouped.items():
         _check_site(name, found, parts, config, faults)
+        vectors = found.get("LiMEs", torch.zeros(1, config["num_experts"]))
+        if config.get("routing", "pinned") != "pinned" and vectors.ndim == 2 and vectors.shape[1] < len(vectors):
+            faults.add(f"{WEIGHTS}: {name}: width (routing reads an output per expert)",
+                       f"at least {config['num_experts']}", vectors.shape[1])  # fmt: skip
     return grouped
 
 

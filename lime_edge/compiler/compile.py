@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,10 +96,13 @@ def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: P
     ):
         raise LimeEdgeError(f"{adapter.path}: an embedding site that leaves pad_token_id alone cannot be exported "
                             "with SliceFine or with routing", "remove pad_token_id from the adapter")  # fmt: skip
-    experts = stored_experts(checkpoint, torch.float32 if options.quant == "none" else torch.float16)
+    stored = torch.float32 if options.quant == "none" else torch.float16
+    experts = stored_experts(checkpoint, stored)
     reference = fold_reference(adapter.variant, reference_vector(options.fold, experts))
     virtual = fold_prompt(checkpoint, reference) if adapter.variant == "prompt_tuning" else None
     weights, vectors, branches = _fold(checkpoint, reference, progress)
+    if stored is torch.float16:
+        branches = {name: round_branch(branch) for name, branch in branches.items()}
     fold = options.fold
     if adapter.variant == "slicefine":  # nothing folds, but one expert alone can be multiplied in
         fold = options.fold if options.single else "none"
@@ -145,6 +149,21 @@ def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torc
         raise LimeEdgeError(f"{adapter.path}: an expert holds values beyond float16's range (65504)",
                             "export with --quant none, which stores experts in float32")  # fmt: skip
     return {name: flat[index].clone() for index, name in enumerate(adapter.expert_names)}
+
+
+def round_branch(branch: Branch) -> Branch:
+    """A and B as float16 holds them, so that half of their bytes say it all; still float32 here.
+
+    First a power of two moves from one to the other (exactly), so that both are equally far from float16's ends.
+    """
+    if branch.a is None or branch.b is None:
+        return branch
+    largest = [max(float(matrix.abs().max()), 1e-30) for matrix in (branch.a, branch.b)]
+    shift = 2.0 ** round(math.log2(largest[1] / largest[0]) / 2)
+    a, b = (branch.a * shift).half().float(), (branch.b / shift).half().float()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return branch  # an adapter out of all proportion stays as it is
+    return replace(branch, a=a, b=b)
 
 
 def check_fold(fold: str, names: Sequence[str]) -> None:

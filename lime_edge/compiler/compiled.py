@@ -48,11 +48,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """One member of a group: its site (None: not adapted), output width, and SliceFine's rows."""
+    """One member of a group: its site (None: not adapted), output width, SliceFine's rows, the branch's rank."""
 
     site: Site | None
     width: int
     rows: int
+    rank: int
 
     @property
     def adapted(self) -> int:
@@ -174,14 +175,14 @@ class CompiledModel:
         members = [self.branches.get(name) for name in group.names]
         if all(branch is None for branch in members):
             return None
+        ranks = [0 if branch is None or branch.b is None else branch.b.shape[1] for branch in members]
         parts = tuple(
-            Part(self.sites.find(name) if branch else None, width, branch.rows if branch else 0)
-            for name, width, branch in zip(group.names, group.widths, members, strict=True)
+            Part(self.sites.find(name) if branch else None, width, branch.rows if branch else 0, rank)
+            for name, width, branch, rank in zip(group.names, group.widths, members, ranks, strict=True)
         )
         stacks = [branch.a for branch in members if branch is not None and branch.a is not None]
         if not stacks:
             return GroupBranch(None, None, parts)
-        ranks = [branch.b.shape[1] for branch in members if branch is not None and branch.b is not None]
         b = torch.zeros(group.width, sum(ranks))
         row = column = 0
         for width, branch in zip(group.widths, members, strict=True):
