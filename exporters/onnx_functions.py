@@ -27,9 +27,7 @@ ROUTING_ATTRIBUTES = ["widths", "ranks", "experts", "selection", "top_k", "n_gra
 def make_branch(name: str) -> onnx.FunctionProto:
     """out (..., N) = y + expert[start:end] * (x a b), x (..., K), a (K, R), b (R, N), expert (sum_H,)."""
     body = FunctionBody()
-    axis = body.constant("axis", _integers(0))
-    slices = ["expert", body.attribute("first", "start"), body.attribute("stop", "end"), axis]
-    _add_branch(body, body.node("Slice", slices, "residual"), "out")
+    _add_branch(body, _take_stretch(body), "out")
     return body.make_function(name, [*BRANCH_INPUTS, "expert"], ["out"], BRANCH_ATTRIBUTES + SPAN)
 
 
@@ -43,9 +41,7 @@ def make_gapped_branch(name: str) -> onnx.FunctionProto:
 def make_branch_norm(name: str) -> onnx.FunctionProto:
     """The branch, then sum = stream + it and out = RMSNorm(sum) * gain, all (..., N)."""
     body = FunctionBody()
-    axis = body.constant("axis", _integers(0))
-    slices = ["expert", body.attribute("first", "start"), body.attribute("stop", "end"), axis]
-    _add_branch(body, body.node("Slice", slices, "residual"), "update")
+    _add_branch(body, _take_stretch(body), "update")
     outputs = ["out", "", "", "sum"]
     body.node("SkipSimplifiedLayerNormalization", ["stream", "update", "gain"], "norm", outputs, domain=MICROSOFT)
     body.refer("epsilon", onnx.AttributeProto.FLOAT, "epsilon")
@@ -88,10 +84,13 @@ def _add_branch(body: FunctionBody, residual: str, out: str) -> None:
     body.node("Add", ["y", body.node("Mul", [delta, residual], "scaled")], "add", [out])
 
 
+def _take_stretch(body: FunctionBody) -> str:
+    """expert[start:end]"""
+    limits = [body.attribute("first", "start"), body.attribute("stop", "end")]
+    axis = body.constant("axis", np.array([0], np.int64))
+    return body.node("Slice", ["expert", *limits, axis], "residual")
+
+
 def _widen(body: FunctionBody, name: str) -> str:
     """float32 of a weight that may be stored as float16; ONNX Runtime does this once, when it loads the graph."""
     return body.node("Cast", [name], f"wide_{name}", to=onnx.TensorProto.FLOAT)
-
-
-def _integers(*values: int) -> np.ndarray:
-    return np.array(values, np.int64)

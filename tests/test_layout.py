@@ -170,7 +170,15 @@ def test_the_readmes_numbers_are_the_measured_ones() -> None:
         row = rows[method, 100]
         cells = [f"{row[key] / 1e6:,.0f} MB" for key in ("bytes", "rss_bytes")] + [f"{row['switch_us']['p95']:.0f} us"]
         assert f"| {label} | {' | '.join(cells)} |" in readme, f"README: {label}: expected {cells}"
-    copies = rows["copies", 10]
-    wanted = [f"{copies['bytes'] / 1e6:.0f} MB for 10", f"one loaded: {copies['rss_bytes'] / 1e6:.0f} MB",
+    copies = rows["copies", 100]
+    wanted = [f"| {copies['bytes'] / 1e6:,.0f} MB |", f"one loaded: {copies['rss_bytes'] / 1e6:.0f} MB",
               f"{copies['switch_us']['p95'] / 1e3:.0f} ms"]  # fmt: skip
     assert all(text in readme for text in wanted), f"README: copies: expected {wanted}"
+    decoded = {run["threads"]: run["rows"] for run in facts["decode"] if run["model"] == "smollm2"}
+    for label, name, base in (("LiME, pinned", "ours-pinned", ""), ("LiME, routed over 8", "ours-routed", ""),
+                              ("LoRA, rank 8, in llama.cpp", "llama-lora", "llama"),
+                              ("LoRA, rank 8, in ONNX Runtime GenAI", "genai-lora", "genai")):  # fmt: skip
+        cells = [f"{own[name]['decode_ms'] / own[base]['decode_ms'] if base else own[name]['decode_ratio']:.2f}"
+                 for own in (decoded[1], decoded[2])]  # fmt: skip
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {label}")]
+        assert line.endswith(f"| {' | '.join(cells)} |"), f"README: {line}: expected {cells}"
