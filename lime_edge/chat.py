@@ -10,7 +10,7 @@ from lime_edge import terminal
 from lime_edge.errors import LimeEdgeError
 from lime_edge.experts import describe_selection, parse_selection
 from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.session import FULL, Session
 
 COMMANDS = {
     "/expert NAME": "switch: NAME, none, or NAME=WEIGHT,NAME=WEIGHT; the next answer reads the whole chat anew",
@@ -31,6 +31,15 @@ def answer_once(
     for piece in session.generate(text, options):
         print(piece, end="", flush=True)
     print()
+    warn_of_full_cache(session)
+
+
+def warn_of_full_cache(session: Session) -> None:
+    """Say that an answer ended because the cache did."""
+    if session.finish_reason == FULL:
+        room = "a larger --max-length, or for executorch and coreml an export with a larger --max-seq-len, makes room"
+        text = f"(cut short: the cache of {session.max_length} tokens is full; {room})"
+        terminal.err.print(text, markup=False, soft_wrap=True)
 
 
 def _messages(system: str | None, turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
@@ -90,6 +99,7 @@ class Chat:
                 self.turns.pop()
             raise
         print()
+        warn_of_full_cache(self.session)
         if not self.raw:
             self.turns.append(("assistant", "".join(pieces)))
 

@@ -177,7 +177,8 @@ def _open(path: Path, target: str | None, threads: int | None, max_length: int |
     from lime_edge.session import SessionOptions
     from lime_edge.targets import open_session
 
-    return open_session(Bundle.open(path), target, SessionOptions(threads, max_length))
+    with terminal.err.status(f"opening {terminal.escape(str(path))}"):  # some engines import for seconds
+        return open_session(Bundle.open(path), target, SessionOptions(threads, max_length))
 
 
 def main() -> None:

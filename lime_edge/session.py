@@ -17,6 +17,7 @@ from lime_edge.switching import ROUTED, ExpertSwitch, SwitchableEngine
 
 ROOM = ("shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
         "coreml), export with a larger --max-seq-len")  # fmt: skip
+STOP, LENGTH, FULL = "stop", "length", "cache"  # why a generation ended
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 
@@ -69,7 +70,9 @@ class Session(ExpertSwitch):
 
     A cache belongs to the expert that filled it. `use` starts a new cache when the selection
     changes, unless keep_cache=True; `cache` tells who filled what. `generate` starts a new sequence
-    unless keep_cache=True, which keeps the longest common prefix.
+    unless keep_cache=True, which keeps the longest common prefix. `finish_reason` says why the last
+    generation ended: "stop" (end token or stop string), "length" (max_new_tokens), "cache" (it is
+    full), None before the first and where one was left before its end.
 
     Use it as a context manager or let it go out of scope; it is not safe for several threads.
     """
@@ -79,6 +82,7 @@ class Session(ExpertSwitch):
         self._codec: TextCodec | None = None
         self._ids: list[int] = []
         self._segments: list[Segment] = []
+        self.finish_reason: str | None = None
         super().__init__(bundle, engine, bank, target)
 
     def use(self, selection: Selection, keep_cache: bool = False) -> None:
@@ -201,6 +205,7 @@ class Session(ExpertSwitch):
             if piece := stream.push(token):
                 yield piece
             if stream.stopped:
+                self.finish_reason = STOP
                 return
         if piece := stream.finish():
             yield piece
@@ -219,9 +224,13 @@ class Session(ExpertSwitch):
         if room < 1:
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}",
                                 ROOM)  # fmt: skip
-        options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
+        self.finish_reason, count = None, 0
+        limit = min(options.max_new_tokens, room)
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731
-        yield from stream_tokens(self._feed(ids[shared:], 1)[-1], step, options, eos)
+        for token in stream_tokens(self._feed(ids[shared:], 1)[-1], step, replace(options, max_new_tokens=limit), eos):
+            count += 1
+            yield token
+        self.finish_reason = STOP if count < limit else (FULL if limit < options.max_new_tokens else LENGTH)
 
     def _shared_prefix(self, ids: Sequence[int]) -> int:
         """Tokens the cache already holds; at least one is left to feed."""

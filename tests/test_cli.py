@@ -108,6 +108,13 @@ def test_run_takes_an_expert_a_blend_and_none(lime: Cli, bundle: Path) -> None:
     assert len(set(answers.values())) >= 3, answers
 
 
+def test_run_says_when_the_cache_cut_the_answer(lime: Cli, bundle: Path) -> None:
+    options = ("--raw", "--max-new-tokens", 40)
+    cut = lime("run", bundle, "hello", *options, "--max-length", 24)
+    assert cut.code == 0 and "cut short: the cache of 24 tokens is full" in cut.err, cut
+    assert "cut short" not in lime("run", bundle, "hello", *options, "--max-length", 128).err
+
+
 @pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"quant": "int4"}, {"fold": "expert1"}])
 def test_verify_agrees_on_this_machine(lime: Cli, tiny_bundle: Make, options: dict[str, str]) -> None:
     done = lime("verify", tiny_bundle(**options), "--threads", 1)

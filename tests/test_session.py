@@ -332,3 +332,20 @@ def test_folding_an_expert_makes_its_residual_zero(tiny_bundle: Make) -> None:
         bank = Bundle.open(tiny_bundle(fold=name, quant=quant)).open_bank()
         assert not bank.residual(name).any()
         assert bank.residual(None).any()
+
+
+def test_why_a_generation_ended(bundle: Path) -> None:
+    """The limit, the end of the cache, an end token, and nothing while it is not over."""
+    session = open_session(bundle)
+    prompt, room = list(range(5, 15)), session.max_length - 10
+    assert session.finish_reason is None
+    list(session.generate_ids(prompt, GenerationOptions(4, ignore_eos=True)))
+    assert session.finish_reason == "length"
+    full = list(session.generate_ids(prompt, GenerationOptions(room + 9, ignore_eos=True)))
+    assert session.finish_reason == "cache" and len(full) == room
+    unfinished = session.generate_ids(prompt, GenerationOptions(4, ignore_eos=True))
+    next(unfinished)
+    assert session.finish_reason is None
+    session.bundle.manifest.model["eos"] = [full[3]]
+    found = list(session.generate_ids(prompt, GenerationOptions(room)))
+    assert session.finish_reason == "stop" and found == full[: full.index(full[3])]
