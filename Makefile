@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-$(VENV)/.base: pyproject.toml
+$(VENV)/.base: pyproject.toml $(wildcard runtimes/onnx_operators/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'torch==2.13.*'
 	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS)]'

@@ -49,7 +49,8 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     facts = {
         "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": model.swaps,
         "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
-        "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "weight_hash": model.weight_hash(),
+        "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "functions": sorted(graph.used_functions()),
+        "weight_hash": model.weight_hash(),
         "genai": CONFIG if model.virtual is None else None,
     }  # fmt: skip
     if model.routing is not None and model.swaps:
@@ -77,6 +78,8 @@ def check_sizes(model: CompiledModel) -> None:
 
 class DecoderWriter:
     """Writes a CompiledModel's decoder into a Graph, layer by layer."""
+
+    joins_norms = True  # a branch takes the norm after it along
 
     def __init__(self, model: CompiledModel, graph: Graph, experts: PinnedExperts | RoutedExperts | None):
         self.model, self.graph, self.config, self.experts = model, graph, model.decoder, experts
@@ -180,7 +183,7 @@ class DecoderWriter:
         if not update:
             out = g.node("SimplifiedLayerNormalization", [stream, weight], f"{path}/Norm", epsilon=eps, axis=-1)
             return out, stream
-        if fused := fuse_norm(g, update, stream, weight, eps, path):
+        if self.joins_norms and (fused := fuse_norm(g, update, stream, weight, eps, path)):
             return fused
         outputs = [f"{path}/SkipNorm/output", "", "", f"{path}/SkipNorm/sum"]
         g.node("SkipSimplifiedLayerNormalization", [stream, update, weight], f"{path}/SkipNorm", outputs,

@@ -29,9 +29,10 @@ from lime_edge.exporters.onnx_functions import (
 from lime_edge.exporters.onnx_graph import LIME, Graph
 from lime_edge.exporters.onnx_routing import RoutingNodes, find_shares
 
-RANK_MULTIPLE = 8  # ranks that the operators compute at once
-MOST_RANK, MOST_EXPERTS = 1024, 256  # beyond, the operators refuse. Source: runtimes/onnx_operators/operators.h
-SPARSE_AUTO_TOPK, HARD_TOPK, AUTO_TOPK, SOFT_TOPK = range(4)  # Source: the same
+# What the operators compute at once, and what they refuse beyond. Source: runtimes/onnx_operators/operators.h
+RANK_MULTIPLE = 8
+MOST_RANK, MOST_PARTS, MOST_EXPERTS = 1024, 8, 256
+SPARSE_AUTO_TOPK, HARD_TOPK, AUTO_TOPK, SOFT_TOPK = range(4)
 Make = Callable[[str], onnx.FunctionProto]
 
 
@@ -217,7 +218,8 @@ def call(graph: Graph, name: str, make: Make, branch: GroupBranch, inputs: list[
     """Append a call of a function, whose body `make` gives where the graph lacks it."""
     assert branch.a is not None
     experts = attributes.get("experts", 1)
-    if branch.a.shape[0] > MOST_RANK or (isinstance(experts, int) and experts > MOST_EXPERTS):
+    sizes = ((branch.a.shape[0], MOST_RANK), (len(branch.parts), MOST_PARTS), (experts, MOST_EXPERTS))
+    if any(isinstance(found, int) and found > most for found, most in sizes):
         name = LARGE + name
     if name not in graph.functions:
         graph.functions[name] = make(name)

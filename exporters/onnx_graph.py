@@ -88,13 +88,19 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
+    def used_functions(self) -> list[str]:
+        """Names of the functions that nodes call."""
+        called = {node.op_type for node in self.nodes if node.domain == LIME}
+        return [name for name in self.functions if name in called]
+
     def save(self, path: Path, producer: str, metadata: dict[str, str]) -> None:
         """Write the graph; the external file is complete by then."""
         graph = helper.make_graph(self.nodes, "lime_edge", self.inputs, self.outputs, self.initializers)
-        opsets = [*OPSETS, helper.make_opsetid(LIME, 1)] if self.functions else OPSETS
+        functions = self.used_functions()
+        opsets = [*OPSETS, helper.make_opsetid(LIME, 1)] if functions else OPSETS
         model = helper.make_model(
             graph, ir_version=IR_VERSION, producer_name="lime_edge", producer_version=producer,
-            opset_imports=opsets, functions=list(self.functions.values()),
+            opset_imports=opsets, functions=[self.functions[name] for name in functions],
         )  # fmt: skip
         helper.set_model_props(model, metadata)
         path.write_bytes(model.SerializeToString())

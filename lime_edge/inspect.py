@@ -8,6 +8,7 @@ from typing import Any
 from lime_edge import terminal
 from lime_edge.bundle import Bundle, expert_file
 from lime_edge.golden import FILE as GOLDEN
+from lime_edge.runtimes.onnx_operators import explain_absence
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
@@ -68,6 +69,8 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
         ["total size", size(bundle.total_bytes)],
     ]
+    if any(target.get("functions") for target in m.targets.values()):
+        facts.append(["operators here", explain_absence() or "yes: the ONNX graph's functions run compiled"])
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
         [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), describe_making(f),

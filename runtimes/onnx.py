@@ -21,6 +21,7 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
 
 DEFAULT_LENGTH = 2048
 OPERATORS = "LIME_EDGE_OPERATORS"
+REPLACED = {"ExpertBranch", "GappedExpertBranch", "ExpertBranchNorm", "RoutedBranch", "SwiGLU"}  # by onnx_operators
 
 
 def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEngine:
@@ -64,7 +65,8 @@ class OnnxEngine:
         self._routed: tuple[ort.InferenceSession, ort.IOBinding] | None = None
         self._active = self._pinned
         self.provider = self._pinned[0].get_providers()[0]
-        self.operators = choose_operators(plan_providers(bundle, options)) is not None
+        calls = set(facts.get("functions", ())) & REPLACED
+        self.operators = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
 
     def _bind(self, session: ort.InferenceSession) -> tuple[ort.InferenceSession, ort.IOBinding]:
         """Bind what never changes: the cache, as past and as present: attention writes in place."""
@@ -158,7 +160,7 @@ def choose_operators(providers: list[str]) -> Path | None:
     Those are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait.
     The environment variable LIME_EDGE_OPERATORS=0 leaves them out.
     """
-    if providers != ["CPUExecutionProvider"] or os.environ.get(OPERATORS) == "0":
+    if providers != ["CPUExecutionProvider"] or os.environ.get(OPERATORS, "").lower() in ("0", "false", "off", "no"):
         return None
     return find_library()
 

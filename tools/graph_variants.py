@@ -20,10 +20,7 @@ FUNCTIONS = (EXPERT_BRANCH, BRANCH_NORM, ROUTED_BRANCH, SWIGLU)
 class NormApart(DecoderWriter):
     """The branch and the norm after it as two nodes."""
 
-    def _norm(self, name: str, path: str, stream: str, update: str) -> tuple[str, str]:
-        if update:  # a node in between: the exporter joins neighbours only
-            self.graph.node("Identity", ["axis_1"], f"{path}/apart")
-        return super()._norm(name, path, stream, update)
+    joins_norms = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,6 @@ def write_variant(model: CompiledModel, variant: Variant, path: Path) -> int:
     if not variant.halves:
         model = replace(model, branches={name: _spoil(branch) for name, branch in model.branches.items()})
     variant.writer(model, graph, _make_experts(model, graph, variant.experts)).write(lambda *_: None)
-    graph.nodes = [node for node in graph.nodes if node.op_type != "Identity"]
     for node in graph.nodes:
         if node.op_type in variant.plain:
             node.op_type = LARGE + node.op_type

@@ -111,7 +111,7 @@ def compare(paths: dict[str, Path], model: CompiledModel, threads: int, rounds: 
 
 
 def profile(path: Path, model: CompiledModel, threads: int, steps: int) -> list[dict[str, Any]]:
-    """Kernel time of one decode step by operator; the branch's own operators apart. Profiling itself costs time."""
+    """Kernel time of one decode step by operator. Profiling itself costs time."""
     decoding = Decoding(path, model, threads, profile=True)
     decoding.decode(steps)
     log = Path(decoding.session.end_profiling())
@@ -121,16 +121,9 @@ def profile(path: Path, model: CompiledModel, threads: int, steps: int) -> list[
     spent: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin:
-            spent[label(event["name"], event["args"]["op_name"])].append(event["dur"])
+            spent[event["args"]["op_name"]].append(event["dur"])
     rows = [{"op": op, "us": sum(all_) / steps, "nodes": len(all_) / steps} for op, all_ in spent.items()]
     return sorted(rows, key=lambda row: -row["us"])
-
-
-def label(node: str, op: str) -> str:
-    """The operator, with what part of the work it is."""
-    if "/route/" in node:
-        return f"{op} (routing)"
-    return f"{op} (branch)" if "/lime/" in node else op
 
 
 def main() -> None:
@@ -139,9 +132,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="those and nothing else; no page then")
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS),
+                        help="those and what they are compared with; no page then")
     arguments = parser.parse_args()
-    variants = {name: variant for name, variant in VARIANTS.items() if name in arguments.variants}
+    bases = {VARIANTS[name].base for name in arguments.variants if name in VARIANTS}
+    variants = {name: variant for name, variant in VARIANTS.items() if name in (*arguments.variants, *bases)}
     checkpoint = read_checkpoint(find_backbone(), ADAPTER)
     model = compile_checkpoint(checkpoint, CompileOptions(rounding="nearest"))
     del checkpoint
@@ -151,11 +146,12 @@ def main() -> None:
         decoding = [{"threads": count, "rows": compare(paths, model, count, arguments.rounds, arguments.steps)}
                     for count in arguments.threads]  # fmt: skip
         if len(variants) < len(VARIANTS):
-            return print(json.dumps(decoding, indent=1))
+            print(json.dumps(decoding, indent=1))
+            return
         profiles = {name: profile(paths[name], model, arguments.threads[0], arguments.steps) for name in PROFILED}
     results = {
         "machine": describe_machine(), "rounds": arguments.rounds, "steps": arguments.steps, "prompt_tokens": PROMPT,
-        "operators": find_library() is not None,
+        "operators": find_library() is not None, "model": "SmolLM2-135M, int4 with sensitive matrices at int8",
         "versions": {name: importlib.metadata.version(name) for name in ("lime-edge", "onnxruntime", "numpy")},
         "predicted": {name: variant.predicted for name, variant in VARIANTS.items()}, "nodes": nodes,
         "bases": {name: variant.base for name, variant in VARIANTS.items()},

@@ -25,12 +25,14 @@ def describe(results: dict[str, Any]) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
+        f"{results['model']}, experts over q/k/v/o at rank 8, with lime_edge's operators unless the row says *plain "
+        "nodes*; "
         f"{machine['cpu']}, {machine['cores']} cores, {machine['arch']}; {versions}. Medians over {results['rounds']} "
         f"rounds of {results['steps']} decode steps after {results['prompt_tokens']} tokens, all variants in turn in "
         "one process; a ratio is the median over the rounds of the ratio to the *branchless* graph of the same kind in "
         "the same round, in brackets its quartiles.",
         "" if results["operators"] else "\n**Measured without lime_edge's operators: they were not built.**\n",
-        "| variant | graph nodes | predicted | " + " | ".join(
+        "| variant | nodes, a call as one | predicted | " + " | ".join(
             f"step, ratio: {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in results["decoding"]) + " |",
         "|---" * (3 + len(results["decoding"])) + "|",
     ]  # fmt: skip

@@ -16,16 +16,23 @@ NAME = "_library"
 
 @cache
 def find_library() -> Path | None:
-    """The shared library for `SessionOptions.register_custom_ops_library`, or None.
+    """The shared library for `SessionOptions.register_custom_ops_library`, or None: `explain_absence` says why."""
+    path = _find_file()
+    return path if path is not None and not explain_absence() else None
 
-    None: not built with this installation, built for another system, or the processor lacks what it is compiled for
-    (on x86-64: AVX2, FMA, F16C).
-    """
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(NAME + suffix)
-        if path.is_file():
-            try:
-                return path if ctypes.CDLL(str(path)).lime_edge_supported() else None
-            except OSError:  # another libc, or a damaged file
-                return None
-    return None
+
+def explain_absence() -> str:
+    """Why there is no library to use here; empty where there is one."""
+    path = _find_file()
+    if path is None:
+        return "not built: no C compiler was found when lime-edge was installed"
+    try:
+        supported = ctypes.CDLL(str(path)).lime_edge_supported()
+    except (OSError, AttributeError) as error:  # another libc, a damaged or an older file
+        return f"not usable: {error}"
+    return "" if supported else "this processor lacks AVX2, FMA or F16C"
+
+
+def _find_file() -> Path | None:
+    files = [Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES]
+    return next((file for file in files if file.is_file()), None)

@@ -5,8 +5,8 @@
 
 #include "simd.h"
 
-SIMD void add_and_normalise(int64_t width, const float *update, const float *stream, const float *gain, float epsilon,
-                            float *out, float *sum) {
+SIMD void lime_edge_add_and_normalise(int64_t width, const float *update, const float *stream, const float *gain,
+                                      float epsilon, float *out, float *sum) {
     vec even = {0}, odd = {0};
     float squares = 0;
     int64_t i = 0;
@@ -27,7 +27,7 @@ SIMD void add_and_normalise(int64_t width, const float *update, const float *str
     for (; i < width; i++) out[i] = sum[i] * scale * gain[i];
 }
 
-SIMD void gate(int64_t width, const float *x, float *out) {
+SIMD void lime_edge_gate(int64_t width, const float *x, float *out) {
     const float *up = x + width;
     int64_t i = 0;
     for (; i + WIDE <= width; i += WIDE) {

@@ -35,7 +35,7 @@ INLINE void project_many(const Parts *parts, const float *x, const void *a, int 
             const int64_t at = k * rank + r;
             vec one = spread(x[k]) * load_weights(a, at, half) + spread(x[k + 1]) * load_weights(a, at + rank, half);
             vec two = spread(x[k + 2]) * load_weights(a, at + 2 * rank, half) +
-                     spread(x[k + 3]) * load_weights(a, at + 3 * rank, half);
+                      spread(x[k + 3]) * load_weights(a, at + 3 * rank, half);
             store(hidden + r, load(hidden + r) + one + two);
         }
     for (; k < inputs; k++)
@@ -44,14 +44,18 @@ INLINE void project_many(const Parts *parts, const float *x, const void *a, int 
 }
 
 INLINE void project_any(const Parts *parts, const float *x, const void *a, int half, float *hidden) {
-    if (parts->rank == 8) project_few(parts, x, a, half, hidden, 8 / WIDE, 8);
-    else if (parts->rank == 16) project_few(parts, x, a, half, hidden, 16 / WIDE, 4);
-    else if (parts->rank == 24) project_few(parts, x, a, half, hidden, 24 / WIDE, 2);
-    else project_many(parts, x, a, half, hidden);
+    if (parts->rank == 8)
+        project_few(parts, x, a, half, hidden, 8 / WIDE, 8);
+    else if (parts->rank == 16)
+        project_few(parts, x, a, half, hidden, 16 / WIDE, 4);
+    else if (parts->rank == 24)
+        project_few(parts, x, a, half, hidden, 24 / WIDE, 2);
+    else
+        project_many(parts, x, a, half, hidden);
 }
 
 /* Rows of b are short and far apart: the processor's own prefetching is late for each of them. */
-void fetch(const Parts *parts, const void *b, int half, const float *d) {
+void lime_edge_fetch(const Parts *parts, const void *b, int half, const float *d) {
     const int64_t size = half ? 2 : 4, line = 64;
     int64_t column = 0, row = 0;
     for (int64_t part = 0; part < parts->count; column += parts->widths[part], row += parts->ranks[part++]) {
@@ -63,14 +67,16 @@ void fetch(const Parts *parts, const void *b, int half, const float *d) {
     }
 }
 
-SIMD void project(const Parts *parts, const float *x, const void *a, int half, float *hidden) {
-    if (half) project_any(parts, x, a, 1, hidden);
-    else project_any(parts, x, a, 0, hidden);
+SIMD void lime_edge_project(const Parts *parts, const float *x, const void *a, int half, float *hidden) {
+    if (half)
+        project_any(parts, x, a, 1, hidden);
+    else
+        project_any(parts, x, a, 0, hidden);
 }
 
-/* Eight columns of hidden b: only the rows of the part's own ranks. */
+/* WIDE columns of hidden b: only the rows of the part's own ranks. */
 INLINE vec read_vector(int64_t width, const float *hidden, const void *b, int half, int64_t row, int64_t rank,
-                     int64_t column) {
+                       int64_t column) {
     vec even = {0}, odd = {0};
     int64_t r = row;
     for (; r + 2 <= row + rank; r += 2) {
@@ -109,20 +115,21 @@ INLINE void add_any(const Parts *parts, const float *hidden, const float *y, con
     }
 }
 
-SIMD void add_branch(const Parts *parts, const float *hidden, const float *y, const void *b, int half, const float *d,
-                     float *out) {
-    if (half) add_any(parts, hidden, y, b, 1, d, out);
-    else add_any(parts, hidden, y, b, 0, d, out);
+SIMD void lime_edge_add_branch(const Parts *parts, const float *hidden, const float *y, const void *b, int half,
+                               const float *d, float *out) {
+    if (half)
+        add_any(parts, hidden, y, b, 1, d, out);
+    else
+        add_any(parts, hidden, y, b, 0, d, out);
 }
 
-SIMD void read_columns(const Parts *parts, const float *hidden, const void *b, int half, int64_t row, int64_t rank,
-                       int64_t first, int64_t count, float *delta) {
+SIMD void lime_edge_read_columns(const Parts *parts, const float *hidden, const void *b, int half, int64_t row,
+                                 int64_t rank, int64_t first, int64_t count, float *delta) {
     int64_t column = 0;
     for (; column + WIDE <= count; column += WIDE)
         store(delta + column, half ? read_vector(parts->width, hidden, b, 1, row, rank, first + column)
                                    : read_vector(parts->width, hidden, b, 0, row, rank, first + column));
-    for (; column < count; column++)
-        delta[column] = read_one(parts->width, hidden, b, half, row, rank, first + column);
+    for (; column < count; column++) delta[column] = read_one(parts->width, hidden, b, half, row, rank, first + column);
 }
 
 INLINE void add_routed_any(const Parts *parts, int64_t experts, const float *hidden, const float *y, const void *b,
@@ -142,8 +149,7 @@ INLINE void add_routed_any(const Parts *parts, int64_t experts, const float *hid
             vec d = {0};
             for (int64_t i = 0; i < count; i++)
                 d += spread(weights[chosen[i]]) * load(bank + chosen[i] * parts->width + column);
-            store(out + column, load(out + column) +
-                                    d * read_vector(parts->width, hidden, b, half, row, rank, column));
+            store(out + column, load(out + column) + d * read_vector(parts->width, hidden, b, half, row, rank, column));
         }
         for (; column < end; column++) {
             float d = 0;
@@ -156,8 +162,10 @@ INLINE void add_routed_any(const Parts *parts, int64_t experts, const float *hid
     }
 }
 
-SIMD void add_routed_branch(const Parts *parts, int64_t experts, const float *hidden, const float *y, const void *b,
-                            int half, const float *bank, const float *weights, float *out) {
-    if (half) add_routed_any(parts, experts, hidden, y, b, 1, bank, weights, out);
-    else add_routed_any(parts, experts, hidden, y, b, 0, bank, weights, out);
+SIMD void lime_edge_add_routed_branch(const Parts *parts, int64_t experts, const float *hidden, const float *y,
+                                      const void *b, int half, const float *bank, const float *weights, float *out) {
+    if (half)
+        add_routed_any(parts, experts, hidden, y, b, 1, bank, weights, out);
+    else
+        add_routed_any(parts, experts, hidden, y, b, 0, bank, weights, out);
 }

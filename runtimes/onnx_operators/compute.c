@@ -5,7 +5,7 @@
 
 enum { STACK_FLOATS = 4096 };
 
-/* --- ExpertBranch, GappedExpertBranch, ExpertBranchNorm ---------------------------------------------------------- */
+/* --- What the branches share; ExpertBranch, GappedExpertBranch, ExpertBranchNorm ---------------------------------- */
 
 typedef struct {
     void *addresses[MOST_INPUTS]; /* of the inputs, by index */
@@ -86,7 +86,7 @@ static OrtStatus *read_branch(Kernel *kernel, const OrtKernelContext *context, B
     for (size_t i = 0; i < count; i++) {
         if (i == 1) continue;
         TRY(read_data(context, i, &value, &branch->addresses[i]));
-        *changed |= branch->addresses[i] != kernel->addresses[i];
+        *changed |= branch->addresses[i] != __atomic_load_n(&kernel->addresses[i], __ATOMIC_RELAXED);
     }
     if (*changed) {
         __atomic_store_n(&kernel->rows, -1, __ATOMIC_RELAXED); /* a check that fails leaves nothing to rely on */
@@ -100,9 +100,11 @@ static OrtStatus *read_branch(Kernel *kernel, const OrtKernelContext *context, B
     return NULL;
 }
 
-/* All shapes of this call fit: one of as many rows, at the same addresses, need not be checked. */
+/* All shapes of this call fit: one of as many rows, at the same addresses, need not be checked. That is safe where only
+ * the number of rows may differ between calls, as in the graphs of our exporter: the expert's length is declared. */
 static void remember(Kernel *kernel, const Branch *branch, int64_t rows) {
-    for (size_t i = 0; i < MOST_INPUTS; i++) kernel->addresses[i] = branch->addresses[i];
+    for (size_t i = 0; i < MOST_INPUTS; i++)
+        __atomic_store_n(&kernel->addresses[i], branch->addresses[i], __ATOMIC_RELAXED);
     __atomic_store_n(&kernel->rows, rows, __ATOMIC_RELEASE); /* last: another thread may be in the same kernel */
 }
 
@@ -112,12 +114,12 @@ static void run_branch(const void *job, int64_t row) {
     const Parts *parts = &kernel->parts;
     float hidden[MOST_RANK];
     float *sum = branch->sum + row * parts->width;
-    if (row % ROWS_PER_TASK == 0) fetch(parts, branch->b, kernel->half, branch->d);
-    project(parts, branch->x + row * parts->inputs, branch->a, kernel->half, hidden);
-    add_branch(parts, hidden, branch->y + row * parts->width, branch->b, kernel->half, branch->d, sum);
+    if (row % ROWS_PER_TASK == 0) lime_edge_fetch(parts, branch->b, kernel->half, branch->d);
+    lime_edge_project(parts, branch->x + row * parts->inputs, branch->a, kernel->half, hidden);
+    lime_edge_add_branch(parts, hidden, branch->y + row * parts->width, branch->b, kernel->half, branch->d, sum);
     if (branch->out != NULL)
-        add_and_normalise(parts->width, sum, branch->stream + row * parts->width, branch->gain, kernel->epsilon,
-                          branch->out + row * parts->width, sum);
+        lime_edge_add_and_normalise(parts->width, sum, branch->stream + row * parts->width, branch->gain,
+                                    kernel->epsilon, branch->out + row * parts->width, sum);
 }
 
 OrtStatus *lime_edge_compute_branch(void *state, OrtKernelContext *context) {
@@ -160,13 +162,13 @@ static void read_row(const void *job, int64_t row) {
     const float *y = branch->y + row * parts->width, *recovery = branch->recovery;
     float *hidden = branch->scratch + row * branch->scratch_width;
     float *frozen = hidden + parts->rank, *adapted = frozen + branch->sites * experts;
-    if (row % ROWS_PER_TASK == 0) fetch(parts, branch->b, branch->kernel->half, NULL);
-    project(parts, branch->x + row * parts->inputs, branch->a, branch->kernel->half, hidden);
+    if (row % ROWS_PER_TASK == 0) lime_edge_fetch(parts, branch->b, branch->kernel->half, NULL);
+    lime_edge_project(parts, branch->x + row * parts->inputs, branch->a, branch->kernel->half, hidden);
     int64_t column = 0, first = 0;
     for (int64_t part = 0; part < parts->count; column += parts->widths[part++]) {
         const int64_t rank = parts->ranks[part];
         if (!rank) continue;
-        read_columns(parts, hidden, branch->b, branch->kernel->half, first, rank, column, experts, adapted);
+        lime_edge_read_columns(parts, hidden, branch->b, branch->kernel->half, first, rank, column, experts, adapted);
         for (int64_t e = 0; e < experts; e++) frozen[e] = y[column + e] + recovery[e] * adapted[e];
         first += rank;
         frozen += experts;
@@ -191,10 +193,10 @@ static void run_routed(const void *job, int64_t row) {
     const float *frozen = branch->scratch + find_anchor(branch, row) * branch->scratch_width + parts->rank;
     float weights[MOST_PARTS * MOST_EXPERTS];
     for (int64_t site = 0; site < branch->sites; site++)
-        weigh(&kernel->routing, frozen + site * experts, frozen + reads + site * experts, branch->most[2 * site],
-              branch->most[2 * site + 1], weights + site * experts);
-    add_routed_branch(parts, experts, hidden, branch->y + row * parts->width, branch->b, kernel->half, branch->bank,
-                      weights, branch->sum + row * parts->width);
+        lime_edge_weigh(&kernel->routing, frozen + site * experts, frozen + reads + site * experts,
+                        branch->most[2 * site], branch->most[2 * site + 1], weights + site * experts);
+    lime_edge_add_routed_branch(parts, experts, hidden, branch->y + row * parts->width, branch->b, kernel->half,
+                                branch->bank, weights, branch->sum + row * parts->width);
 }
 
 /* Largest |read| per site over the anchors of the call, frozen and adapted in turn. */
@@ -257,7 +259,7 @@ typedef struct {
 
 static void run_gate(const void *job, int64_t row) {
     const Gate *g = job;
-    gate(g->width, g->x + 2 * row * g->width, g->out + row * g->width);
+    lime_edge_gate(g->width, g->x + 2 * row * g->width, g->out + row * g->width);
 }
 
 OrtStatus *lime_edge_compute_gate(void *kernel, OrtKernelContext *context) {

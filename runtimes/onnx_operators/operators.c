@@ -85,8 +85,10 @@ static OrtStatus *create(const OrtOperator *self, OrtApi api, const OrtKernelInf
     if (kernel == NULL) return ORT_CREATE_STATUS(api)(ORT_FAIL, "lime_edge: out of memory");
     kernel->rows = -1;
     OrtStatus *failed = entry(self)->create(self, api, info, kernel);
-    if (failed != NULL) free(kernel);
-    else *result = kernel;
+    if (failed != NULL)
+        free(kernel);
+    else
+        *result = kernel;
     return failed;
 }
 
@@ -109,7 +111,11 @@ static int get_one(const OrtOperator *self) { return (void)self, 1; }
 static size_t offer_in_place(int **inputs, int **outputs, int output) {
     *inputs = malloc(sizeof **inputs);
     *outputs = malloc(sizeof **outputs);
-    if (*inputs == NULL || *outputs == NULL) return 0;
+    if (*inputs == NULL || *outputs == NULL) {
+        free(*inputs);
+        free(*outputs);
+        return 0;
+    }
     **inputs = 1;
     **outputs = output;
     return 1;
@@ -121,14 +127,26 @@ static void release_in_place(int *inputs, int *outputs) {
     free(outputs);
 }
 
-#define OPERATOR(compute_, offer_)                                                                                    \
-    {.version = ORT_VERSION, .get_name = get_name, .get_provider = get_provider, .get_input_type = get_input_type,    \
-     .count_inputs = count_inputs, .get_output_type = get_output_type, .count_outputs = count_outputs,                \
-     .destroy = free, .get_input_kind = get_input_kind, .get_output_kind = get_output_kind, \
-     .get_input_memory = get_memory,                                                                                  \
-     .get_variadic_input_arity = get_one, .get_variadic_input_homogeneity = get_one,                                  \
-     .get_variadic_output_arity = get_one, .get_variadic_output_homogeneity = get_one, .create = create,              \
-     .compute = compute_, .get_may_inplace = offer_, .release_may_inplace = release_in_place}
+#define OPERATOR(compute_, offer_)               \
+    {.version = ORT_VERSION,                     \
+     .get_name = get_name,                       \
+     .get_provider = get_provider,               \
+     .get_input_type = get_input_type,           \
+     .count_inputs = count_inputs,               \
+     .get_output_type = get_output_type,         \
+     .count_outputs = count_outputs,             \
+     .destroy = free,                            \
+     .get_input_kind = get_input_kind,           \
+     .get_output_kind = get_output_kind,         \
+     .get_input_memory = get_memory,             \
+     .get_variadic_input_arity = get_one,        \
+     .get_variadic_input_homogeneity = get_one,  \
+     .get_variadic_output_arity = get_one,       \
+     .get_variadic_output_homogeneity = get_one, \
+     .create = create,                           \
+     .compute = compute_,                        \
+     .get_may_inplace = offer_,                  \
+     .release_may_inplace = release_in_place}
 
 static const Entry ENTRIES[] = {
     {OPERATOR(lime_edge_compute_branch, offer_first), "ExpertBranch", 5, 1, create_branch},

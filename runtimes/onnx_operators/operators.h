@@ -4,45 +4,36 @@
 
 #include <stdint.h>
 
-/* Linked into an application these names meet others. */
-#define fetch lime_edge_fetch
-#define project lime_edge_project
-#define add_branch lime_edge_add_branch
-#define read_columns lime_edge_read_columns
-#define add_and_normalise lime_edge_add_and_normalise
-#define gate lime_edge_gate
-#define weigh lime_edge_weigh
-#define add_routed_branch lime_edge_add_routed_branch
-
 enum { MOST_PARTS = 8, MOST_RANK = 1024, MOST_EXPERTS = 256 };
 
 /* Members of a group (q, k, v), side by side in its output; rank 0: the expert does not change this one. */
 typedef struct {
     int64_t count, widths[MOST_PARTS], ranks[MOST_PARTS], offsets[MOST_PARTS]; /* offsets: into the flat residual */
-    int64_t width;                                                            /* N, of all of them */
+    int64_t width;                                                             /* N, of all of them */
     int64_t inputs, rank; /* K, and R: all ranks, rounded up to a multiple of 8 with zeros */
 } Parts;
 
-/* Ask for b (R, N) and the parts' stretches of d, which may be NULL, before `project` so that they arrive meanwhile. */
-void fetch(const Parts *parts, const void *b, int half, const float *d);
+/* Ask for b (R, N) and the parts' stretches of d, which may be NULL, before lime_edge_project so that they arrive
+ * meanwhile. */
+void lime_edge_fetch(const Parts *parts, const void *b, int half, const float *d);
 
 /* hidden (R,) = x (K,) a (K, R) */
-void project(const Parts *parts, const float *x, const void *a, int half, float *hidden);
+void lime_edge_project(const Parts *parts, const float *x, const void *a, int half, float *hidden);
 
 /* out (N,) = y + d * (hidden b), b (R, N) block-diagonal; d: the flat residual. out may be y. */
-void add_branch(const Parts *parts, const float *hidden, const float *y, const void *b, int half, const float *d,
-                float *out);
+void lime_edge_add_branch(const Parts *parts, const float *hidden, const float *y, const void *b, int half,
+                          const float *d, float *out);
 
 /* delta (count,) = (hidden b)[first:first + count], the columns of one part whose ranks begin at `row` */
-void read_columns(const Parts *parts, const float *hidden, const void *b, int half, int64_t row, int64_t rank,
-                  int64_t first, int64_t count, float *delta);
+void lime_edge_read_columns(const Parts *parts, const float *hidden, const void *b, int half, int64_t row, int64_t rank,
+                            int64_t first, int64_t count, float *delta);
 
 /* sum = update + stream; out = sum / sqrt(mean(sum^2) + epsilon) * gain, all (N,). sum may be update. */
-void add_and_normalise(int64_t width, const float *update, const float *stream, const float *gain, float epsilon,
-                       float *out, float *sum);
+void lime_edge_add_and_normalise(int64_t width, const float *update, const float *stream, const float *gain,
+                                 float epsilon, float *out, float *sum);
 
 /* out (N,) = silu(x[:N]) * x[N:], x (2 N,) */
-void gate(int64_t width, const float *x, float *out);
+void lime_edge_gate(int64_t width, const float *x, float *out);
 
 /* Selections of routing, named as in lime_edge.compiler.routing. */
 enum { SPARSE_AUTO_TOPK = 0, HARD_TOPK = 1, AUTO_TOPK = 2, SOFT_TOPK = 3 };
@@ -54,11 +45,11 @@ typedef struct {
 } Routing;
 
 /* weights (E,) of one site and token: share-weighted reads over their largest, softmax, selection. */
-void weigh(const Routing *routing, const float *frozen, const float *adapted, float frozen_most, float adapted_most,
-           float *weights);
+void lime_edge_weigh(const Routing *routing, const float *frozen, const float *adapted, float frozen_most,
+                     float adapted_most, float *weights);
 
 /* out (N,) = y + (weights bank) * (hidden b); weights (G, E), bank (G E, N) block-diagonal. out may be y. */
-void add_routed_branch(const Parts *parts, int64_t experts, const float *hidden, const float *y, const void *b,
-                       int half, const float *bank, const float *weights, float *out);
+void lime_edge_add_routed_branch(const Parts *parts, int64_t experts, const float *hidden, const float *y,
+                                 const void *b, int half, const float *bank, const float *weights, float *out);
 
 #endif

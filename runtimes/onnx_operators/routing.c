@@ -31,10 +31,10 @@ SIMD static void soften(float *logits, int64_t count) {
     for (int64_t i = 0; i < count; i++) logits[i] /= sum;
 }
 
-/* The k largest stay, the first of equals; 0 for the rest. Returns the k-th largest. */
-static float keep_largest(float *values, int64_t count, int64_t k, int drop) {
-    int taken[MOST_EXPERTS] = {0};
+/* Marks the k largest, the first of equals; returns the k-th largest. */
+static float find_largest(const float *values, int64_t count, int64_t k, int *taken) {
     float kth = 0;
+    memset(taken, 0, sizeof *taken * (size_t)count);
     for (int64_t round = 0; round < k; round++) {
         int64_t best = -1;
         for (int64_t i = 0; i < count; i++)
@@ -42,9 +42,15 @@ static float keep_largest(float *values, int64_t count, int64_t k, int drop) {
         taken[best] = 1;
         kth = values[best];
     }
-    for (int64_t i = 0; drop && i < count; i++)
-        if (!taken[i]) values[i] = 0;
     return kth;
+}
+
+/* 0 for all but the k largest. */
+static void keep_largest(float *values, int64_t count, int64_t k) {
+    int taken[MOST_EXPERTS];
+    find_largest(values, count, k, taken);
+    for (int64_t i = 0; i < count; i++)
+        if (!taken[i]) values[i] = 0;
 }
 
 static void renormalise(float *values, int64_t count) {
@@ -63,8 +69,8 @@ SIMD static void gate_smoothly(float *values, int64_t count, float limit, float 
     for (int64_t i = 0; i < count; i++) values[i] /= sum;
 }
 
-SIMD void weigh(const Routing *routing, const float *frozen, const float *adapted, float frozen_most,
-                float adapted_most, float *weights) {
+SIMD void lime_edge_weigh(const Routing *routing, const float *frozen, const float *adapted, float frozen_most,
+                          float adapted_most, float *weights) {
     const int64_t count = routing->experts;
     const float first = routing->frozen_share / (frozen_most > SMALLEST_SCALE ? frozen_most : SMALLEST_SCALE);
     const float second = routing->adapted_share / (adapted_most > SMALLEST_SCALE ? adapted_most : SMALLEST_SCALE);
@@ -72,16 +78,17 @@ SIMD void weigh(const Routing *routing, const float *frozen, const float *adapte
     soften(weights, count);
     if (routing->selection == SPARSE_AUTO_TOPK) {
         const float limit = routing->threshold * largest(weights, count);
-        keep_largest(weights, count, 2 * routing->top_k < count ? 2 * routing->top_k : count, 1);
+        keep_largest(weights, count, 2 * routing->top_k < count ? 2 * routing->top_k : count);
         for (int64_t i = 0; i < count; i++)
             if (!(weights[i] >= limit)) weights[i] = 0;
         renormalise(weights, count);
     } else if (routing->selection == HARD_TOPK) {
-        keep_largest(weights, count, routing->top_k, 1);
+        keep_largest(weights, count, routing->top_k);
         renormalise(weights, count);
     } else if (routing->selection == AUTO_TOPK) {
         gate_smoothly(weights, count, routing->threshold * largest(weights, count), routing->heat);
     } else {
-        gate_smoothly(weights, count, keep_largest(weights, count, routing->top_k, 0), routing->heat);
+        int taken[MOST_EXPERTS];
+        gate_smoothly(weights, count, find_largest(weights, count, routing->top_k, taken), routing->heat);
     }
 }

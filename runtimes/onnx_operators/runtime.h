@@ -14,15 +14,16 @@ typedef struct {
     Parts parts;
     Routing routing;
     float epsilon;
-    int half;     /* whether a and b are float16 */
-    int64_t rows; /* of the call whose shapes were last checked; -1: none was. Asking for shapes costs as much as a
-                     branch, and those of a graph only change with the number of tokens, */
-    const void *addresses[MOST_INPUTS]; /* or with another tensor: of the inputs of that call, but y */
+    int half; /* whether a and b are float16 */
+    /* Asking for shapes costs as much as a branch, so they are checked when the number of tokens or a tensor changes:
+     */
+    int64_t rows;                 /* of the call that was last checked; -1: none was */
+    void *addresses[MOST_INPUTS]; /* of its inputs, but y */
 } Kernel;
 
-#define TRY(call)                          \
-    do {                                   \
-        OrtStatus *failed_ = (call);       \
+#define TRY(call)                            \
+    do {                                     \
+        OrtStatus *failed_ = (call);         \
         if (failed_ != NULL) return failed_; \
     } while (0)
 
@@ -92,7 +93,7 @@ static inline void run_task(void *data, size_t index) {
 }
 
 static inline OrtStatus *run_rows(const OrtKernelContext *context, int64_t rows, void (*run)(const void *, int64_t),
-                           const void *job) {
+                                  const void *job) {
     Task task = {run, job, rows};
     const size_t tasks = (size_t)((rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
     if (tasks > 1) return ORT_PARALLEL_FOR(API)(context, run_task, tasks, 0, &task);

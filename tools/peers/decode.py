@@ -71,7 +71,8 @@ OURS = (
     Contender("ours-routed", "ours", "lime_edge, routed", ALL4, "8 LiME, per token", ("int4.lime",),
               spec={"selection": "routed"}),
 )  # fmt: skip
-IN_GENAI = Contender("ours-in-genai", "genai", "our bundle in stock ONNX Runtime GenAI", ALL4, "LiME",
+IN_GENAI = Contender("ours-in-genai", "genai", "our bundle in stock ONNX Runtime GenAI (no operators of ours)", ALL4,
+                     "LiME",
                      ("int4.lime/onnx",), "int4.lime/onnx/expert_*.onnx_adapter",
                      needs="onnxruntime_genai")  # fmt: skip
 PEERS = (
