@@ -145,6 +145,7 @@ def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     assert f"all {len(manifest.files)} files are as they were written (sha256)" in text
     assert json.loads(lime("inspect", bundle, "--verify", "--json").out)["verified"] is True
     assert "verified" not in facts and "golden outputs" in text
+    assert "operators here" in text and "functions run compiled" in text, "built without the operators?"
     assert "as they were written" not in lime("inspect", bundle).out
     for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
         assert word in text

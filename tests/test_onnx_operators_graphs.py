@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,8 +323,10 @@ def test_nothing_built(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Make) -> No
     monkeypatch.setattr(onnx_operators, "EXTENSION_SUFFIXES", [".nothing"])
     onnx_operators.find_library.cache_clear()
     assert onnx_operators.find_library() is None
-    found = lime_edge.open(tiny_bundle(), threads=1).logits([5, 6, 7])
-    assert np.abs(found - wanted).max() < 1e-4
+    assert "no C compiler" in onnx_operators.explain_absence()
+    session = lime_edge.open(tiny_bundle(), threads=1)
+    assert session.operators is False
+    assert np.abs(session.logits([5, 6, 7]) - wanted).max() < 1e-4
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -330,3 +334,22 @@ def test_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> 
     old = SimpleNamespace(lime_edge_supported=lambda: 0)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: old)
     assert onnx_operators.find_library() is None
+    assert "AVX2" in onnx_operators.explain_absence()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_library_of_another_time_or_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the symbol that is asked for, or not to be loaded at all."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace())
+    assert onnx_operators.find_library() is None and "not usable" in onnx_operators.explain_absence()
+
+
+def test_a_graph_without_functions_has_no_operators(tiny_bundle: Make, tmp_path: Path) -> None:
+    """As a bundle of before has none: the session does not claim what does not run."""
+    assert lime_edge.open(tiny_bundle(), threads=1).operators is True
+    old = tmp_path / "old.lime"
+    shutil.copytree(tiny_bundle(), old)
+    body = json.loads((old / "lime.json").read_text())
+    assert body["targets"]["onnx"].pop("functions") == ["ExpertBranch", "ExpertBranchNorm", "SwiGLU"]
+    (old / "lime.json").write_text(json.dumps(body))
+    assert lime_edge.open(old, threads=1).operators is False
