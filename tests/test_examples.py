@@ -173,7 +173,8 @@ def read_vector(file: Path, tensor: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["caches that grow", "one buffer"])
-def test_the_phones_recipe(shared: bool, bundle: Path) -> None:
+def test_the_phones_recipe(shared: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIME_EDGE_OPERATORS", "0")  # as the recipe runs: int8 activations amplify the difference
     model = json.loads((bundle / "lime.json").read_text())["model"]
     engine = onnxruntime.InferenceSession(bundle / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     reference = read_vector(bundle / "reference.safetensors", "reference")
