@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TARGETS_EXTRAS := onnx,export,executorch,coreml,report
-EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.demo import find_backbone as f; print(f())')" \
+EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.cli.demo import find_backbone as f; print(f())')" \
 	  --adapter examples/demo_adapter/adapter
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-$(VENV)/.base: pyproject.toml $(wildcard runtimes/onnx_operators/*.[ch])
+$(VENV)/.base: pyproject.toml $(wildcard runtimes/onnx/operators/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'torch==2.13.*'
 	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS)]'

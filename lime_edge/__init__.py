@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lime_edge.errors import LimeEdgeError
 
 if TYPE_CHECKING:
-    from lime_edge.encoder_session import EncoderSession
-    from lime_edge.session import Session
+    from lime_edge.session.decoder import Session
+    from lime_edge.session.encoder import EncoderSession
 
 __version__ = "0.1.0"
 __all__ = ["LimeEdgeError", "open"]
@@ -28,13 +28,13 @@ def open(path: Path | str, target: str | None = None, threads: int | None = None
     Raises:
         LimeEdgeError: damaged, foreign or newer bundle; missing engine.
     """
-    from lime_edge.bundle import Bundle
-    from lime_edge.session import SessionOptions
-    from lime_edge.targets import open_session
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.session.decoder import SessionOptions
+    from lime_edge.targets.registry import open_session
 
     bundle, options = Bundle.open(path, verify), SessionOptions(threads=threads, max_length=max_length)
     if bundle.manifest.model.get("kind") == "encoder":
-        from lime_edge.encoder_session import open_encoder_session
+        from lime_edge.session.encoder import open_encoder_session
 
         return open_encoder_session(bundle, target, options)
     return open_session(bundle, target, options)

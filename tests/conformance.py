@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 import lime_edge
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.layers import LimeLayer, Mode, routing_for
-from lime_edge.compiler.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
-from lime_edge.compiler.reference import UnfoldedModel, read_alpha, split_state
-from lime_edge.devices import find_device
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.maths.layers import LimeLayer, Mode, routing_for
+from lime_edge.compiler.maths.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
+from lime_edge.compiler.model.reference import UnfoldedModel, read_alpha, split_state
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import ExportOptions, export_bundle
-from lime_edge.generate import GenerationOptions
+from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.devices import find_device
 
 LAYER_LIMIT = 1e-5
 TORCH_MODEL_LIMIT = 1e-4

@@ -80,8 +80,8 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
     def make(directory: Path, model: Path | None = None, adapter: Path | None = None,
              targets: tuple[str, ...] = ("onnx",), **options: Any) -> Path:  # fmt: skip
         from lime_edge.compiler.compile import CompileOptions
-        from lime_edge.devices import find_device
-        from lime_edge.export import ExportOptions, export_bundle
+        from lime_edge.export.decoder import ExportOptions, export_bundle
+        from lime_edge.targets.devices import find_device
 
         model = model or tiny_model()
         compiling = CompileOptions(**({"quant": "none"} | options))

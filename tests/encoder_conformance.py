@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import TASKS
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.layers import Mode
-from lime_edge.devices import find_device
-from lime_edge.encoder_session import EncoderSession, open_encoder_session
-from lime_edge.export import ExportOptions
-from lime_edge.export_encoder import export_encoder_bundle
-from lime_edge.session import SessionOptions
+from lime_edge.compiler.formats.encoder import TASKS
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.maths.layers import Mode
+from lime_edge.export.decoder import ExportOptions
+from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.targets.devices import find_device
 
 ONNX_MODEL_LIMIT = 1e-3
 

@@ -19,8 +19,8 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lime_edge.compiler.adapter_checks import name_selection
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.compiler.formats.adapter_checks import name_selection
+from lime_edge.compiler.maths.routing import RoutingConfig
 
 VOCAB = 300
 CONTEXT = 64

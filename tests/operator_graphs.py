@@ -13,13 +13,13 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from lime_edge.compiler.compiled import Branch, CompiledModel, Group, GroupBranch
-from lime_edge.compiler.decoder import Decoder
-from lime_edge.compiler.routing import RoutingConfig, route
-from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts, fuse_norm
-from lime_edge.exporters.onnx_graph import IR_VERSION, LIME, OPSETS, Graph
-from lime_edge.runtimes.onnx_operators import find_library
-from lime_edge.sites import SiteTable
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.compiler.maths.routing import RoutingConfig, route
+from lime_edge.compiler.model.compiled import Branch, CompiledModel, Group, GroupBranch
+from lime_edge.compiler.model.decoder import Decoder
+from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
+from lime_edge.exporters.onnx.graph import IR_VERSION, LIME, OPSETS, Graph
+from lime_edge.runtimes.onnx.operators import find_library
 
 TOLERANCE = 1e-5  # of the largest value: float32 keeps 6e-8, and sums of a few hundred products lose two digits
 EPSILON = 1e-5

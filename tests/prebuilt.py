@@ -90,7 +90,7 @@ def write_golden(file: Path, model: Path, adapter: Path, options: Options) -> No
 def _run_unfolded(model: Path, adapter: Path, _: Options, selection: Any, ids: Any) -> tuple[np.ndarray, list[int]]:
     from models import load_model, load_sites
 
-    from lime_edge.compiler.reference import UnfoldedModel
+    from lime_edge.compiler.model.reference import UnfoldedModel
 
     numbers = {f"expert{index}": index for index in range(4)}
     mode = numbers[selection] if isinstance(selection, str) else selection
@@ -104,10 +104,10 @@ def _run_compiled(model: Path, adapter: Path, options: Options, selection: Any,
                   ids: Any) -> tuple[np.ndarray, list[int]]:  # fmt: skip
     import torch
 
-    from lime_edge.compiler.checkpoint import read_checkpoint
     from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-    from lime_edge.compiler.decoder import DecoderModule
-    from lime_edge.export import ExportOptions, find_calibration
+    from lime_edge.compiler.formats.checkpoint import read_checkpoint
+    from lime_edge.compiler.model.decoder import DecoderModule
+    from lime_edge.export.decoder import ExportOptions, find_calibration
 
     checkpoint, compiling = read_checkpoint(model, adapter), CompileOptions(**options)
     calibration = find_calibration(checkpoint, compiling, ExportOptions(), model)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lime_edge.compiler.adapter import build_adapter, read_adapter, write_adapter
-from lime_edge.compiler.adapter_checks import FIELDS, PARTS, SELECTIONS, name_selection
-from lime_edge.compiler.fold import evaluate, fold_linear, fold_reference
-from lime_edge.compiler.importing import KNOWN, TRAINING
-from lime_edge.compiler.layers import VARIANTS, LimeLayer, routing_for
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.compiler.formats.adapter import build_adapter, read_adapter, write_adapter
+from lime_edge.compiler.formats.adapter_checks import FIELDS, PARTS, SELECTIONS, name_selection
+from lime_edge.compiler.formats.importing import KNOWN, TRAINING
+from lime_edge.compiler.maths.fold import evaluate, fold_linear, fold_reference
+from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 
 ROOT = Path(__file__).parent.parent

@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 from bench_trees import plant_rapl, plant_thermal
 
-from lime_edge import bench, bench_energy, cli
-from lime_edge.bench import FIRST, BenchOptions, bench_bundle
-from lime_edge.bench_memory import MemoryRequest, find_imports, measure_stages, read_memory
-from lime_edge.bench_rounds import Series, summarize
-from lime_edge.bench_tables import flatten, tabulate, write_csv, write_markdown
-from lime_edge.bench_timing import compare_rounds, find_spread, percentiles, time_first_token, time_round, time_switches
-from lime_edge.bundle import Bundle
+from lime_edge.bench import energy as bench_energy
+from lime_edge.bench import measure as bench
+from lime_edge.bench.measure import FIRST, BenchOptions, bench_bundle
+from lime_edge.bench.memory import MemoryRequest, find_imports, measure_stages, read_memory
+from lime_edge.bench.rounds import Series, summarize
+from lime_edge.bench.tables import flatten, tabulate, write_csv, write_markdown
+from lime_edge.bench.timing import compare_rounds, find_spread, percentiles, time_first_token, time_round, time_switches
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session import SessionOptions
-from lime_edge.switching import ExpertSwitch
-from lime_edge.targets import TARGETS, open_session
+from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.switching import ExpertSwitch
+from lime_edge.targets.registry import TARGETS, open_session
 
 Make = Callable[..., Path]
 SCHEMA_PAGE = Path(__file__).parent.parent / "docs" / "bench-schema.md"
@@ -251,7 +253,7 @@ def test_what_is_imported_late_counts_as_imports(tiny_bundle: Make) -> None:
     """An engine may import itself only when it is used: that is no memory of the model."""
     request = MemoryRequest(str(tiny_bundle()), "onnx", FIRST, 1, 8, None, 4)
     modules = find_imports(request)
-    assert {"numpy", "onnxruntime", "lime_edge.runtimes.onnx"} <= set(modules)
+    assert {"numpy", "onnxruntime", "lime_edge.runtimes.onnx.decoder"} <= set(modules)
     plain = measure_stages(request)
     late = measure_stages(replace(request, modules=("email.mime.text", "no_such_module", "matplotlib.pyplot")))
     for name in ("imports", "opened", "switches"):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_bench import read_keys
 
-from lime_edge import cli
-from lime_edge.bench import SCHEMA
-from lime_edge.bench_compare import METRICS, compare_files, tabulate_comparison
-from lime_edge.bench_rounds import Series, summarize
-from lime_edge.bench_tables import write_markdown
+from lime_edge.bench.compare import METRICS, compare_files, tabulate_comparison
+from lime_edge.bench.measure import SCHEMA
+from lime_edge.bench.rounds import Series, summarize
+from lime_edge.bench.tables import write_markdown
+from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
 
 QUIET = (0.99, 1.0, 1.0, 1.0, 1.01)

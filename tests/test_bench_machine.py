@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from bench_trees import plant, plant_clocks, plant_jetson, plant_rapl, plant_thermal
 
-from lime_edge.bench_energy import CounterMeter, RailMeter, find_meter
-from lime_edge.bench_load import RESIDENT, drop_cache, find_resident, time_loads
-from lime_edge.bench_machine import describe_machine, measure_copy, read_clock, read_governor, read_temperature
+from lime_edge.bench.energy import CounterMeter, RailMeter, find_meter
+from lime_edge.bench.load import RESIDENT, drop_cache, find_resident, time_loads
+from lime_edge.bench.machine import describe_machine, measure_copy, read_clock, read_governor, read_temperature
 
 
 def advance(root: Path, **microjoules: int) -> None:
@@ -94,7 +94,7 @@ def test_heat_and_clocks(tmp_path: Path) -> None:
 
 def test_copy_speed_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte is copied, by whatever number of threads; a byte counts as read and as written."""
-    import lime_edge.bench_machine as machine
+    import lime_edge.bench.machine as machine
 
     copied: list[int] = []
     real, clock = np.copyto, iter(range(1000))

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from test_bench_compare import make_run
 
-from lime_edge import bench, cli
-from lime_edge.bench_report import DATA, PAGE, PLOTS, check_report, write_report
+from lime_edge.bench import measure as bench
+from lime_edge.bench.report import DATA, PAGE, PLOTS, check_report, write_report
+from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -137,7 +138,7 @@ def test_nothing_is_replaced_or_half_written(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lime_edge.bench_report.write_page", fail)
+    monkeypatch.setattr("lime_edge.bench.report.write_page", fail)
     with pytest.raises(LimeEdgeError) as caught:
         write_report(tmp_path / "out", make_document(make_run()))
     assert caught.value.exit_code == 5

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lime_edge.bundle import MANIFEST, Bundle, Manifest, expert_file, write_bundle
+from lime_edge.bundle.bundle import MANIFEST, Bundle, Manifest, expert_file, write_bundle
+from lime_edge.bundle.experts import Expert
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.bundle.staging import stage_directory, write_file
 from lime_edge.errors import EXIT_STORAGE, LimeEdgeError
-from lime_edge.experts import Expert
-from lime_edge.sites import SiteTable
-from lime_edge.staging import stage_directory, write_file
 
 SITES = SiteTable.from_widths([("model.a", 3), ("model.b", 2)])
 

@@ -17,12 +17,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lime_edge
-from lime_edge import cli
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import Expert, read_expert
+from lime_edge.bundle.staging import write_file
+from lime_edge.checks.inspect import describe_making
+from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import Expert, read_expert
-from lime_edge.inspect import describe_making
-from lime_edge.staging import write_file
 
 Make = Callable[..., Path]
 
@@ -289,7 +289,8 @@ def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapte
 def test_an_unknown_fold_is_refused_before_the_model_is_read(
     lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lime_edge import export, export_encoder
+    from lime_edge.export import decoder as export
+    from lime_edge.export import encoder as export_encoder
 
     for module, name in ((export, "read_checkpoint"), (export_encoder, "read_encoder_checkpoint")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("the model was read"))
@@ -452,7 +453,7 @@ def test_a_read_only_place_is_refused(lime: Cli, tiny_model: Make, tiny_adapter:
 
 
 def test_an_encoder_is_exported_and_opened(lime: Cli, tmp_path: Path) -> None:
-    from lime_edge.encoder_session import EncoderSession
+    from lime_edge.session.encoder import EncoderSession
 
     fixture = Path(__file__).parent / "fixtures" / "conformance" / "models" / "bert-lora-cls"
     assert lime("import", fixture, "-o", tmp_path / "imported").code == 0

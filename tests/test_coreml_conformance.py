@@ -17,10 +17,10 @@ from conformance import BundleEngine, Check, check_model, compare, guard, list_m
 from encoder_conformance import OnnxEncoderEngine, export_fixture, is_encoder_fixture
 from test_coreml_export import make_oracle, residual_of
 
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.encoder_session import open_encoder_session
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.session.encoder import open_encoder_session
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
 DECODER_LIMIT = 1e-4

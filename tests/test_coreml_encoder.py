@@ -12,23 +12,23 @@ from test_coreml_export import EXACT, NATIVE, measure
 from test_coreml_interpreter import check_arithmetic, collect
 from test_encoder import FIXTURES, draw_text
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import read_encoder_checkpoint
-from lime_edge.compiler.encoder_compile import CompiledEncoder, compile_encoder
-from lime_edge.compiler.encoder_layers import Product, Table
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.devices import find_device
-from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.compiler.compile_encoder import CompiledEncoder, compile_encoder
+from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.encoder_layers import Product, Table
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import ExportOptions
-from lime_edge.export_encoder import export_encoder_bundle
-from lime_edge.exporters.coreml_encoder import choose_lengths, export
-from lime_edge.runtimes.coreml_interpreter import Interpreter
-from lime_edge.runtimes.coreml_program import Constant, read_package
-from lime_edge.session import SessionOptions
-from lime_edge.target_options import CoremlOptions, TargetOptions
+from lime_edge.export.decoder import ExportOptions
+from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.exporters.coreml.encoder import choose_lengths, export
+from lime_edge.runtimes.coreml.interpreter import Interpreter
+from lime_edge.runtimes.coreml.program import Constant, read_package
+from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.targets.devices import find_device
+from lime_edge.targets.options import CoremlOptions, TargetOptions
 
 QUANTS = {"bert-lora-cls": "int8", "vit-lora-cls": "int4"}
 

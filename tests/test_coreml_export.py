@@ -16,23 +16,23 @@ from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
 from test_onnx_export import BLEND, QUANTIZED, assert_integers_equal, build, compile_again, stored
 from test_variants import ROUTINGS, VARIANTS, make_prompt_adapter
 
-from lime_edge.bundle import Bundle
-from lime_edge.cli_export import warn_of_overflow
-from lime_edge.compiler.adapter_checks import name_selection
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.decoder import Cache, DecoderModule, Prefix
-from lime_edge.compiler.multiplier import Multiplier
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.cli.export import warn_of_overflow
+from lime_edge.compiler.formats.adapter_checks import name_selection
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import Cache, DecoderModule, Prefix
+from lime_edge.compiler.model.multiplier import Multiplier
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters import coreml_encoder
-from lime_edge.exporters.coreml import check_options, export, store_as_half
-from lime_edge.exporters.coreml_overflow import LIMIT, find_peak
-from lime_edge.runtimes.coreml import plan_calls
-from lime_edge.runtimes.coreml_interpreter import Interpreter
-from lime_edge.runtimes.coreml_program import WEIGHTS, Constant, read_package
-from lime_edge.session import Session, SessionOptions
-from lime_edge.target_options import CoremlOptions, TargetOptions
-from lime_edge.targets import open_session
+from lime_edge.exporters.coreml import encoder as coreml_encoder
+from lime_edge.exporters.coreml.decoder import check_options, export, store_as_half
+from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
+from lime_edge.runtimes.coreml.decoder import plan_calls
+from lime_edge.runtimes.coreml.interpreter import Interpreter
+from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
+from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.targets.options import CoremlOptions, TargetOptions
+from lime_edge.targets.registry import open_session
 
 EXACT, NATIVE = "interpreter", "interpreter-fp16"
 LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1

@@ -17,14 +17,14 @@ from test_coreml_export import EXACT, NATIVE, QUANTS, build, make_oracle, measur
 from test_onnx_export import compile_again
 from test_variants import ROUTINGS, make_prompt_adapter
 
-from lime_edge.compiler.adapter_checks import name_selection
-from lime_edge.compiler.decoder import DecoderModule
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.compiler.formats.adapter_checks import name_selection
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml_graph import ct, mb
-from lime_edge.runtimes.coreml_interpreter import Interpreter
-from lime_edge.runtimes.coreml_ops import OPERATIONS, dequantize
-from lime_edge.runtimes.coreml_program import MODEL, WEIGHTS, Constant, Operation, Package, read_package
+from lime_edge.exporters.coreml.graph import ct, mb
+from lime_edge.runtimes.coreml.interpreter import Interpreter
+from lime_edge.runtimes.coreml.operations import OPERATIONS, dequantize
+from lime_edge.runtimes.coreml.program import MODEL, WEIGHTS, Constant, Operation, Package, read_package
 
 Sample = tuple[dict[str, Any], list[Any]]
 # what coremltools infers no value for, or one output of several, from torch
@@ -190,7 +190,7 @@ def test_every_operation_equals_coremltools(package: Path, tiny_model: Make, tin
 def test_quantized_constants_equal_coremltools(bits: int, shape: tuple[int, int], scales: tuple[int, int]) -> None:
     from coremltools.converters.mil.mil import Function
 
-    from lime_edge.exporters.coreml_graph import INT4
+    from lime_edge.exporters.coreml.graph import INT4
 
     random = np.random.default_rng(bits)
     data = random.integers(-(1 << bits - 1), 1 << bits - 1, shape).astype(INT4 if bits == 4 else np.int8)

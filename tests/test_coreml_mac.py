@@ -16,11 +16,11 @@ from models import CASES, draw_ids
 from test_coreml_export import EXACT, QUANTS, build, open_on
 from test_variants import ROUTINGS
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.runtimes import coreml
-from lime_edge.runtimes.coreml_interpreter import Interpreter
-from lime_edge.runtimes.coreml_program import read_package
+from lime_edge.runtimes.coreml import decoder as coreml
+from lime_edge.runtimes.coreml.interpreter import Interpreter
+from lime_edge.runtimes.coreml.program import read_package
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "ios" / "verify_on_mac.py"
 
@@ -180,7 +180,7 @@ def test_the_script_names_what_it_imports_from_coremltools() -> None:
 
 def test_exporting_without_coremltools_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that imports it says how to install it; a copy of it, so that the loaded one stays."""
-    file = Path(__file__).parent.parent / "exporters" / "coreml_graph.py"
+    file = Path(__file__).parent.parent / "exporters" / "coreml" / "graph.py"
     spec = importlib.util.spec_from_file_location("coreml_graph_again", file)
     assert spec and spec.loader
     monkeypatch.setitem(sys.modules, "coremltools", None)
@@ -192,7 +192,7 @@ def test_exporting_without_coremltools_names_the_package(monkeypatch: pytest.Mon
 def test_a_package_that_coremltools_needs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A coremltools that is there and finds no protobuf: it is not the one that is missing."""
     (tmp_path / "coremltools.py").write_text("import a_package_of_coremltools.part")
-    file = Path(__file__).parent.parent / "exporters" / "coreml_graph.py"
+    file = Path(__file__).parent.parent / "exporters" / "coreml" / "graph.py"
     spec = importlib.util.spec_from_file_location("coreml_graph_again", file)
     assert spec and spec.loader
     monkeypatch.delitem(sys.modules, "coremltools", raising=False)

@@ -14,14 +14,14 @@ from models import ALL_LINEARS, ATTENTION, CASES, Case, draw_ids, load_model, lo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lime_edge.compiler.architecture import read_decoder
-from lime_edge.compiler.backbone import read_backbone
-from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.decoder import Cache, DecoderModule
-from lime_edge.compiler.layers import Mode
-from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.compiler.formats.architecture import read_decoder
+from lime_edge.compiler.formats.backbone import read_backbone
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths.layers import Mode
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
 
 DOUBLE = 1e-9  # both sides in float64, tables of cos and sin in float32 on both

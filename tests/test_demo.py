@@ -11,7 +11,7 @@ import pytest
 from test_cli import Cli
 from test_vectors import make_folder
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 
 Make = Callable[..., Path]
 INPUTS = {"expert0": "word", "expert1": "word", "expert2": "1999", "expert3": "1999", "later": "word"}

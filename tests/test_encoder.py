@@ -20,27 +20,27 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import Expert, read_expert
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import read_encoder_checkpoint
-from lime_edge.compiler.encoder_compile import (
+from lime_edge.compiler.compile_encoder import (
     CompiledEncoder,
     EncoderCalibration,
     choose_bits,
     collect_encoder_grams,
     compile_encoder,
 )
-from lime_edge.compiler.encoder_layers import CompiledLayer, as_float
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.compiler.reference import UnfoldedModel, split_state
-from lime_edge.devices import find_device
-from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.encoder_layers import CompiledLayer, as_float
+from lime_edge.compiler.model.reference import UnfoldedModel, split_state
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import Expert, read_expert
-from lime_edge.export import ExportOptions
-from lime_edge.export_encoder import export_encoder_bundle
-from lime_edge.exporters.onnx_weights import unpack_codes
+from lime_edge.export.decoder import ExportOptions
+from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.exporters.onnx.weights import unpack_codes
+from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.targets.devices import find_device
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
 ENCODERS = sorted(p.parent.name for p in FIXTURES.glob("*/lime.json") if is_encoder_fixture(json.loads(p.read_text())))

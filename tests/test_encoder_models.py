@@ -16,17 +16,17 @@ from encoder_conformance import name_mode
 from models import load_sites, make_adapter
 from safetensors.torch import load_file, save_file
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import TASKS, infer_task, is_encoder, read_encoder_checkpoint, read_pooling
-from lime_edge.compiler.encoder_compile import compile_encoder
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.reference import UnfoldedModel
-from lime_edge.devices import find_device
-from lime_edge.encoder_session import open_encoder_session
+from lime_edge.compiler.compile_encoder import compile_encoder
+from lime_edge.compiler.formats.encoder import TASKS, infer_task, is_encoder, read_encoder_checkpoint, read_pooling
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import ExportOptions
-from lime_edge.export_encoder import export_encoder_bundle
+from lime_edge.export.decoder import ExportOptions
+from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.session.encoder import open_encoder_session
+from lime_edge.targets.devices import find_device
 
 FIXTURE = Path(__file__).parent / "fixtures" / "conformance" / "models" / "bert-lora-cls"
 

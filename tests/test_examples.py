@@ -18,8 +18,8 @@ import pytest
 from conftest import Make
 
 import lime_edge
-from lime_edge.bundle import Bundle
-from lime_edge.experts import Expert
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import Expert
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMOS = ("raspberry_pi", "jetson")

@@ -13,15 +13,15 @@ from encoder_conformance import ONNX_MODEL_LIMIT, OnnxEncoderEngine, export_fixt
 from test_encoder import FIXTURES, draw_text
 from test_executorch_integers import Matrix, assert_same, list_products, read_program
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.encoder import read_encoder_checkpoint
-from lime_edge.compiler.encoder_compile import CompiledEncoder, compile_encoder
-from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.encoder_session import EncoderSession, open_encoder_session
+from lime_edge.compiler.compile_encoder import CompiledEncoder, compile_encoder
+from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
+from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.executorch_encoder import EncoderMethod, pack_product
-from lime_edge.session import SessionOptions
+from lime_edge.exporters.executorch.encoder import EncoderMethod, pack_product
+from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.encoder import EncoderSession, open_encoder_session
 
 TARGET = "executorch"
 

@@ -21,22 +21,22 @@ from test_onnx_export import NEW, SELECTIONS, assert_close, excess, to_mode, unf
 from test_variants import IDS, check_session, make_prompt_adapter, prompt_logits
 
 import lime_edge
-from lime_edge.bundle import Bundle
-from lime_edge.cli_export import report_delegation
-from lime_edge.compiler import prompt_tuning
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.cli.export import report_delegation
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.decoder import DecoderModule
-from lime_edge.compiler.prompt_tuning import CONDITIONING
-from lime_edge.devices import find_device
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths import prompt_tuning
+from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
+from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import ExportOptions, export_bundle
-from lime_edge.exporters.executorch import choose_sizes, export, write_stock
-from lime_edge.exporters.executorch_prompt import summarize
-from lime_edge.generate import GenerationOptions
-from lime_edge.runtimes.executorch import check_provider
-from lime_edge.session import Session
-from lime_edge.target_options import ExecutorchOptions, TargetOptions
+from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.exporters.executorch.decoder import choose_sizes, export, write_stock
+from lime_edge.exporters.executorch.prompt import summarize
+from lime_edge.runtimes.executorch.decoder import check_provider
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.devices import find_device
+from lime_edge.targets.options import ExecutorchOptions, TargetOptions
 
 LENGTH = 41  # more rows than one call gives, and beyond every window
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}

@@ -23,10 +23,10 @@ from onnx import numpy_helper
 from test_onnx_export import BLEND, compile_again, products_of
 
 import lime_edge
-from lime_edge.compiler.compiled import EMBEDDING, CompiledModel
-from lime_edge.exporters.executorch import choose_sizes
-from lime_edge.exporters.executorch_decoder import DecoderProgram, list_groups
-from lime_edge.exporters.onnx_weights import unpack_codes
+from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel
+from lime_edge.exporters.executorch.decoder import choose_sizes
+from lime_edge.exporters.executorch.program import DecoderProgram, list_groups
+from lime_edge.exporters.onnx.weights import unpack_codes
 
 QUANTS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"}, "int4": {"quant": "int4", "int8_kinds": ("qkv",)},

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import (
+from lime_edge.bundle.experts import (
     READY_BYTES,
     Expert,
     ExpertBank,
@@ -19,7 +18,8 @@ from lime_edge.experts import (
     parse_selection,
     read_expert,
 )
-from lime_edge.sites import SiteTable
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.errors import LimeEdgeError
 
 SITES = SiteTable.from_widths([("a", 3), ("b", 2)])
 REFERENCE = np.array([1, 2, 3, 4, 5], np.float32)

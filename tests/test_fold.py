@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lime_edge.compiler.fold import (
+from lime_edge.compiler.maths.fold import (
     evaluate,
     evaluate_embedding,
     fold_embedding,
@@ -18,8 +18,8 @@ from lime_edge.compiler.fold import (
     original_of,
     recover_routing,
 )
-from lime_edge.compiler.layers import VARIANTS, LimeLayer, routing_for
-from lime_edge.compiler.routing import route
+from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.maths.routing import route
 from lime_edge.errors import LimeEdgeError
 
 TOLERANCE = 1e-4  # float32, relative to the largest output: p_ref * delta cancels

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lime_edge.errors import LimeEdgeError
-from lime_edge.generate import (
+from lime_edge.session.generate import (
     GenerationOptions,
     TextStream,
     filter_probabilities,

@@ -10,8 +10,8 @@ from conftest import Make
 from prebuilt import BUNDLES, NEW, SELECTIONS, Options, name_of, prebuilt_directory, selections_of, write_golden
 
 import lime_edge
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
 
 TOLERANCE = 1e-4  # absolute and relative, for float32
 DRIFT = 0.05  # how far int8 activations may move logits, in their standard deviations

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from lime_edge import cli_import
-from lime_edge.compiler.adapter import Adapter, read_adapter
-from lime_edge.compiler.adapter_checks import FIELDS
-from lime_edge.compiler.checkpoint import read_checkpoint
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.bundle.experts import Expert
+from lime_edge.cli import import_adapter as cli_import
+from lime_edge.compiler.formats.adapter import Adapter, read_adapter
+from lime_edge.compiler.formats.adapter_checks import FIELDS
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import Expert
 
 FIXTURES = Path(__file__).parent / "fixtures/conformance"
 MODELS = sorted(path.name for path in (FIXTURES / "models").iterdir())

@@ -13,12 +13,12 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from lime_edge import cli_interchange
-from lime_edge.compiler.adapter import Adapter, read_adapter, write_adapter
-from lime_edge.compiler.backbone import read_backbone
-from lime_edge.compiler.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.interchange import export_expert, pin_expert
-from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.cli import interchange as cli_interchange
+from lime_edge.compiler.formats.adapter import Adapter, read_adapter, write_adapter
+from lime_edge.compiler.formats.backbone import read_backbone
+from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.formats.interchange import export_expert, pin_expert
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures/conformance/models"

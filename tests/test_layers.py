@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from lime_edge.compiler.layers import VARIANTS, LimeLayer, routing_for
-from lime_edge.compiler.prompt_tuning import compute_prompt, route_static, summarize
-from lime_edge.compiler.reference import UnfoldedModel, split_state
+from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.maths.prompt_tuning import compute_prompt, route_static, summarize
+from lime_edge.compiler.model.reference import UnfoldedModel, split_state
 from lime_edge.errors import LimeEdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import typer
 
-from lime_edge.cli import app
-from lime_edge.targets import TARGETS
+from lime_edge.cli.app import app
+from lime_edge.targets.registry import TARGETS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"lime_edge": "lime_edge", "exporters": "lime_edge.exporters", "runtimes": "lime_edge.runtimes"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-WORKSTATION = ("lime_edge.export", "lime_edge.export_encoder", "lime_edge.profile")
+WORKSTATION = ("lime_edge.export.decoder", "lime_edge.export.encoder", "lime_edge.export.profile")
 HEAVY = {"torch", "transformers", "onnx", "optimum", "gguf", "executorch", "coremltools"}
 
 
@@ -56,8 +56,8 @@ def test_every_package_is_listed() -> None:
 
 def test_every_target_has_both_files() -> None:
     for module in TARGETS.values():
-        assert (ROOT / "exporters" / f"{module}.py").is_file()
-        assert (ROOT / "runtimes" / f"{module}.py").is_file()
+        assert (ROOT / "exporters" / module / "decoder.py").is_file()
+        assert (ROOT / "runtimes" / module / "decoder.py").is_file()
 
 
 def test_a_device_imports_nothing_heavy() -> None:
@@ -155,7 +155,9 @@ def test_make_targets_in_the_docs_exist() -> None:
             assert (name[0] or name[1]) in targets, f"{document.name}: make {name}"
 
 
-@pytest.mark.parametrize("module", ["lime_edge", "lime_edge.session", "lime_edge.runtimes.onnx", "lime_edge.bench"])
+@pytest.mark.parametrize(
+    "module", ["lime_edge", "lime_edge.session.decoder", "lime_edge.runtimes.onnx.decoder", "lime_edge.bench.measure"]
+)
 def test_runtime_modules_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,18 +19,18 @@ from models import ALL_LINEARS, CASES, CONTEXT, Case, draw_ids, load_model, load
 from onnx import numpy_helper
 
 import lime_edge
-from lime_edge.compiler.checkpoint import read_checkpoint
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.decoder import DecoderModule
-from lime_edge.compiler.layers import Mode
-from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths.layers import Mode
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import DecoderModule
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export import ExportOptions, find_calibration
-from lime_edge.exporters.onnx_weights import unpack_codes
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.export.decoder import ExportOptions, find_calibration
+from lime_edge.exporters.onnx.weights import unpack_codes
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
 
 TOLERANCE = 1e-4  # absolute and relative
 LENGTH, NEW = 20, 24  # beyond every window of CASES
@@ -191,7 +191,7 @@ def test_prompt_in_chunks(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
-    monkeypatch.setattr("lime_edge.session.CHUNK", chunk)
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", chunk)
     wanted = wanted_logits(model, adapter, "expert0")
     assert_close(session.logits(ids_of(LENGTH)), wanted, f"{name}, chunks of {chunk}")
     assert_close(session.logits(ids_of(LENGTH), keep=1), wanted[-1:], f"{name}, chunks of {chunk}, last row")
@@ -211,7 +211,7 @@ def test_last_positions_across_chunks(monkeypatch: pytest.MonkeyPatch, tiny_mode
     model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
-    monkeypatch.setattr("lime_edge.session.CHUNK", 6)
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 6)
     wanted = wanted_logits(model, adapter, "expert0")[-9:]
     assert_close(session.logits(ids_of(LENGTH), keep=9), wanted, "keep 9, chunks of 6")
 

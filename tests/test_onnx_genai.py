@@ -18,11 +18,11 @@ from models import ALL_LINEARS, CASES, EOS, draw_ids, load_model, load_sites
 from test_variants import make_prompt_adapter
 
 import lime_edge
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.reference import UnfoldedModel
-from lime_edge.experts import Expert
-from lime_edge.genai import CONFIG, adapter_file, describe_config, encode_adapter
-from lime_edge.generate import GenerationOptions
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import Expert
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.genai import CONFIG, adapter_file, describe_config, encode_adapter
 
 LENGTH, NEW = 12, 16  # beyond the windows of CASES
 IDS = draw_ids(LENGTH, seed=3)[0].tolist()

@@ -27,10 +27,10 @@ from operator_graphs import (
     write_routed,
 )
 
-from lime_edge.compiler.routing import RoutingConfig
-from lime_edge.exporters.onnx_functions import BRANCH_NORM, make_branch_norm, make_swiglu
-from lime_edge.residual import subtract_reference
-from lime_edge.runtimes import onnx_operators
+from lime_edge.bundle.residual import subtract_reference
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.exporters.onnx.functions import BRANCH_NORM, make_branch_norm, make_swiglu
+from lime_edge.runtimes.onnx import operators as onnx_operators
 
 ROWS = ((1, 1), (1, 8), (2, 1), (1, 9), (3, 11), (1, 0), (1, 1))  # in one session, one after the other: shapes change
 SHAPES = {

@@ -35,10 +35,11 @@ from operator_graphs import (
 )
 
 import lime_edge
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.routing import RoutingConfig
-from lime_edge.exporters import onnx_experts, onnx_functions
-from lime_edge.exporters.onnx_functions import (
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.exporters.onnx import experts as onnx_experts
+from lime_edge.exporters.onnx import functions as onnx_functions
+from lime_edge.exporters.onnx.functions import (
     BRANCH_NORM,
     EXPERT_BRANCH,
     GAPPED_BRANCH,
@@ -50,11 +51,11 @@ from lime_edge.exporters.onnx_functions import (
     make_routed_branch,
     make_swiglu,
 )
-from lime_edge.exporters.onnx_graph import LIME
-from lime_edge.generate import GenerationOptions
-from lime_edge.runtimes import onnx_operators
+from lime_edge.exporters.onnx.graph import LIME
+from lime_edge.runtimes.onnx import operators as onnx_operators
+from lime_edge.session.generate import GenerationOptions
 
-SOURCES = Path(__file__).parents[1] / "runtimes" / "onnx_operators"
+SOURCES = Path(__file__).parents[1] / "runtimes" / "onnx" / "operators"
 BOTH = (True, False)
 PROMPT, NEW = 20, 24
 BLEND = {"expert0": 0.7, "expert2": 0.5, "expert3": -0.2}

@@ -17,8 +17,8 @@ from conftest import Make
 from prebuilt import ADAPTERS, ODD, prebuilt_directory
 
 import lime_edge
-from lime_edge.experts import Selection
-from lime_edge.runtimes.onnx_operators import find_library
+from lime_edge.bundle.experts import Selection
+from lime_edge.runtimes.onnx.operators import find_library
 
 TOLERANCE = 1e-4  # absolute and relative, for float32
 PROMPT = [5, 17, 200, 31, 9, 9, 40, 123, 7, 8, 250, 251, 30, 31, 77, 78, 4, 99]  # more rows than one thread takes

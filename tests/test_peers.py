@@ -16,9 +16,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
-from lime_edge.compiler.architecture import read_decoder
-from lime_edge.compiler.compiled import Branch, CompiledModel
-from lime_edge.compiler.decoder import DecoderModule
+from lime_edge.compiler.formats.architecture import read_decoder
+from lime_edge.compiler.model.compiled import Branch, CompiledModel
+from lime_edge.compiler.model.decoder import DecoderModule
 
 PEERS = Path(__file__).parent.parent / "tools" / "peers"
 IDS = [1203, 4711, 9, 20000, 31]

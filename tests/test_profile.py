@@ -12,14 +12,14 @@ import pytest
 import torch
 from models import load_model, load_sites
 
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.checks.evaluate import Example
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.profiling import average_routing, mix_experts
-from lime_edge.compiler.reference import UnfoldedModel
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.model.profiling import average_routing, mix_experts
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
-from lime_edge.evaluate import Example
-from lime_edge.profile import add_profile, compare_profile
+from lime_edge.export.profile import add_profile, compare_profile
 
 Make = Callable[..., Path]
 ROUTING = {"auto_topk": True, "temperature": 0.3}
@@ -37,7 +37,7 @@ def test_weights_are_the_references_mean(pair: tuple[Path, Path]) -> None:
     found = average_routing(compiled, [([9, 8, 7, 30], [40, 41]), ([100, 101], [])])
     seen: dict[str, list[torch.Tensor]] = {}
     reference = UnfoldedModel(load_model(pair[0]), *load_sites(pair[1]))
-    from lime_edge.compiler import layers
+    from lime_edge.compiler.maths import layers
 
     original, order = layers.route, []
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
-from lime_edge.prompts import TextCodec
 
 Make = Callable[..., Path]
 TALK = [

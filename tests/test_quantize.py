@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lime_edge.compiler.calibrate import (
+from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths.quantize import (
+    SMALLEST_SCALE,
+    QuantizedTensor,
+    encode,
+    group_for,
+    quantize,
+    round_scales,
+)
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import DecoderModule
+from lime_edge.compiler.rounding.calibrate import (
     Calibration,
     Sample,
     built_in_calibration,
@@ -17,19 +29,7 @@ from lime_edge.compiler.calibrate import (
     render_exchange,
     vocabulary_words,
 )
-from lime_edge.compiler.checkpoint import read_checkpoint
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.decoder import DecoderModule
-from lime_edge.compiler.quantize import (
-    SMALLEST_SCALE,
-    QuantizedTensor,
-    encode,
-    group_for,
-    quantize,
-    round_scales,
-)
-from lime_edge.compiler.rounding import bits_by_name, quantize_model, round_by_gram, split_rows
+from lime_edge.compiler.rounding.model import bits_by_name, quantize_model, round_by_gram, split_rows
 from lime_edge.errors import LimeEdgeError
 from tests.models import make_adapter, make_model
 

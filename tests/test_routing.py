@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lime_edge.compiler.routing import RoutingConfig, find_anchors, measure_logits, route, select
+from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors, measure_logits, route, select
 from lime_edge.errors import LimeEdgeError
 
 

@@ -15,11 +15,11 @@ import pytest
 from prebuilt import prebuilt_directory
 
 import lime_edge
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import Expert, Selection
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import Expert, Selection
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Segment, Session
+from lime_edge.session.decoder import Segment, Session
+from lime_edge.session.generate import GenerationOptions
 
 Make = Callable[..., Path]
 PROMPTS = ([5, 17, 200, 31], [9, 9, 40], [123], [7, 8, 250, 251, 30, 31, 77, 78, 4, 99])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_cli import Cli
 
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.quantize import quantize
-from lime_edge.compiler.survival import measure_site
-from lime_edge.inspect import find_losses
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.checks.inspect import find_losses
+from lime_edge.compiler.maths.quantize import quantize
+from lime_edge.compiler.rounding.survival import measure_site
 
 Make = Callable[..., Path]
 
@@ -82,7 +82,7 @@ def test_export_shows_it_and_warns(lime: Cli, tiny_model: Make, tiny_adapter: Ma
     row = next(line for line in done.out.splitlines() if "k_proj" in line and "int4" in line)
     assert f"{survival['kinds']['k_proj']['error']:.2f}" in row
     assert "warning" not in done.err
-    monkeypatch.setattr("lime_edge.inspect.LOUD", survival["kinds"]["k_proj"]["error"] - 1e-6)
+    monkeypatch.setattr("lime_edge.checks.inspect.LOUD", survival["kinds"]["k_proj"]["error"] - 1e-6)
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--json")
     assert done.code == 0 and "k_proj (int4): the rounding is" in done.err and "hint: " in done.err
     assert json.loads(done.out)["quantization"]["survival"] == survival

@@ -14,18 +14,18 @@ from models import ALL_LINEARS, draw_ids, load_model, load_sites
 from safetensors.torch import load_file, save_file
 
 import lime_edge
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.adapter_checks import name_selection
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.decoder import Cache, DecoderModule
-from lime_edge.compiler.layers import Mode, fix_weights, routing_for
-from lime_edge.compiler.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
-from lime_edge.compiler.reference import UnfoldedModel
-from lime_edge.compiler.routing import RoutingConfig
+from lime_edge.compiler.formats.adapter_checks import name_selection
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths.layers import Mode, fix_weights, routing_for
+from lime_edge.compiler.maths.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
 
 Make = Callable[..., Path]
 VARIANTS = ("lora", "lora_fa", "dora", "slicefine")
@@ -188,7 +188,7 @@ def test_a_routed_prompt_is_not_chunked(
     session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
     session.use("routed")
     whole = session.logits(IDS)
-    monkeypatch.setattr("lime_edge.session.CHUNK", 4)
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 4)
     assert np.array_equal(session.logits(IDS), whole)
     with pytest.raises(LimeEdgeError, match="routed: 2 tokens after a cache of 13"):
         session.extend([5, 6])

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from test_cli import Cli
 
 import lime_edge
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import read_expert
+from lime_edge.bundle.vectors import CONFIG, WEIGHTS, read_vectors
 from lime_edge.errors import LimeEdgeError
-from lime_edge.experts import read_expert
-from lime_edge.vectors import CONFIG, WEIGHTS, read_vectors
 
 Make = Callable[..., Path]
 Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]

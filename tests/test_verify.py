@@ -21,17 +21,10 @@ from test_session import SESSION_TARGETS
 from test_variants import make_prompt_adapter
 
 import lime_edge
-from lime_edge.bundle import MANIFEST, Bundle, expert_file, hash_file, read_manifest
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.reference import UnfoldedModel
-from lime_edge.devices import find_device
-from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, LimeEdgeError
-from lime_edge.experts import read_expert
-from lime_edge.export import ExportOptions, export_bundle
-from lime_edge.golden import FILE, choose_columns, read_golden
-from lime_edge.session import Session
-from lime_edge.verify import (
+from lime_edge.bundle.bundle import MANIFEST, Bundle, expert_file, hash_file, read_manifest
+from lime_edge.bundle.experts import read_expert
+from lime_edge.bundle.golden import FILE, choose_columns, read_golden
+from lime_edge.checks.verify import (
     LEAN_SHARE,
     MISSED,
     OK,
@@ -44,6 +37,13 @@ from lime_edge.verify import (
     may_lean,
     verify_bundle,
 )
+from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, LimeEdgeError
+from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.session.decoder import Session
+from lime_edge.targets.devices import find_device
 
 Make = Callable[..., Path]
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
@@ -218,7 +218,7 @@ def test_a_mixture_leans_towards_what_was_mixed_in(tiny_bundle: Make, target: st
         mixed[site.offset : site.offset + site.width] = other[site.offset : site.offset + site.width]
     for compute, limits in TOLERANCES.items():  # nothing else can notice
         monkeypatch.setitem(TOLERANCES, compute, Tolerance(100 * limits.mean, 100.0, 100.0))
-    monkeypatch.setattr("lime_edge.verify.LEAN_SHARE", LEAN_SHARE / 100)
+    monkeypatch.setattr("lime_edge.checks.verify.LEAN_SHARE", LEAN_SHARE / 100)
     assert not verify_bundle(bundle, (target,), threads=1).missed
     put_vector(bundle, "expert1", mixed)
     checks = {check.selection: check for check in verify_bundle(bundle, (target,), threads=1).checks}
@@ -385,14 +385,14 @@ def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest
     """Left out where others can be checked; an error where it was asked for, or where nothing is left."""
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     edit_manifest(bundle, lambda body: body["targets"].update(coreml=body["targets"]["onnx"]))
-    opening = lime_edge.targets.open_session
+    opening = lime_edge.targets.registry.open_session
 
     def refuse(bundle: Bundle, target: str, options: object) -> Session:
         if target == "coreml":
             raise lime_edge.errors.need("coremltools", "coreml")
         return opening(bundle, target, options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("lime_edge.verify.open_session", refuse)
+    monkeypatch.setattr("lime_edge.checks.verify.open_session", refuse)
     checks = [check for check in verify_bundle(bundle, threads=1).checks if check.target == "coreml"]
     assert [(check.selection, check.result) for check in checks] == [("all", UNCHECKED)]
     assert checks[0].why == "the package 'coremltools' is not installed"
@@ -460,7 +460,7 @@ def test_the_summary_counts_what_was_checked(tiny_bundle: Make, tmp_path: Path, 
 
 def test_a_device_verifies_without_torch(tiny_bundle: Make) -> None:
     blocked = "import sys; sys.modules.update(torch=None, transformers=None, onnx=None); "
-    code = blocked + "from lime_edge.cli import main; main()"
+    code = blocked + "from lime_edge.cli.app import main; main()"
     words = [sys.executable, "-c", code, "verify", str(tiny_bundle(quant="int4")), "--threads", "1"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "6 checked, 6 as PyTorch computed them" in done.stdout, done.stderr

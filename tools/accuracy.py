@@ -33,15 +33,15 @@ import torch
 import transformers
 
 import lime_edge
-from lime_edge.bundle import Bundle
-from lime_edge.compiler.checkpoint import Checkpoint, read_checkpoint
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.staging import stage_directory, write_file
+from lime_edge.checks.evaluate import evaluate, read_examples
+from lime_edge.cli.demo import find_backbone
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.rounding import INT8_KINDS
-from lime_edge.demo import find_backbone
-from lime_edge.devices import find_device
-from lime_edge.evaluate import evaluate, read_examples
-from lime_edge.export import ExportOptions, copy_tokenizer, fill_bundle
-from lime_edge.staging import stage_directory, write_file
+from lime_edge.compiler.formats.checkpoint import Checkpoint, read_checkpoint
+from lime_edge.compiler.rounding.model import INT8_KINDS
+from lime_edge.export.decoder import ExportOptions, copy_tokenizer, fill_bundle
+from lime_edge.targets.devices import find_device
 
 EXAMPLES = {"demo": Path("examples/demo_adapter"), "starter": Path("examples/starter_adapter")}
 NAMED = {"demo": "plural", "starter": "movie"}  # which expert stands for --fold NAME

@@ -22,16 +22,16 @@ from transformers import LlamaForCausalLM
 
 import lime_edge
 from lime_edge import terminal
-from lime_edge.compiler.backbone import find_gguf, quiet
+from lime_edge.bundle.experts import Selection
+from lime_edge.checks.evaluate import read_examples
+from lime_edge.cli.demo import find_backbone
 from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.reference import UnfoldedModel
-from lime_edge.demo import find_backbone
-from lime_edge.devices import find_device
-from lime_edge.evaluate import read_examples
-from lime_edge.experts import Selection
-from lime_edge.export import ExportOptions, export_bundle
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.compiler.formats.backbone import find_gguf, quiet
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.devices import find_device
 
 STARTER = Path("examples/starter_adapter")
 ABSOLUTE = RELATIVE = 1e-4

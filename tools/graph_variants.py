@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from lime_edge.compiler.compiled import Branch, CompiledModel
-from lime_edge.exporters.onnx import DecoderWriter
-from lime_edge.exporters.onnx_experts import PinnedExperts, RoutedExperts
-from lime_edge.exporters.onnx_functions import BRANCH_NORM, EXPERT_BRANCH, LARGE, ROUTED_BRANCH, SWIGLU
-from lime_edge.exporters.onnx_graph import Graph
+from lime_edge.compiler.model.compiled import Branch, CompiledModel
+from lime_edge.exporters.onnx.decoder import DecoderWriter
+from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts
+from lime_edge.exporters.onnx.functions import BRANCH_NORM, EXPERT_BRANCH, LARGE, ROUTED_BRANCH, SWIGLU
+from lime_edge.exporters.onnx.graph import Graph
 
 NONE, PINNED, ROUTED = "none", "pinned", "routed"
 FUNCTIONS = (EXPERT_BRANCH, BRANCH_NORM, ROUTED_BRANCH, SWIGLU)

@@ -23,13 +23,13 @@ from graph_variants import VARIANTS, write_variant
 from performance_page import write_page
 
 from lime_edge import terminal
-from lime_edge.bench import describe_machine
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bench.measure import describe_machine
+from lime_edge.bundle.staging import write_file
+from lime_edge.cli.demo import find_backbone
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.demo import find_backbone
-from lime_edge.runtimes.onnx_operators import find_library
-from lime_edge.staging import write_file
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.runtimes.onnx.operators import find_library
 
 ADAPTER = Path("examples/demo_adapter/routed")
 PROFILED = ("branchless", "pinned", "routed")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lime_edge.staging import write_file
+from lime_edge.bundle.staging import write_file
 
 PAGE, RESULTS = Path("docs/performance.md"), Path("docs/performance.json")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from models import make_adapter, make_model  # noqa: E402
 from prebuilt import ADAPTERS, BUNDLES, ODD, name_of, write_golden  # noqa: E402
 
-from lime_edge.compiler.backbone import quiet  # noqa: E402
 from lime_edge.compiler.compile import CompileOptions  # noqa: E402
-from lime_edge.devices import find_device  # noqa: E402
-from lime_edge.export import ExportOptions, export_bundle  # noqa: E402
+from lime_edge.compiler.formats.backbone import quiet  # noqa: E402
+from lime_edge.export.decoder import ExportOptions, export_bundle  # noqa: E402
+from lime_edge.targets.devices import find_device  # noqa: E402
 
 
 def main() -> None:

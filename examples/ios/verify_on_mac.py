@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from lime_edge.bundle import Bundle
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import parse_selection
+from lime_edge.bundle.golden import Golden, read_golden
+from lime_edge.checks.verify import MISSED, find_compute, find_obstacle, judge, run_decoder
 from lime_edge.errors import EXIT_MISMATCH, EXIT_MISSING, LimeEdgeError
-from lime_edge.experts import parse_selection
-from lime_edge.golden import Golden, read_golden
-from lime_edge.runtimes.coreml import COREML, INTERPRETER, ROUNDED, UNITS
-from lime_edge.session import Session, SessionOptions
-from lime_edge.targets import open_session
-from lime_edge.verify import MISSED, find_compute, find_obstacle, judge, run_decoder
+from lime_edge.runtimes.coreml.decoder import COREML, INTERPRETER, ROUNDED, UNITS
+from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.targets.registry import open_session
 
 TARGET = "coreml"
 

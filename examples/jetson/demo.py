@@ -19,12 +19,12 @@ from pathlib import Path
 
 import onnxruntime
 
-from lime_edge.bench import BenchOptions, bench_bundle, time_switches
-from lime_edge.bundle import Bundle
+from lime_edge.bench.measure import BenchOptions, bench_bundle, time_switches
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session, SessionOptions
-from lime_edge.targets import open_session
+from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.registry import open_session
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Print the JSON of lime_edge.bench and nothing else; providers are the bundle's."""
+    """Print the JSON of lime_edge.bench.measure and nothing else; providers are the bundle's."""
     names = arguments.experts.split(",") if arguments.experts else Bundle.open(arguments.bundle).manifest.experts
     print(f"timing {arguments.bundle} with expert {names[0]} ...", file=sys.stderr)
     options = BenchOptions(gen_tokens=arguments.tokens, prompt_tokens=arguments.prompt_tokens)
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="the bundle's default otherwise")
     parser.add_argument("--providers", help="NAME,NAME,... to try in this order, instead of the bundle's")
     parser.add_argument("--install", type=Path, action="append", default=[], metavar="FILE", help="a new expert")
-    parser.add_argument("--bench", action="store_true", help="print the JSON of lime_edge.bench instead")
+    parser.add_argument("--bench", action="store_true", help="print the JSON of lime_edge.bench.measure instead")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of --bench")
     arguments = parser.parse_args()
     try:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lime_edge
-from lime_edge.bench import BenchOptions, bench_bundle, time_switches
-from lime_edge.bundle import Bundle
+from lime_edge.bench.measure import BenchOptions, bench_bundle, time_switches
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.generate import GenerationOptions
-from lime_edge.session import Session
+from lime_edge.session.decoder import Session
+from lime_edge.session.generate import GenerationOptions
 
 # Bits of `vcgencmd get_throttled`; the same ones shifted by 16 mean "has happened since the start".
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Print the JSON of lime_edge.bench and nothing else."""
+    """Print the JSON of lime_edge.bench.measure and nothing else."""
     names = arguments.experts.split(",") if arguments.experts else Bundle.open(arguments.bundle).manifest.experts
     print(f"timing {arguments.bundle} with expert {names[0]} ...", file=sys.stderr)
     options = BenchOptions(gen_tokens=arguments.tokens, prompt_tokens=arguments.prompt_tokens)
@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32, help="to generate at most")
     parser.add_argument("--threads", type=int, help="the bundle's default otherwise: 4 for --device raspberry-pi")
     parser.add_argument("--install", type=Path, action="append", default=[], metavar="FILE", help="a new expert")
-    parser.add_argument("--bench", action="store_true", help="print the JSON of lime_edge.bench instead")
+    parser.add_argument("--bench", action="store_true", help="print the JSON of lime_edge.bench.measure instead")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of --bench")
     arguments = parser.parse_args()
     try:

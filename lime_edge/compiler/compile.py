@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lime_edge.compiler.adapter_checks import PROMPT
-from lime_edge.compiler.calibrate import Calibration
-from lime_edge.compiler.checkpoint import Checkpoint
-from lime_edge.compiler.compiled import EMBEDDING, Branch, CompiledModel, VirtualTokens
-from lime_edge.compiler.fold import fold_embedding, fold_linear, fold_reference
-from lime_edge.compiler.quantize import INT4_GROUP
-from lime_edge.compiler.rounding import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.compiler.formats.adapter_checks import PROMPT
+from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.maths.fold import fold_embedding, fold_linear, fold_reference
+from lime_edge.compiler.maths.quantize import INT4_GROUP
+from lime_edge.compiler.model.compiled import EMBEDDING, Branch, CompiledModel, VirtualTokens
+from lime_edge.compiler.rounding.calibrate import Calibration
+from lime_edge.compiler.rounding.model import INT8_KINDS, KINDS, ROUNDINGS, quantize_model
 from lime_edge.errors import LimeEdgeError
-from lime_edge.sites import SiteTable
 
 QUANTS = {"none": 0, "int8": 8, "int4": 4}
 Progress = Callable[[str, int, int], None]

@@ -19,7 +19,7 @@ from page import NAMES, render
 from prepare import QUANTS, Models, prepare_random, prepare_smollm2
 from scaling import compare_methods
 
-from lime_edge.bench import describe_machine
+from lime_edge.bench.measure import describe_machine
 
 ENGINES = ("ours", "genai", "llama", "torch")
 PARTS = ("decode", "switch", "scaling")
@@ -77,8 +77,8 @@ def prepare(model: str, arguments: argparse.Namespace) -> tuple[Models, dict[str
         return Models(folder), prepare_random(folder, model, engines, tell)
     gguf = arguments.gguf
     if gguf is None:
-        from lime_edge.compiler.backbone import find_gguf
-        from lime_edge.demo import find_backbone
+        from lime_edge.cli.demo import find_backbone
+        from lime_edge.compiler.formats.backbone import find_gguf
 
         gguf = find_gguf(find_backbone())
     return Models(folder), prepare_smollm2(folder, gguf, arguments.bits.split(","), engines, tell)

@@ -12,18 +12,18 @@ import torch
 from transformers import LlamaConfig
 
 from lime_edge import __version__
-from lime_edge.bundle import Manifest
-from lime_edge.compiler.architecture import Decoder, read_decoder
-from lime_edge.compiler.checkpoint import read_checkpoint
+from lime_edge.bundle.bundle import Manifest
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.compiled import Branch, CompiledModel
-from lime_edge.compiler.quantize import QuantizedTensor
-from lime_edge.compiler.routing import RoutingConfig
-from lime_edge.export import complete_bundle
-from lime_edge.sites import SiteTable
-from lime_edge.staging import stage_directory
-from lime_edge.target_options import TargetOptions
-from lime_edge.targets import load_exporter
+from lime_edge.compiler.formats.architecture import Decoder, read_decoder
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.model.compiled import Branch, CompiledModel
+from lime_edge.export.decoder import complete_bundle
+from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.registry import load_exporter
 
 SHAPES = {
     "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8,

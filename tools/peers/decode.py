@@ -161,8 +161,8 @@ def compare(contenders: Sequence[Contender], models: Models, threads: int, plan:
 
 def read_text(models: Models) -> list[int]:
     """A prompt of text in the model's own tokens, for what is compared and not timed; empty without a tokenizer."""
-    from lime_edge.evaluate import read_examples
-    from lime_edge.prompts import TextCodec
+    from lime_edge.bundle.prompts import TextCodec
+    from lime_edge.checks.evaluate import read_examples
 
     if not models.path("hf/tokenizer.json").exists():
         return []

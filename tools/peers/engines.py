@@ -39,9 +39,9 @@ class Ours:
     """A bundle in a session. spec: path, target, selection (None keeps the session's), threads, capacity."""
 
     def __init__(self, spec: Spec):
-        from lime_edge.bundle import Bundle
-        from lime_edge.session import SessionOptions
-        from lime_edge.targets import open_session
+        from lime_edge.bundle.bundle import Bundle
+        from lime_edge.session.decoder import SessionOptions
+        from lime_edge.targets.registry import open_session
 
         options = SessionOptions(spec["threads"], spec["capacity"])
         self.session = open_session(Bundle.open(spec["path"]), "onnx", options)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from lime_edge.compiler.compiled import CompiledModel
-from lime_edge.compiler.interchange import PlainLora, encode_gguf, interleave_rows, write_peft
-from lime_edge.compiler.quantize import QuantizedTensor
+from lime_edge.compiler.formats.interchange import PlainLora, encode_gguf, interleave_rows, write_peft
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.compiled import CompiledModel
 
 
 def write_folder(model: CompiledModel, config: object, directory: Path) -> None:

@@ -84,7 +84,7 @@ def save_graph(proto: Any, nodes: list[Any], inputs: Shapes, file: Path) -> None
 
 def read_widths(bundle: Path) -> dict[str, int]:
     """Output widths of the attention's linears, the model's width and its layers."""
-    from lime_edge.bundle import Bundle
+    from lime_edge.bundle.bundle import Bundle
 
     model = Bundle.open(bundle).manifest.model
     q, k = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
@@ -125,9 +125,9 @@ class Graph:
     def __init__(self, spec: dict[str, Any]):
         from safetensors.numpy import load_file
 
-        from lime_edge.bundle import Bundle
-        from lime_edge.runtimes.onnx import load_graph, make_caches
-        from lime_edge.session import SessionOptions
+        from lime_edge.bundle.bundle import Bundle
+        from lime_edge.runtimes.onnx.decoder import load_graph, make_caches
+        from lime_edge.session.decoder import SessionOptions
 
         bundle = Bundle.open(spec["path"])
         model = bundle.manifest.model

@@ -98,7 +98,7 @@ def write_hf(gguf: Path, directory: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from lime_edge.compiler.backbone import quiet
+    from lime_edge.compiler.formats.backbone import quiet
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -136,7 +136,7 @@ def write_foreign(models: Models, shape: str) -> None:
     from bundles import draw_model, make_config
     from foreign import write_folder, write_gguf, write_loras
 
-    from lime_edge.compiler.architecture import read_decoder
+    from lime_edge.compiler.formats.architecture import read_decoder
 
     config = make_config(shape)
     model = draw_model(read_decoder(config, shape))
@@ -147,7 +147,7 @@ def write_foreign(models: Models, shape: str) -> None:
 
 def write_lora(models: Models, name: str) -> None:
     """The same expert as a plain LoRA: B' = diag(p) B."""
-    from lime_edge.compiler.interchange import export_expert
+    from lime_edge.compiler.formats.interchange import export_expert
 
     form = "gguf" if name.endswith(".gguf") else "peft"
     export_expert(ADAPTER, EXPERT, form, models.path(name), models.path("hf"))

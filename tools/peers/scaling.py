@@ -99,7 +99,7 @@ def prepare_method(models: Models, method: str, count: int, disk: float) -> tupl
 
 def list_files(bundle: Path) -> list[Path]:
     """The files that a bundle's manifest lists, and the manifest; not what was cut out of it for this comparison."""
-    from lime_edge.bundle import MANIFEST, read_manifest
+    from lime_edge.bundle.bundle import MANIFEST, read_manifest
 
     return [bundle / MANIFEST, *(bundle / name for name in read_manifest(bundle).files)]
 
@@ -115,8 +115,8 @@ def copy_bundle(source: Path, output: Path) -> Path:
 
 def grow_bundle(source: Path, output: Path, count: int) -> Path:
     """The bundle with `count` experts, its weights linked, without GenAI's adapters: our runtime does not read them."""
-    from lime_edge.bundle import Bundle, write_bundle
-    from lime_edge.experts import Expert
+    from lime_edge.bundle.bundle import Bundle, write_bundle
+    from lime_edge.bundle.experts import Expert
 
     if output.exists():
         return output

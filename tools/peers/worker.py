@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from engines import Peer, Spec, open_peer
 
-OWN = ("lime_edge.targets", "lime_edge.runtimes.onnx", "safetensors.numpy", "methods")
+OWN = ("lime_edge.targets.registry", "lime_edge.runtimes.onnx.decoder", "safetensors.numpy", "methods")
 IMPORTS = {
     "ours": OWN, "lora": OWN, "prompt": OWN, "genai": ("onnxruntime_genai",), "llama": ("llama_cpp",),
     "torch": ("torch", "transformers", "peft"),

@@ -1,0 +1,184 @@
+"""Core ML: one .mlpackage, the cache as state, the expert as an input, the compiler's own integers as weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lime_edge import __version__
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.compiled import Branch, CompiledModel, VirtualTokens
+from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
+from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, read_minimum, types
+from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
+from lime_edge.exporters.coreml.writer import DecoderWriter
+from lime_edge.targets.options import CoremlOptions, TargetOptions
+
+FILE = "model.mlpackage"
+MAIN, ROUTED = "main", "routed"
+PROVIDERS = ["CoreML", "interpreter"]
+COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
+ROWS = 32  # the cache's length is a multiple of this: the Neural Engine is reported to refuse other states
+Progress = Callable[[str, int, int], None]
+
+
+def export(model: CompiledModel, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+    """Write model.mlpackage: function `main`, and `routed` for a checkpoint with routing, on the same weights.
+
+    Prompt and decode are one function of enumerated lengths: a second one would only leave the head out for all
+    but the last row (a fifth of a prompt's products), and sharing a state between functions is not documented.
+
+    Args:
+        model: compiled; its integers are only re-packed, everything else becomes float16.
+        directory: exists, empty. options: of which coreml is read. progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry.
+    Raises:
+        LimeEdgeError: options out of range, or values beyond float16.
+    """
+    begun, chosen = time.perf_counter(), options.coreml
+    check_options(options, model.quant, model.group)
+    capacity, lengths = choose_lengths(model, chosen)
+    stored = store_as_half(model)
+    peak = find_peak(stored, directory.parent / "tokenizer")  # the staged bundle's
+    graph = Graph(chosen.minimum)
+    routed = model.routing is not None and model.swaps
+    progress("write coreml", 0, 2 + routed)
+    pinned = PinnedExperts(stored, graph) if model.swaps else None
+    write_function(graph, MAIN, stored, pinned, capacity, lengths)
+    progress("write coreml", 1, 2 + routed)
+    if routed:
+        assert stored.routing is not None
+        write_function(graph, ROUTED, stored, RoutedExperts(stored, graph, stored.routing), capacity, lengths)
+        progress("write coreml", 2, 2 + routed)
+    path = directory / FILE
+    graph.save(path, describe(model))
+    progress("write coreml", 2 + routed, 2 + routed)
+    return {
+        "file": f"coreml/{FILE}", "routed": ROUTED if routed else None, "providers": PROVIDERS,
+        "minimum": chosen.minimum, "compute_units": chosen.compute_units, "coremltools": ct.__version__,
+        "expert_input": model.swaps, "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
+        "layers": len(model.decoder.layers), "max_length": capacity, "lengths": list(lengths),
+        "operations": count_operations(graph), "compute": "float16", "peak": asdict(peak) | {"limit": LIMIT},
+        "weight_hash": model.weight_hash(),
+        "bytes": measure_package(path), "seconds": round(time.perf_counter() - begun, 1),
+    }  # fmt: skip
+
+
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse what Core ML has no word for, before anything is compiled.
+
+    Args:
+        options: of which coreml is read. quant, group: not read, every width and group can be written.
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    chosen = options.coreml
+    check_package_options(chosen)
+    if chosen.max_length < 1:
+        raise LimeEdgeError(f"--max-seq-len: for Core ML expected at least 1, found {chosen.max_length}",
+                            "prompt and answer have to fit into it; 1024 is the default")  # fmt: skip
+
+
+def check_package_options(options: CoremlOptions) -> None:
+    """What decoders and encoders have in common.
+
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    if options.compute_units not in COMPUTE_UNITS:
+        raise LimeEdgeError(f"--compute-units: expected {' or '.join(COMPUTE_UNITS)}, found {options.compute_units!r}",
+                            "all leaves the choice to Core ML")  # fmt: skip
+    read_minimum(options.minimum)
+    if not options.prompt_lengths or min(options.prompt_lengths) < 1:
+        found = ",".join(map(str, options.prompt_lengths))
+        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {found!r}", "for example 32,128")
+
+
+def choose_lengths(model: CompiledModel, options: CoremlOptions) -> tuple[int, tuple[int, ...]]:
+    """Rows of the cache, a multiple of ROWS that holds the context asked for; and input lengths, 1 among them."""
+    capacity = -(-min(options.max_length, model.decoder.context) // ROWS) * ROWS
+    fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
+    return capacity, tuple(sorted({1} | fitting))
+
+
+def store_as_half(model: CompiledModel) -> CompiledModel:
+    """The model as the package holds it: every float rounded to float16 (kept as float32), integers as they are.
+
+    Raises:
+        LimeEdgeError: a value beyond float16.
+    """
+    with Faults("Core ML export", "float16 holds values up to 65504") as faults:
+
+        def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            rounded = tensor.half().float()
+            if not torch.isfinite(rounded).all():
+                faults.add(name, "at most 65504", f"{tensor.abs().max():.6g}")
+            return rounded
+
+        weights = {name: t if isinstance(t, QuantizedTensor) else half(name, t) for name, t in model.weights.items()}
+        vectors = {name: half(name, tensor) for name, tensor in model.vectors.items()}
+        branches = {
+            name: Branch(None if b.a is None else half(f"{name}.A", b.a),
+                         None if b.b is None else half(f"{name}.B", b.b), b.rows)
+            for name, b in model.branches.items()
+        }  # fmt: skip
+        for name, vector in model.experts.items():  # its residual is what the program is given
+            half(f"expert {name}", vector.float() - model.reference)
+        virtual = model.virtual
+        if virtual is not None:
+            projection = None if virtual.input_proj is None else half("input_proj", virtual.input_proj)
+            virtual = VirtualTokens(half("prompt base", virtual.base), half("prompt delta", virtual.delta),
+                                    half("prompt", virtual.original), virtual.conditioning, projection)  # fmt: skip
+    return replace(model, weights=weights, vectors=vectors, branches=branches, virtual=virtual)
+
+
+def write_function(graph: Graph, name: str, model: CompiledModel, experts: PinnedExperts | RoutedExperts | None,
+                   capacity: int, lengths: Sequence[int]) -> None:  # fmt: skip
+    """Write `main` or `routed`: input_ids (1, S), position (1,), length (1,), expert (sum_H,) where it is pinned."""
+    c, pinned = model.decoder, isinstance(experts, PinnedExperts)
+    single = len(lengths) == 1  # coremltools enumerates two shapes at least
+    inputs = {"input_ids": mb.TensorSpec((1, lengths[0] if single else get_new_symbol()), dtype=types.int32),
+              "position": mb.TensorSpec((1,), dtype=types.int32), "length": mb.TensorSpec((1,), dtype=types.int32)}
+    first = (1, lengths[0])
+    shape = first if single else ct.EnumeratedShapes([(1, length) for length in lengths], default=first)
+    shapes = [ct.TensorType("input_ids", shape, np.int32), ct.TensorType("position", (1,), np.int32),
+              ct.TensorType("length", (1,), np.int32)]  # fmt: skip
+    if pinned:
+        inputs["expert"] = mb.TensorSpec((model.sites.total,), dtype=types.fp16)
+        shapes.append(ct.TensorType("expert", (model.sites.total,), np.float16))
+    for layer in range(len(c.layers)):
+        for kind in ("keys", "values"):
+            rows = (1, c.kv_heads, capacity, c.head_dim)
+            inputs[f"{kind}_{layer}"] = mb.StateTensorSpec(rows, dtype=types.fp16)
+    writer = DecoderWriter(model, graph, experts, capacity, max(lengths))
+
+    def body(ids: Var, position: Var, length: Var, *rest: Var) -> list[tuple[str, Var]]:
+        states = list(rest[pinned:])
+        return [("logits", writer.write(ids, position, length, rest[0] if pinned else None, states))]
+
+    graph.write_function(name, inputs, shapes, body)
+
+
+def describe(model: CompiledModel) -> dict[str, str]:
+    """Metadata of the package."""
+    kind = f"single expert {model.single}" if model.single else f"{len(model.experts)} experts"
+    return {
+        "author": "lime_edge", "license": "that of the backbone and of the adapter", "version": __version__,
+        "description": f"{model.decoder.family} decoder with a LiME adapter ({kind}), {model.quant}",
+        "experts": ",".join(model.experts), "fingerprint": model.fingerprint, "sites": model.sites.hash,
+        "fold": model.fold, "quant": model.quant, "variant": model.variant,
+    }  # fmt: skip
+
+
+def count_operations(graph: Graph) -> int:
+    """Operations of `main` that compute something."""
+    return sum(op.op_type != "const" and not op.op_type.startswith("constexpr")
+               for op in graph.program.functions[MAIN].operations)  # fmt: skip

@@ -1,0 +1,298 @@
+"""Core ML for encoders and vision models: torch.export on the compiled module, our integers go in as they are.
+
+Text comes as one sequence in an enumerated length, padded by its mask; pixels as one image. A routed call weighs over
+everything it is given, so the function `routed` takes any length and batch instead of padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lime_edge import __version__
+from lime_edge.compiler.compile_encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
+from lime_edge.compiler.formats.encoder import Input, make_sample
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.encoder_layers import Product, Stored, Table
+from lime_edge.errors import LimeEdgeError
+from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED, check_package_options
+from lime_edge.exporters.coreml.graph import INT4, ct, mb, measure_package, read_minimum, save_package, silent
+from lime_edge.targets.options import TargetOptions
+
+EXPERT, MASK = "expert", "attention_mask"
+UNSEEN = -30000.0  # added to the scores of padding; float16 holds it
+LONGEST = 512  # tokens of a text model whose context says nothing
+BATCH = 32  # largest batch of a routed call
+Progress = Callable[[str, int, int], None]
+
+
+def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+    """Write model.mlpackage: `main`, and `routed` where the checkpoint routes, on the same weights.
+
+    Args:
+        compiled: its integers are only re-packed, everything else becomes float16.
+        directory: exists, empty. options: of which coreml is read. progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry.
+    Raises:
+        LimeEdgeError: options out of range, or a model that coremltools cannot convert.
+    """
+    begun, chosen = time.perf_counter(), options.coreml
+    check_options(options, compiled.options.quant, compiled.options.group)
+    minimum, module = read_minimum(chosen.minimum), compiled.module
+    lengths, longest = choose_lengths(compiled, chosen.prompt_lengths), find_context(compiled)
+    takes_expert, routed = compiled.single is None, compiled.routing is not None
+    progress("write coreml", 0, 1 + routed)
+    with tempfile.TemporaryDirectory() as folder, module.replace_products(pack_product), silent():
+        parts = [Path(folder) / f"{MAIN}.mlpackage"]
+        convert(module, lengths, longest, takes_expert, minimum).save(str(parts[0]))
+        progress("write coreml", 1, 1 + routed)
+        if routed:
+            parts.append(Path(folder) / f"{ROUTED}.mlpackage")
+            module.use_routing(True)
+            try:
+                convert(module, None, longest, False, minimum).save(str(parts[1]))
+            finally:
+                module.use_routing(False)
+            progress("write coreml", 2, 2)
+        join(parts, Path(folder) / FILE)
+        whole = ct.models.MLModel(str(Path(folder) / FILE), skip_model_load=True)
+        save_package(whole, directory / FILE, describe(compiled))
+    return {
+        "file": f"coreml/{FILE}", "routed": ROUTED if routed else None, "providers": PROVIDERS,
+        "minimum": chosen.minimum, "compute_units": chosen.compute_units, "coremltools": ct.__version__,
+        "expert_input": takes_expert, "lengths": list(lengths), "compute": "float16",
+        "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in module.inputs],
+        "outputs": list(module.outputs), "weight_hash": compiled.weight_hash(),
+        "bytes": measure_package(directory / FILE), "seconds": round(time.perf_counter() - begun, 1),
+    }  # fmt: skip
+
+
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Refuse what Core ML has no word for, before anything is compiled.
+
+    Args:
+        options: of which coreml is read, but for max_length: an encoder has no cache. quant, group: not read, every
+            width and group can be written.
+    Raises:
+        LimeEdgeError: unknown compute units or oldest system, no positive length.
+    """
+    check_package_options(options.coreml)
+
+
+def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Enumerated lengths of a text: those asked for that the context holds, and the context itself; () for pixels."""
+    if not any("sequence" in entry.shape for entry in compiled.module.inputs):
+        return ()
+    context = find_context(compiled)
+    return tuple(sorted({length for length in wanted if length < context} | {context}))
+
+
+def find_context(compiled: CompiledEncoder) -> int:
+    """Tokens of the longest text: what the position table holds, less a padding row, LONGEST at most."""
+    config = compiled.checkpoint.backbone.config
+    positions = [m for n, m in compiled.module.model.named_modules() if n.endswith("position_embeddings")]
+    padding = max((getattr(m, "padding_idx", None) or -1) + 1 for m in positions) if positions else 0
+    return min(LONGEST, int(getattr(config, "max_position_embeddings", LONGEST)) - padding)
+
+
+# our products, as operations of torch that coremltools is told to translate
+
+
+@torch.library.custom_op("lime_edge::code_product", mutates_args=())
+def code_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """x W^T + bias with W = codes * scales: (..., K) to (..., N)."""
+    return torch.nn.functional.linear(x, _expand(codes, scales), bias)
+
+
+@torch.library.custom_op("lime_edge::code_rows", mutates_args=())
+def code_rows(ids: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Rows of a table of codes: (...) to (..., H)."""
+    return torch.nn.functional.embedding(ids, _expand(codes, scales))
+
+
+@code_product.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@code_rows.register_fake
+def _(ids: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    return scales.new_empty(*ids.shape, codes.shape[1])
+
+
+def _expand(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+
+
+def _register() -> None:
+    """Teach coremltools the two operations: a constexpr of our integers, then its own product or lookup."""
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+
+    def weight(codes: Any, scales: Any, bits: Any) -> Any:
+        data = codes.val.astype(INT4 if bits.val == 4 else np.int8)
+        return mb.constexpr_blockwise_shift_scale(data=data, scale=scales.val.astype(np.float16))
+
+    def product(context: Any, node: Any) -> None:
+        x, codes, scales, bias, bits = _get_inputs(context, node, expected=5)
+        half = None if bias is None else bias.val.astype(np.float16)
+        y = mb.linear(x=mb.cast(x=x, dtype="fp16"), weight=weight(codes, scales, bits), bias=half)
+        context.add(mb.cast(x=y, dtype="fp32", name=node.name), torch_name=node.name)
+
+    def rows(context: Any, node: Any) -> None:
+        ids, codes, scales, bits = _get_inputs(context, node, expected=4)
+        y = mb.gather(x=weight(codes, scales, bits), indices=ids, axis=0)
+        context.add(mb.cast(x=y, dtype="fp32", name=node.name), torch_name=node.name)
+
+    def choose(context: Any, node: Any) -> None:
+        cond, a, b = _get_inputs(context, node, expected=3)
+        other = mb.const(val=np.float32(np.clip(b.val, UNSEEN, -UNSEEN)))
+        context.add(mb.select(cond=cond, a=a, b=other, name=node.name), torch_name=node.name)
+
+    def pass_on(context: Any, node: Any) -> None:
+        context.add(_get_inputs(context, node)[0], torch_name=node.name)
+
+    register_torch_op(product, torch_alias=["lime_edge::code_product"], override=True)
+    register_torch_op(rows, torch_alias=["lime_edge::code_rows"], override=True)
+    register_torch_op(choose, torch_alias=["where.scalarother"], override=True)
+    register_torch_op(pass_on, torch_alias=["alias"], override=True)
+
+
+class CodeProduct(nn.Module):
+    """A product over the compiler's integers."""
+
+    def __init__(self, stored: QuantizedTensor, bias: Tensor | None):
+        super().__init__()
+        self.bits, self.bias = stored.bits, bias
+        self.codes, self.scales = nn.Buffer(stored.codes), nn.Buffer(stored.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N)."""
+        return torch.ops.lime_edge.code_product(x, self.codes, self.scales, self.bias, self.bits)
+
+
+class CodeTable(nn.Module):
+    """Rows of a table of the compiler's integers."""
+
+    def __init__(self, stored: QuantizedTensor):
+        super().__init__()
+        self.bits = stored.bits
+        self.codes, self.scales = nn.Buffer(stored.codes), nn.Buffer(stored.scales)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) to (..., H)."""
+        return torch.ops.lime_edge.code_rows(ids, self.codes, self.scales, self.bits)
+
+
+def pack_product(product: Product | Table) -> nn.Module:
+    """A layer's product over integers; float32 ones stay."""
+    stored: Stored = product.stored
+    if not isinstance(stored, QuantizedTensor):
+        return product
+    return CodeTable(stored) if isinstance(product, Table) else CodeProduct(stored, product.bias)
+
+
+class Traced(nn.Module):
+    """The module as a function of exactly the package's inputs; its mask is added to scores, not turned into one."""
+
+    def __init__(self, module: EncoderModule, takes_expert: bool):
+        super().__init__()
+        self.whole, self.takes_expert = module, takes_expert
+        self.bare = copy.copy(module)  # the same layers
+        self.bare.pooling = None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs; a program without an expert input gets zeros, which nothing reads."""
+        whole = self.whole
+        inputs = {entry.name: x for entry, x in zip(whole.inputs, tensors, strict=False)}
+        mask = inputs.get(MASK)
+        if mask is not None:
+            inputs[MASK] = (1.0 - mask.float())[:, None, None, :] * UNSEEN
+        expert = tensors[-1] if self.takes_expert else torch.zeros(whole.sites.total)
+        found = self.bare.compute(inputs, expert)
+        if whole.pooling is not None:
+            assert mask is not None
+            found[SENTENCE] = pool(found["last_hidden_state"], mask.float(), whole.pooling)
+        return tuple(found[name] for name in whole.outputs)
+
+
+def convert(module: EncoderModule, lengths: tuple[int, ...] | None, longest: int, takes_expert: bool,
+            minimum: Any) -> Any:  # fmt: skip
+    """One function as a coremltools model.
+
+    Args:
+        lengths: enumerated, with a batch of one; None takes any length and batch.
+        longest: tokens of the longest text.
+    Raises:
+        LimeEdgeError: torch or coremltools refuses the model.
+    """
+    _register()
+    sample = [t.int() if t.dtype == torch.int64 else t for t in make_sample(module.inputs).values()]
+    sample = sample if lengths is None else [tensor[:1] for tensor in sample]
+    sizes = {"batch": torch.export.Dim("batch", min=1, max=BATCH),
+             "sequence": torch.export.Dim("sequence", min=1, max=longest)}  # fmt: skip
+    if lengths is not None:
+        sizes.pop("batch")
+    axes: list[Any] = [{i: sizes[n] for i, n in enumerate(entry.shape) if n in sizes} for entry in module.inputs]
+    inputs = [describe_input(entry, lengths, longest) for entry in module.inputs]
+    if takes_expert:
+        sample, axes = [*sample, torch.zeros(module.sites.total)], [*axes, None]
+        inputs.append(ct.TensorType(EXPERT, (module.sites.total,), np.float16))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(Traced(module, takes_expert), tuple(sample), dynamic_shapes=(tuple(axes),))
+        return ct.convert(program.run_decompositions({}), inputs=inputs, minimum_deployment_target=minimum,
+                          outputs=[ct.TensorType(name, dtype=np.float16) for name in module.outputs],
+                          skip_model_load=True)  # fmt: skip
+    except (NotImplementedError, ValueError, RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LimeEdgeError(f"Core ML export: {type(module.model).__name__} cannot be converted: {first}",
+                            "--target onnx takes every encoder") from error  # fmt: skip
+
+
+def describe_input(entry: Input, lengths: tuple[int, ...] | None, longest: int) -> Any:
+    """An input as coremltools is told of it."""
+    dtype = np.int32 if entry.dtype == "int64" else np.float16
+    if lengths is None:
+        ranges = {"batch": ct.RangeDim(1, BATCH), "sequence": ct.RangeDim(1, longest)}
+        shape = [ranges[size] if isinstance(size, str) else size for size in entry.shape]
+        return ct.TensorType(entry.name, ct.Shape(shape), dtype)
+    if "sequence" not in entry.shape:
+        return ct.TensorType(entry.name, (1, *entry.shape[1:]), dtype)
+    if len(lengths) == 1:  # coremltools enumerates two shapes at least
+        return ct.TensorType(entry.name, (1, *lengths), dtype)
+    return ct.TensorType(entry.name, ct.EnumeratedShapes([(1, length) for length in lengths]), dtype)
+
+
+def join(parts: list[Path], path: Path) -> None:
+    """One package of all functions, weights stored once."""
+    if len(parts) == 1:
+        parts[0].rename(path)
+        return
+    functions = ct.utils.MultiFunctionDescriptor()
+    for part in parts:
+        functions.add_function(str(part), src_function_name="main", target_function_name=part.stem)
+    functions.default_function_name = MAIN
+    ct.utils.save_multifunction(functions, str(path))
+
+
+def describe(compiled: CompiledEncoder) -> dict[str, str]:
+    """Metadata of the package."""
+    backbone, options = compiled.checkpoint.backbone, compiled.options
+    kind = f"single expert {compiled.single}" if compiled.single else f"{len(compiled.experts)} experts"
+    return {
+        "author": "lime_edge", "license": "that of the backbone and of the adapter", "version": __version__,
+        "description": f"{type(backbone.model).__name__} with a LiME adapter ({kind}), {options.quant}",
+        "experts": ",".join(compiled.experts), "fingerprint": compiled.fingerprint, "sites": compiled.sites.hash,
+        "fold": options.fold, "quant": options.quant, "variant": compiled.checkpoint.adapter.variant,
+    }  # fmt: skip

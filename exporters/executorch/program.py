@@ -1,0 +1,320 @@
+"""A CompiledModel as one method for ExecuTorch: static cache, dynamic prompt length, the expert as an input.
+
+Between two attentions everything is one XNNPACK subgraph. What XNNPACK does not take with a dynamic length
+(slices, means) is therefore written as products, or done once a layer on q, k and v together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  registers update_cache, custom_sdpa
+from torch import Tensor, nn
+
+from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel, Group, GroupBranch
+from lime_edge.compiler.model.decoder import ACTIVATIONS
+from lime_edge.compiler.model.multiplier import Multiplier
+from lime_edge.exporters.executorch.prompt import VirtualPrompt
+from lime_edge.exporters.executorch.weights import Product, Table
+
+HIDDEN_SCORE = -1e30  # of a key outside the window: finite, so that a tile with no visible key makes no NaN
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a program is made for, in tokens.
+
+    cache: positions held, virtual tokens included; prompt: most tokens of one call; rows: most positions whose
+    logits one call gives.
+    """
+
+    cache: int
+    prompt: int
+    rows: int
+
+
+@dataclass
+class Call:
+    """What every layer of one call reads.
+
+    start: tokens in the cache before. cos, sin: (1, S, heads + 2 kv_heads, D), neutral for values. masks: by
+    window, (S, cache). expert: the residual's pieces by offset; None routes.
+    """
+
+    start: int
+    cos: Tensor
+    sin: Tensor
+    expert: dict[int, Tensor] | None
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Norm(nn.Module):
+    """RMSNorm whose mean is a product, which XNNPACK takes and `mean` not. Source: arXiv 1910.07467 eq. 4."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Buffer(weight), eps
+        self.mean = nn.Buffer(torch.full((1, weight.numel()), 1.0 / weight.numel()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every query and key head, values left as they are: one call for all heads of a layer."""
+
+    def __init__(self, query: Tensor, key: Tensor, heads: int, kv_heads: int, eps: float):
+        super().__init__()
+        width, self.eps = query.numel(), eps
+        rows = [query.expand(heads, -1), key.expand(kv_heads, -1), torch.zeros(kv_heads, width)]
+        self.weight = nn.Buffer(torch.cat(rows).contiguous())
+        keep = torch.zeros(heads + 2 * kv_heads, width)
+        keep[heads + kv_heads :] = 1.0
+        self.keep = nn.Buffer(keep)
+        self.mean = nn.Buffer(torch.full((1, width), 1.0 / width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (1, S, heads + 2 kv_heads, D)."""
+        scale = torch.rsqrt(F.linear(x * x, self.mean) + self.eps)
+        return x * (scale * self.weight + self.keep)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """The MLP's activation. XNNPACK computes every gelu with erf, so the one with tanh is written out.
+
+    Source: arXiv 1606.08415, section 2; executorch 1.5.1, backends/xnnpack/operators/op_gelu.py.
+    """
+    if name == "gelu_pytorch_tanh":
+        inner = (2.0 / math.pi) ** 0.5 * (x + 0.044715 * (x * x * x))
+        return 0.5 * x * (1.0 + torch.tanh(inner))
+    return ACTIVATIONS[name](x)
+
+
+def list_groups(model: CompiledModel, layer: int) -> dict[str, Group]:
+    """The products of a layer: q, k and v in one; gate and up apart, so that nothing must be split afterwards."""
+    groups = model.groups(layer)
+    pair = groups.pop("gate_up")
+    members = {kind: Group((n,), (w,)) for kind, n, w in zip(("gate", "up"), pair.names, pair.widths, strict=True)}
+    return groups | members
+
+
+def list_branches(model: CompiledModel) -> list[GroupBranch]:
+    """The branches of the embedding and of every layer's products."""
+    groups = [model.embedding_group]
+    for layer in range(len(model.decoder.layers)):
+        groups += list_groups(model, layer).values()
+    return [branch for branch in map(model.group_branch, groups) if branch is not None]
+
+
+class Cut(nn.Module):
+    """The flat residual (sum_H,), cut once for the whole program."""
+
+    def __init__(self, branches: list[GroupBranch], total: int):
+        super().__init__()
+        self.sizes: list[int] = []
+        self.offsets: list[int | None] = []
+        end = 0
+        for offset, width in sorted(run for branch in branches for run in branch.find_runs()):
+            self._add(None, offset - end)
+            self._add(offset, width)
+            end = offset + width
+        self._add(None, total - end)
+
+    def _add(self, offset: int | None, width: int) -> None:
+        if width:
+            self.offsets.append(offset)
+            self.sizes.append(width)
+
+    def forward(self, expert: Tensor) -> dict[int, Tensor]:
+        """Pieces by offset."""
+        pieces = expert.split_with_sizes(self.sizes) if len(self.sizes) > 1 else (expert,)
+        return {offset: piece for offset, piece in zip(self.offsets, pieces, strict=True) if offset is not None}
+
+
+class Branch(nn.Module):
+    """What a group's branch is multiplied with: pieces of the residual, or routed weights times the bank."""
+
+    def __init__(self, model: CompiledModel, branch: GroupBranch, routed: bool):
+        super().__init__()
+        self.parts, self.gaps, self.adds = branch.parts, branch.gaps, branch.a is not None
+        self.first = min(part.site.offset for part in branch.parts if part.site is not None)
+        self.route = Multiplier(model, branch) if routed else None
+        rest = [part.width - part.adapted for part in branch.parts]
+        self.fills = nn.ParameterList([nn.Parameter(torch.full((n,), float(not self.adds)), False) for n in rest])
+
+    def forward(self, y: Tensor, delta: Tensor, expert: dict[int, Tensor] | None) -> Tensor:
+        """(N,) pinned, (1, S, N) routed. y: before the residual (SliceFine: before the bias)."""
+        if self.route is not None:
+            return self.route(y, delta, None)
+        assert expert is not None
+        if not self.gaps:
+            return expert[self.first]
+        pieces: list[Tensor] = []
+        for part, fill in zip(self.parts, self.fills, strict=True):
+            pieces += [expert[part.site.offset]] if part.site is not None else []
+            pieces += [fill] if fill.numel() else []
+        return torch.cat(pieces)
+
+
+class Projection(nn.Module):
+    """A group of linears on one input as one product, with what the expert does to it (decoder.Projection)."""
+
+    def __init__(self, model: CompiledModel, group: Group, routed: bool):
+        super().__init__()
+        branch, bias = (model.group_branch(group) if model.swaps else None), model.group_bias(group)
+        scales = branch is not None and branch.a is None  # SliceFine: the bias comes after the multiplier
+        self.product = Product([model.weights[f"{name}.weight"] for name in group.names], None if scales else bias)
+        self.bias = nn.Buffer(bias) if scales and bias is not None else None
+        self.branch = None if branch is None else Branch(model, branch, routed)
+        self.a = nn.Buffer(branch.a) if branch is not None and branch.a is not None else None
+        self.b = nn.Buffer(branch.b) if branch is not None and branch.b is not None else None
+
+    def forward(self, x: Tensor, expert: dict[int, Tensor] | None) -> Tensor:
+        """x: (1, S, D) -> (1, S, N)."""
+        y = self.product(x)
+        if self.branch is None:
+            return y
+        if self.a is None or self.b is None:
+            y = y * self.branch(y, y, expert)
+            return y if self.bias is None else y + self.bias
+        delta = F.linear(F.linear(x, self.a), self.b)
+        return y + self.branch(y, delta, expert) * delta
+
+
+class Embedding(nn.Module):
+    """The token table with what the expert does to it (decoder.Embedding)."""
+
+    def __init__(self, model: CompiledModel, routed: bool):
+        super().__init__()
+        branch = model.group_branch(model.embedding_group) if model.swaps else None
+        self.table = Table(model.weights[f"{EMBEDDING}.weight"])
+        self.branch = None if branch is None else Branch(model, branch, routed)
+        self.a = nn.Buffer(branch.a) if branch is not None and branch.a is not None else None
+        self.b = nn.Buffer(branch.b) if branch is not None and branch.b is not None else None
+
+    def forward(self, ids: Tensor, expert: dict[int, Tensor] | None) -> Tensor:
+        """ids: (1, S) int64 -> (1, S, hidden)."""
+        y = self.table(ids)
+        if self.branch is None:
+            return y
+        if self.a is None or self.b is None:
+            return y * self.branch(y, y, expert)
+        delta = F.linear(F.embedding(ids, self.a), self.b)
+        return y + self.branch(y, delta, expert) * delta
+
+
+class Block(nn.Module):
+    """One decoder layer over its own cache."""
+
+    def __init__(self, model: CompiledModel, index: int, cache: int, routed: bool):
+        super().__init__()
+        c = self.config = model.decoder
+        self.rope, self.window = c.layers[index].rope, c.layers[index].window
+        prefix, groups = f"model.layers.{index}.", list_groups(model, index)
+        self.qkv, self.o, self.gate, self.up, self.down = (
+            Projection(model, groups[kind], routed) for kind in ("qkv", "o", "gate", "up", "down")
+        )
+        self.input_norm = Norm(model.vectors[f"{prefix}input_layernorm.weight"], c.norm_eps)
+        self.post_norm = Norm(model.vectors[f"{prefix}post_attention_layernorm.weight"], c.norm_eps)
+        self.head_norm = None
+        if c.qk_norm:
+            query, key = (model.vectors[f"{prefix}self_attn.{kind}_norm.weight"] for kind in "qk")
+            self.head_norm = HeadNorm(query, key, c.heads, c.kv_heads, c.norm_eps)
+        turn = torch.zeros(c.head_dim, c.head_dim)  # F.linear(x, turn): minus the second half, then the first
+        half = c.head_dim // 2
+        turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
+        self.turn = nn.Buffer(turn)
+        self.register_buffer("k_cache", torch.zeros(1, cache, c.kv_heads, c.head_dim))
+        self.register_buffer("v_cache", torch.zeros(1, cache, c.kv_heads, c.head_dim))
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """x: (1, S, hidden) -> the same shape."""
+        x = x + self.o(self.attend(self.qkv(self.input_norm(x), call.expert), call), call.expert)
+        h = self.post_norm(x)
+        gated = activate(self.config.activation, self.gate(h, call.expert)) * self.up(h, call.expert)
+        return x + self.down(gated, call.expert)
+
+    def attend(self, qkv: Tensor, call: Call) -> Tensor:
+        """Causal grouped-query attention over the cache. qkv: (1, S, N) -> (1, S, heads * D)."""
+        c = self.config
+        x = qkv.view(1, -1, c.heads + 2 * c.kv_heads, c.head_dim)  # with -1 XNNPACK takes it, with a length not
+        if self.head_norm is not None:
+            x = self.head_norm(x)
+        if self.rope:
+            x = x * call.cos + F.linear(x, self.turn) * call.sin
+        query, key, value = x.split_with_sizes([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        ops, scale = torch.ops.llama, c.head_dim**-0.5
+        k_cache, v_cache = self.get_buffer("k_cache"), self.get_buffer("v_cache")
+        ops.update_cache(key, k_cache, call.start)
+        ops.update_cache(value, v_cache, call.start)
+        mask = None if self.window is None else call.masks[self.window]
+        out = ops.custom_sdpa(query, k_cache, v_cache, call.start, mask, 0.0, mask is None, scale)
+        return out.view(1, qkv.shape[1], c.heads * c.head_dim)
+
+
+class DecoderProgram(nn.Module):
+    """The method `forward` of a language model.
+
+    Args:
+        model: compiled. sizes: of the static cache and of one call. routed: weigh the checkpoint's experts per
+            token and site instead of taking a residual.
+    """
+
+    def __init__(self, model: CompiledModel, sizes: Sizes, routed: bool = False):
+        super().__init__()
+        c = self.config = model.decoder
+        self.sizes, self.takes_expert = sizes, model.swaps and not routed
+        self.cut = Cut(list_branches(model), model.sites.total) if self.takes_expert else None
+        self.embedding = Embedding(model, routed)
+        self.virtual = VirtualPrompt(model, routed) if model.virtual is not None else None
+        self.blocks = nn.ModuleList(Block(model, i, sizes.cache, routed) for i in range(len(c.layers)))
+        self.norm = Norm(model.vectors["model.norm.weight"], c.norm_eps)
+        self.head = Product([model.weights[model.head_name]])
+        cos, sin = c.rope_tables(sizes.cache)
+        self.cos, self.sin = nn.Buffer(torch.cat([cos, cos], -1)), nn.Buffer(torch.cat([sin, sin], -1))
+        turned = torch.zeros(c.heads + 2 * c.kv_heads, 1)
+        turned[: c.heads + c.kv_heads] = 1.0
+        self.turned, self.kept = nn.Buffer(turned), nn.Buffer(1.0 - turned)
+
+    def forward(self, ids: Tensor, pos: Tensor, rows: Tensor, expert: Tensor | None = None) -> Tensor:
+        """Logits of the positions `rows` of this call.
+
+        Args:
+            ids: (1, S) int64; ids from `vocab` on are the virtual tokens. pos: (1,) int64, tokens in the cache.
+            rows: (K,) int64, in 0..S-1. expert: the residual d (sum_H,) float32; None routes, or there is none.
+        Returns:
+            (1, K, vocab) float32.
+        """
+        start, length = cast(int, pos[0].item()), ids.shape[1]
+        torch._check(start >= 0)
+        torch._check(start < self.sizes.cache)
+        torch._check(start + length <= self.sizes.cache)
+        pieces = self.cut(expert) if self.cut is not None and expert is not None else None
+        x = self.embed(ids, expert, pieces)
+        call = self.prepare(start, length, pieces)
+        for block in self.blocks:
+            x = block(x, call)
+        return self.head(self.norm(x.index_select(1, rows)))
+
+    def embed(self, ids: Tensor, expert: Tensor | None, pieces: dict[int, Tensor] | None) -> Tensor:
+        """(1, S, hidden), virtual tokens put in where there are any."""
+        if self.virtual is None:
+            return self.embedding(ids, pieces)
+        real = (ids < self.config.vocab).unsqueeze(-1)
+        return self.virtual(ids, self.embedding(ids.clamp(max=self.config.vocab - 1), pieces), real, expert)
+
+    def prepare(self, start: int, length: int, pieces: dict[int, Tensor] | None) -> Call:
+        """Rotations and masks, once for all layers."""
+        positions = torch.arange(length) + start
+        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self.cos, self.sin))
+        call = Call(start, (cos * self.turned + self.kept).unsqueeze(0), (sin * self.turned).unsqueeze(0), pieces)
+        for window in {layer.window for layer in self.config.layers if layer.window is not None}:
+            distance = positions[:, None] - torch.arange(self.sizes.cache)[None, :]
+            seen = (distance >= 0) & (distance < window)
+            call.masks[window] = torch.where(seen, 0.0, HIDDEN_SCORE)
+        return call

@@ -1,0 +1,237 @@
+"""ONNX for encoders and vision models: torch's exporter traces the compiled module, our integers go in as they are.
+
+Two graphs share one weight file: `model.onnx` takes the expert's residual as an input, `routed.onnx` weighs
+the checkpoint's experts itself, so that the pinned graph pays nothing for routing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lime_edge import __version__
+from lime_edge.compiler.compile_encoder import CompiledEncoder, EncoderModule
+from lime_edge.compiler.formats.encoder import make_sample
+from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.encoder_layers import Product, Table
+from lime_edge.errors import LimeEdgeError
+from lime_edge.exporters.onnx.graph import ALIGNMENT, INLINE_BYTES, MICROSOFT, OPSET
+from lime_edge.exporters.onnx.weights import pack_weight
+from lime_edge.exporters.silence import silence
+from lime_edge.targets.options import TargetOptions
+
+FILE, ROUTED, EXPERT = "model.onnx", "routed.onnx", "expert"
+PREFIX = "module.model."  # where the tracer finds the transformers model
+ACCURACY_LEVEL = 4  # MatMulNBits computes with int8 activations in blocks, as in the decoders' graph
+Progress = Callable[[str, int, int], None]
+
+
+def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+    """Write model.onnx, routed.onnx where the checkpoint routes, and model.onnx.data.
+
+    Args:
+        compiled: its integers are only re-packed. directory: exists, empty.
+        options: none of them is ONNX's. progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry.
+    Raises:
+        LimeEdgeError: torch's exporter does not take the model.
+    """
+    weights = WeightFile(directory / f"{FILE}.data")
+    weights.path.touch()
+    metadata = {"fingerprint": compiled.fingerprint, "fold": compiled.options.fold, "quant": compiled.options.quant}
+    takes_expert = compiled.single is None
+    routed = compiled.routing is not None
+    progress("write onnx", 0, 1 + routed)
+    with compiled.module.replace_products(pack_product):
+        nodes = _write(compiled.module, directory / FILE, weights, takes_expert, metadata)
+        progress("write onnx", 1, 1 + routed)
+        if routed:
+            compiled.module.use_routing(True)
+            try:
+                _write(compiled.module, directory / ROUTED, weights, False, metadata)
+            finally:
+                compiled.module.use_routing(False)
+            progress("write onnx", 2, 2)
+    return {
+        "file": f"onnx/{FILE}", "routed": f"onnx/{ROUTED}" if routed else None, "opset": OPSET,
+        "onnx": onnx.__version__, "expert_input": takes_expert, "nodes": nodes,
+        "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
+        "outputs": list(compiled.module.outputs), "weight_hash": compiled.weight_hash(),
+    }  # fmt: skip
+
+
+class OnnxProduct(nn.Module):
+    """x W'^T + bias as MatMulNBits over the compiler's codes, or as MatMul over a weight stored transposed."""
+
+    bias: Tensor | None
+
+    def __init__(self, product: Product):
+        super().__init__()
+        self.register_buffer("bias", product.bias)
+        self.attributes: dict[str, Any] = {}
+        stored = product.stored
+        if not isinstance(stored, QuantizedTensor):
+            self.register_buffer("weight", stored.t().contiguous())
+            return
+        packed = pack_weight(stored)
+        self.register_buffer("codes", torch.from_numpy(packed.codes))
+        self.register_buffer("scales", torch.from_numpy(packed.scales.reshape(-1)))
+        self.attributes = {"K": stored.codes.shape[1], "N": stored.codes.shape[0], "bits": packed.bits,
+                           "block_size": packed.block, "accuracy_level": ACCURACY_LEVEL}  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Only to be traced: the quantized form has no kernel in torch."""
+        if not self.attributes:
+            y = x @ self.get_buffer("weight")
+            return y if self.bias is None else y + self.bias
+        inputs: list[Tensor | None] = [x, self.get_buffer("codes"), self.get_buffer("scales")]
+        inputs += [] if self.bias is None else [None, None, self.bias]
+        return torch.onnx.ops.symbolic(f"{MICROSOFT}::MatMulNBits", inputs, self.attributes, dtype=x.dtype,
+                                       shape=(*x.shape[:-1], self.attributes["N"]), version=1)  # fmt: skip
+
+
+class OnnxTable(nn.Module):
+    """Rows of a table: int4 through GatherBlockQuantized, int8 as codes times the row's scale, or float."""
+
+    def __init__(self, table: Table):
+        super().__init__()
+        stored = table.stored
+        self.bits = stored.bits if isinstance(stored, QuantizedTensor) else 0
+        if not isinstance(stored, QuantizedTensor):
+            self.register_buffer("weight", stored)
+            return
+        self.width, self.block = stored.codes.shape[1], stored.group
+        self.register_buffer("codes", stored.codes)
+        self.register_buffer("scales", stored.scales)
+        if self.bits == 4:
+            packed = pack_weight(stored)
+            self.codes = torch.from_numpy(packed.codes.reshape(packed.codes.shape[0], -1))
+            self.scales = torch.from_numpy(packed.scales)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Only to be traced."""
+        if not self.bits:
+            return F.embedding(ids, self.get_buffer("weight"))
+        if self.bits == 8:
+            rows = F.embedding(ids, self.get_buffer("codes")).float()
+            return rows * F.embedding(ids, self.get_buffer("scales"))
+        attributes: dict[str, Any] = {"block_size": self.block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
+        return torch.onnx.ops.symbolic(f"{MICROSOFT}::GatherBlockQuantized", [self.codes, ids, self.scales],
+                                       attributes, dtype=torch.float32, shape=(*ids.shape, self.width),
+                                       version=1)  # fmt: skip
+
+
+def check_options(options: TargetOptions, quant: str, group: int) -> None:
+    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
+
+
+def pack_product(product: Product | Table) -> nn.Module:
+    """A layer's product as this target computes it."""
+    return OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)
+
+
+@dataclass
+class WeightFile:
+    """The external file of both graphs: equal bytes are stored once."""
+
+    path: Path
+    end: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+
+    def add(self, array: np.ndarray) -> tuple[int, int]:
+        """Append an array, page-aligned; returns (offset, length) in bytes."""
+        data = np.ascontiguousarray(array).tobytes()
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self.places:
+            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+            with self.path.open("ab") as file:
+                file.write(b"\0" * (offset - self.end))
+                file.write(data)
+            self.places[key], self.end = offset, offset + len(data)
+        return self.places[key], len(data)
+
+
+def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool,
+           metadata: dict[str, str]) -> int:  # fmt: skip
+    """Trace the module into one graph file; returns its number of nodes."""
+    model = _trace(module, takes_expert)
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        name = value.name = str(value.name).removeprefix(PREFIX).replace(".product.", ".")
+        array = _clear(value).const_value
+        assert array is not None
+        if array.nbytes > INLINE_BYTES:
+            stored = array.numpy()
+            offset, length = weights.add(stored)
+            value.const_value = ir.ExternalTensor(weights.path.name, offset, length, array.dtype, name=name,
+                                                  shape=ir.Shape(stored.shape), base_dir=path.parent)  # fmt: skip
+    nodes = 0
+    for node in model.graph.all_nodes():  # the exporter notes the source lines of this machine
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            _clear(value)
+        nodes += 1
+    for value in (*graph.inputs, *graph.outputs):
+        _clear(value)
+    graph.metadata_props.clear()
+    graph.name, graph.doc_string, model.doc_string = "lime_edge", None, None
+    model.producer_name, model.producer_version = "lime_edge", __version__
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    return nodes
+
+
+def _clear(value: ir.Value) -> ir.Value:
+    value.metadata_props.clear()
+    value.doc_string = None
+    return value
+
+
+def _trace(module: EncoderModule, takes_expert: bool) -> ir.Model:
+    """torch's exporter on the module: dynamic axes as the inputs name them, the expert as a last input."""
+    sample = make_sample(module.inputs)
+    named = [{i: n for i, n in enumerate(entry.shape) if isinstance(n, str)} for entry in module.inputs]
+    axes = {name: torch.export.Dim(name) for places in named for name in places.values()}
+    shapes: list[Any] = [{i: axes[name] for i, name in places.items()} for places in named]
+    names = [entry.name for entry in module.inputs]
+    tensors = list(sample.values())
+    if takes_expert:
+        tensors, shapes, names = [*tensors, torch.zeros(module.sites.total)], [*shapes, None], [*names, EXPERT]
+    try:
+        with silence(), torch.no_grad():
+            program = torch.onnx.export(
+                _Traced(module, takes_expert), tuple(tensors), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=names, output_names=list(module.outputs), dynamic_shapes=(tuple(shapes),),
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        first = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+        raise LimeEdgeError(f"ONNX export: torch's exporter refused {type(module.model).__name__}: {first}") from error
+    assert program is not None
+    return program.model
+
+
+class _Traced(nn.Module):
+    """The module as a function of exactly the graph's inputs."""
+
+    def __init__(self, module: EncoderModule, takes_expert: bool):
+        super().__init__()
+        self.module, self.takes_expert = module, takes_expert
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs; a graph without an expert input gets zeros, which nothing reads."""
+        if self.takes_expert:
+            return self.module(*tensors)
+        return self.module(*tensors, torch.zeros(self.module.sites.total))

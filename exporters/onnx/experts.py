@@ -1,0 +1,256 @@
+"""The branch of a group in the graph: multiplied by the expert input (pinned), or by weights made on the spot (routed).
+
+LoRA's branches are calls of a function (see onnx_functions); what has no products, SliceFine and embeddings, is nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+
+from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors
+from lime_edge.compiler.model.compiled import CompiledModel, GroupBranch
+from lime_edge.exporters.onnx.functions import (
+    BRANCH_NORM,
+    EXPERT_BRANCH,
+    GAPPED_BRANCH,
+    LARGE,
+    ROUTED_BRANCH,
+    make_branch,
+    make_branch_norm,
+    make_gapped_branch,
+    make_routed_branch,
+)  # fmt: skip
+from lime_edge.exporters.onnx.graph import LIME, Graph
+from lime_edge.exporters.onnx.routing import RoutingNodes, find_shares
+
+# What the operators compute at once, and what they refuse beyond. Source: runtimes/onnx/operators/operators.h
+RANK_MULTIPLE = 8
+MOST_RANK, MOST_PARTS, MOST_EXPERTS = 1024, 8, 256
+SPARSE_AUTO_TOPK, HARD_TOPK, AUTO_TOPK, SOFT_TOPK = range(4)
+Make = Callable[[str], onnx.FunctionProto]
+
+
+class PinnedExperts:
+    """One flat input (sum_H,), of which each group takes its stretch."""
+
+    def __init__(self, model: CompiledModel, graph: Graph):
+        self.model, self.graph = model, graph
+
+    def declare(self) -> None:
+        """Declare the input; its default is the expert that is folded in."""
+        total = self.model.sites.total
+        self.graph.input("expert", TensorProto.FLOAT, [total])
+        neutral = np.full(total, 1.0 if self.model.variant == "slicefine" else 0.0, np.float32)
+        self.graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
+
+    def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
+        """y + d * (B A x) of a group with products, (B, S, N)."""
+        a, b = pack_branch(self.graph, branch, path)
+        attributes = {**find_parts(branch), "offsets": [part.site.offset if part.site else 0 for part in branch.parts]}
+        inputs = [x, y, a, b, "expert"]
+        if not branch.gaps:
+            start = branch.find_runs()[0][0]
+            span = {"start": [start], "end": [start + branch.width]}
+            return call(self.graph, EXPERT_BRANCH, make_branch, branch, inputs, f"{path}/lime", **attributes, **span)
+        places = np.concatenate([np.arange(part.width) + part.site.offset if part.site else np.zeros(part.width)
+                                 for part in branch.parts]).astype(np.int64)  # fmt: skip
+        inputs.append(self.graph.constant(f"{path}.lime_places", places))
+        return call(self.graph, GAPPED_BRANCH, make_gapped_branch, branch, inputs, f"{path}/lime", **attributes)
+
+    def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
+        """The group's multiplier (N,); it reads neither y nor hidden."""
+        names: list[str] = []
+        for index, (offset, width) in enumerate(branch.find_runs()):
+            limits = [self.graph.constant(f"{path}/lime/{kind}_{index}", np.array([value], np.int64))
+                      for kind, value in (("start", offset), ("end", offset + width), ("axis", 0))]  # fmt: skip
+            names.append(self.graph.node("Slice", ["expert", *limits], f"{path}/lime/Slice_{index}"))
+        if not branch.gaps:
+            return names[0]
+        pieces: list[str] = []
+        for index, part in enumerate(branch.parts):
+            if part.site is not None:
+                pieces.append(names.pop(0))
+            if rest := part.width - part.adapted:
+                fill = np.full(rest, 1.0 if branch.a is None else 0.0, np.float32)
+                pieces.append(self.graph.constant(f"{path}/lime/fill_{index}", fill))
+        return self.graph.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
+
+
+class RoutedExperts:
+    """Zero-parameter routing of every group's sites together: (B, S, G * E) weights, then the bank."""
+
+    def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
+        self.model, self.graph, self.config = model, graph, config
+        self.count = len(model.experts)
+        self.reads = 1 if model.variant == "slicefine" else 2
+        self.anchors: list[str] = ["routing_anchors"] if config.n_gram > 1 else []
+
+    def declare(self) -> None:
+        """With windows, the token whose routing each token takes."""
+        if self.anchors:
+            self._find_anchors(self.config.n_gram)
+
+    @cached_property
+    def nodes(self) -> RoutingNodes:
+        """Routing outside of functions, for what has no products."""
+        return RoutingNodes(self.graph, self.config, self.count, self.reads)
+
+    def _find_anchors(self, window: int) -> None:
+        """min(floor(t / n) n + n - 1, T - 1) for every token t of the call. Source: routing.find_anchors."""
+        graph = self.graph
+        names = {k: graph.constant(f"routing/{k}", np.array(v, np.int64))
+                 for k, v in (("zero", 0), ("step", 1), ("n", window), ("n_less_one", window - 1))}  # fmt: skip
+        shape = graph.node("Shape", ["input_ids"], "/routing/Shape", start=1, end=2)
+        tokens = graph.node("Squeeze", [shape], "/routing/Tokens")
+        position = graph.node("Range", [names["zero"], tokens, names["step"]], "/routing/Range")
+        index = graph.node("Div", [position, names["n"]], "/routing/Div")
+        start = graph.node("Mul", [index, names["n"]], "/routing/Mul")
+        end = graph.node("Add", [start, names["n_less_one"]], "/routing/End")
+        last = graph.node("Sub", [tokens, names["step"]], "/routing/Last")
+        graph.node("Min", [end, last], "/routing/Min", self.anchors)
+
+    def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
+        """y + (weights bank) * (B A x) of a group with products, (B, S, N)."""
+        graph, config = self.graph, self.config
+        a, b = pack_branch(graph, branch, path)
+        bank = graph.constant(f"{path}/route/bank", self.model.group_bank(branch).numpy())
+        columns, read, recovery = self._describe_reading(branch, pad_rank)
+        described = {"recovery": recovery, "columns": columns, "read": read}
+        inputs = [x, y, a, b, bank, *(graph.constant(f"{path}/route/{kind}", one) for kind, one in described.items())]
+        frozen_share, adapted_share = find_shares(config, self.reads)
+
+        def make(name: str) -> onnx.FunctionProto:
+            return make_routed_branch(name, self.model, config)
+
+        return call(graph, ROUTED_BRANCH, make, branch, inputs + self.anchors, f"{path}/lime", **find_parts(branch),
+                    experts=self.count, selection=find_selection(config), top_k=config.top_k, n_gram=config.n_gram,
+                    frozen_share=frozen_share, adapted_share=adapted_share, threshold=config.auto_topk_threshold,
+                    heat=config.soft_topk_temperature)  # fmt: skip
+
+    def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
+        """The group's multiplier per token, (B, S, N), as nodes.
+
+        Args:
+            y: before the residual (SliceFine: before the bias). hidden: A x (B, S, R), not read by SliceFine.
+        """
+        graph, path = self.graph, f"{path}/route"
+        columns, read, _ = self._describe_reading(branch, np.asarray)
+        stack = graph.node("Gather", [y, graph.constant(f"{path}/columns", columns)], f"{path}/Pick", axis=2)
+        if branch.b is not None:
+            joined = graph.node("Concat", [hidden, stack], f"{path}/Join", axis=2)
+            stack = graph.node("MatMul", [joined, graph.constant(f"{path}/read", read)], f"{path}/Stack")
+        weights = self.nodes.weigh(stack, "".join(self.anchors), path)
+        bank = graph.constant(f"{path}/bank", self.model.group_bank(branch).numpy())
+        chosen = graph.node("MatMul", [weights, bank], f"{path}/Bank")
+        if branch.a is not None:
+            return chosen
+        fixed = [(np.arange(part.width) >= part.adapted).astype(np.float32) for part in branch.parts]
+        ones = graph.constant(f"{path}/ones", np.concatenate(fixed))
+        return graph.node("Add", [chosen, ones], f"{path}/Fixed")
+
+    def weigh(self, frozen: str, adapted: str, path: str) -> str:
+        """Weights (1, V, E) of virtual tokens from their first E columns, (1, V, E) each."""
+        graph, path = self.graph, f"{path}/route"
+        assert self.model.virtual is not None
+        anchors = ""
+        if self.anchors:
+            count = self.model.virtual.base.shape[0]
+            found = find_anchors(count, self.config.n_gram, None, torch.device("cpu"))
+            anchors = graph.constant(f"{path}/anchors", found.numpy())
+        stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
+        return self.nodes.weigh(stack, anchors, path)
+
+    def _describe_reading(self, branch: GroupBranch, pad: Callable[[np.ndarray], np.ndarray],
+                          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """What routing reads: places in y (G E,), the matrix over [A x, those] (R + G E, 2 G E), recovery (G E,).
+
+        Recovery is what of delta is added to y to get the output that routing reads: -p_ref, for DoRA 1 - p_ref.
+        SliceFine reads y alone.
+        """
+        starts, width = [], 0
+        for part in branch.parts:
+            if part.site is not None:
+                starts.append(width)
+            width += part.width
+        columns = np.concatenate([np.arange(start, start + self.count) for start in starts])
+        if branch.b is None:
+            return columns, np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
+        kept = 1.0 if self.model.variant == "dora" else 0.0
+        offsets = [part.site.offset for part in branch.parts if part.site is not None]
+        reference = self.model.reference.numpy()
+        recovery = np.concatenate([kept - reference[offset : offset + self.count] for offset in offsets])
+        recovery = recovery.astype(np.float32)
+        shape = (len(starts), self.count, -1)
+        rows = pad(branch.b.numpy())[columns].reshape(shape)
+        identity = np.eye(columns.size, dtype=np.float32).reshape(shape)
+        frozen = np.concatenate([recovery.reshape(*shape[:2], 1) * rows, identity], axis=2)
+        adapted = np.concatenate([rows, np.zeros_like(identity)], axis=2)
+        read = np.stack([frozen, adapted], axis=1).reshape(2 * columns.size, -1).T
+        return columns, read, recovery
+
+
+def fuse_norm(graph: Graph, update: str, stream: str, gain: str, epsilon: float, path: str) -> tuple[str, str] | None:
+    """Let the branch that has just made `update` also add it to the stream and normalise: (normalised, sum).
+
+    None where `update` is not from a branch, and nothing is changed then.
+    """
+    last = graph.nodes[-1]
+    if last.op_type not in (EXPERT_BRANCH, LARGE + EXPERT_BRANCH) or list(last.output) != [update]:
+        return None
+    outputs = [f"{path}/SkipNorm/output", f"{path}/SkipNorm/sum"]
+    last.op_type = last.op_type.replace(EXPERT_BRANCH, BRANCH_NORM)
+    last.input.extend([stream, gain])
+    last.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
+    last.output[:] = outputs
+    if last.op_type not in graph.functions:
+        graph.functions[last.op_type] = make_branch_norm(last.op_type)
+    return outputs[0], outputs[1]
+
+
+def call(graph: Graph, name: str, make: Make, branch: GroupBranch, inputs: list[str], path: str,
+         **attributes: object) -> str:  # fmt: skip
+    """Append a call of a function, whose body `make` gives where the graph lacks it."""
+    assert branch.a is not None
+    experts = attributes.get("experts", 1)
+    sizes = ((branch.a.shape[0], MOST_RANK), (len(branch.parts), MOST_PARTS), (experts, MOST_EXPERTS))
+    if any(isinstance(found, int) and found > most for found, most in sizes):
+        name = LARGE + name
+    if name not in graph.functions:
+        graph.functions[name] = make(name)
+    return graph.node(name, inputs, path, None, LIME, **attributes)
+
+
+def pack_branch(graph: Graph, branch: GroupBranch, path: str) -> tuple[str, str]:
+    """a (K, R) and b (R, N) of a group, float16 where that says the same, R rounded up with zeros."""
+    assert branch.a is not None and branch.b is not None
+    matrices = {"a": pad_rank(branch.a.T.numpy()), "b": np.ascontiguousarray(pad_rank(branch.b.numpy()).T)}
+    with np.errstate(over="ignore"):
+        halves = {name: matrix.astype(np.float16) for name, matrix in matrices.items()}
+    if all(np.array_equal(halves[name].astype(np.float32), matrix) for name, matrix in matrices.items()):
+        matrices = halves
+    return graph.constant(f"{path}.lime_a", matrices["a"]), graph.constant(f"{path}.lime_b", matrices["b"])
+
+
+def pad_rank(matrix: np.ndarray) -> np.ndarray:
+    """Zero columns after the last, up to a multiple of RANK_MULTIPLE."""
+    return np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % RANK_MULTIPLE)))
+
+
+def find_parts(branch: GroupBranch) -> dict[str, list[int]]:
+    """Widths and ranks of the group's members; rank 0 where the member is no site."""
+    return {"widths": [part.width for part in branch.parts], "ranks": [part.rank for part in branch.parts]}
+
+
+def find_selection(config: RoutingConfig) -> int:
+    """The selection's number in the operators. Source: routing.select."""
+    if config.sparse_mode:
+        return SPARSE_AUTO_TOPK if config.auto_topk else HARD_TOPK
+    if config.auto_topk:
+        return AUTO_TOPK
+    return SOFT_TOPK if config.soft_topk else HARD_TOPK

@@ -1,0 +1,1 @@
+"""The benchmark: time, memory and energy of a bundle on this machine."""

@@ -1,0 +1,1 @@
+"""The bundle: what is in the directory, and how it is read and changed. numpy only."""

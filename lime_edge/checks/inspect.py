@@ -1,0 +1,136 @@
+"""What is in a bundle, as plain data and as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lime_edge import terminal
+from lime_edge.bundle.bundle import Bundle, expert_file
+from lime_edge.bundle.golden import FILE as GOLDEN
+from lime_edge.runtimes.onnx.operators import explain_absence
+
+LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
+LOST = 0.75  # median share of the effect below which it counts as rounded away
+SURVIVAL_HINT = "measure with lime-edge eval; --keep-int8, --calibration, --fold none or --quant int8 hold more"
+
+
+def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:
+    """Print a bundle's facts as tables or JSON."""
+    opened = Bundle.open(path, verify)
+    if as_json:
+        terminal.print_json(describe_bundle(opened) | ({"verified": True} if verify else {}))
+        return
+    print_bundle(opened, sites)
+    if verify:
+        terminal.out.print(f"all {len(opened.manifest.files)} files are as they were written (sha256)")
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Everything `lime-edge inspect --json` prints."""
+    m = bundle.manifest
+    return {
+        "path": str(bundle.path), "fingerprint": m.fingerprint, "model": m.model, "adapter": m.adapter,
+        "quantization": m.quantization, "device": m.device, "versions": m.versions,
+        "total_bytes": bundle.total_bytes, "sum_h": m.sites.total, "sites_hash": m.sites.hash,
+        "sites": [{"name": s.name, "width": s.width, "offset": s.offset} for s in m.sites],
+        "experts": [{"name": n, "bytes": m.files[expert_file(n)].size} for n in m.experts],
+        "targets": {name: facts | {"bytes": target_bytes(bundle, name)} for name, facts in m.targets.items()},
+        "files": {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in m.files.items()},
+    }  # fmt: skip
+
+
+def target_bytes(bundle: Bundle, target: str) -> int:
+    """Size of one target's folder in bytes."""
+    return sum(e.size for n, e in bundle.manifest.files.items() if n.startswith(f"{target}/"))
+
+
+def describe_making(facts: dict[str, Any]) -> str:
+    """What a target's artifact was made for: "cache 1024, prompts 32/128, iOS18, all", "cache 1024, xnnpack"."""
+    parts = [f"cache {facts['max_length']}"] if facts.get("max_length") else []
+    prompts = [str(length) for length in facts.get("lengths") or () if length > 1]  # 1 is the next token's
+    parts += [f"prompts {'/'.join(prompts)}"] if prompts else []
+    parts += [facts[key] for key in ("minimum", "compute_units", "backend") if facts.get(key)]
+    return ", ".join(parts)
+
+
+def print_bundle(bundle: Bundle, sites: bool) -> None:
+    """Print the tables of `lime-edge inspect`."""
+    m, size = bundle.manifest, terminal.show_size
+    facts = [
+        ["model", _model(m.model)],
+        ["fingerprint", m.fingerprint],
+        ["adapter", f"{m.adapter['variant']} rank {m.adapter['rank']}, alpha {m.adapter['alpha']:g}"],
+        ["fold", m.adapter["fold"] + (" (single)" if m.adapter["single"] else "")],
+        ["quantization", _quantization(m.quantization)],
+        ["weight hash", m.quantization["weight_hash"]],
+        ["sites", f"{len(m.sites)}, sum_H {m.sites.total}"],
+        ["device", m.device],
+        ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
+        ["total size", size(bundle.total_bytes)],
+    ]
+    if any(target.get("functions") for target in m.targets.values()):
+        facts.append(["operators here", explain_absence() or "yes: the ONNX graph's functions run compiled"])
+    terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
+    rows = [
+        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), describe_making(f),
+         "yes" if f.get("routed") else "no", f["weight_hash"][:16]]
+        for name, f in m.targets.items()
+    ]
+    columns = {"target": "left", "size": "right", "providers": "left", "made for": "left", "routed": "left",
+               "weight hash": "left"}  # fmt: skip
+    terminal.print_table("targets", columns, rows)
+    rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
+    terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)
+    survival = m.quantization.get("survival")
+    if survival:
+        print_survival(survival)
+    if sites:
+        found = survival["sites"] if survival else {}
+        rows = [[s.name, str(s.width), str(s.offset), *_site_survival(found.get(s.name))] for s in m.sites]
+        columns = {"site": "left", "H": "right", "offset": "right", "worst error": "right", "of": "left",
+                   "least kept": "right"}  # fmt: skip
+        terminal.print_table("sites", columns, rows)
+
+
+def print_survival(survival: dict[str, Any]) -> None:
+    """How much of the experts' effect the rounded weights hold, per kind of layer (docs/folding.md)."""
+    columns = {"layers": "left", "bits": "left", "sites": "right", "error": "right", "worst": "right", "kept": "right",
+               "least": "right"}  # fmt: skip
+    rows = [
+        [kind, ", ".join(f"int{b}" for b in f["bits"]), str(f["sites"]), f"{f['error']:.2f}", f"{f['worst_error']:.2f}",
+         f"{f['kept']:.1%}", f"{f['worst_kept']:.1%}"]
+        for kind, f in survival["kinds"].items()
+    ]  # fmt: skip
+    over = f"inputs of the {survival['inputs']} text" if survival["inputs"] else "all inputs alike"
+    terminal.print_table(f"the experts' effect after rounding ({over}; medians over sites and experts)", columns, rows)
+
+
+def find_losses(survival: dict[str, Any] | None) -> list[str]:
+    """What to know before trusting a bundle: kinds of layers where rounding drowned the experts."""
+    lines = []
+    for kind, facts in survival["kinds"].items() if survival else ():
+        bits = "/".join(f"int{b}" for b in facts["bits"])
+        if facts["error"] > LOUD:
+            lines.append(f"{kind} ({bits}): the rounding is {facts['error']:.1f} times as loud as the experts")
+        elif facts["kept"] < LOST:
+            lines.append(f"{kind} ({bits}): {1 - facts['kept']:.0%} of the experts' effect was rounded away")
+    return lines
+
+
+def _site_survival(facts: dict[str, Any] | None) -> list[str]:
+    return [f"{facts['error']:.2f}", facts["expert"], f"{facts['kept']:.1%}"] if facts else ["", "", ""]
+
+
+def _model(facts: dict[str, Any]) -> str:
+    if facts.get("kind") == "encoder":
+        return f"{facts['name']} ({facts['architecture']}, {facts['task']})"
+    return f"{facts['name']} ({facts['family']}, {facts['layers']} layers)"
+
+
+def _quantization(facts: dict[str, Any]) -> str:
+    if facts["quant"] == "none":
+        return "none (float32)"
+    counts = ", ".join(f"{count} {kind}" for kind, count in facts["matrices"].items() if count)
+    how = facts["rounding"] + (f", calibrated on {facts['calibration']} text" if facts["calibration"] else "")
+    return f"{facts['quant']} {facts['scheme']}, group {facts['group']} ({counts} matrices; {how})"

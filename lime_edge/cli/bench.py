@@ -1,0 +1,135 @@
+"""lime-edge bench: time, memory and energy of a bundle, and the comparison of two measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lime_edge import terminal
+from lime_edge.cli.options import ExpertOption, Json, Threads
+from lime_edge.errors import Faults, LimeEdgeError
+
+BENCH_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge bench smollm2.lime --expert movie --threads 4
+
+ lime-edge bench smollm2.lime --target onnx --target executorch --prompt-tokens 128,512 --report report
+
+ lime-edge bench smollm2.lime --baseline single.lime --json > after.json
+
+ lime-edge bench --compare before.json after.json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `bench`."""
+    app.command(epilog=BENCH_EXAMPLES)(bench)
+
+
+def bench(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")] = None,
+    expert: ExpertOption = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Which artifact to run; may be repeated; else the bundle's first.")
+    ] = None,
+    threads: Threads = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens of the (random) prompt; a run for each length.")
+    ] = "128",
+    gen_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians and their spread are reported.")] = 5,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the cache before decoding is timed; else the prompt's.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A --single bundle of the same backbone: what the expert costs beside it.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write one HTML page with plots, PNGs and the JSON there.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Compare two earlier --json outputs.")
+    ] = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line per run.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--md", help="Print a Markdown table.")] = False,
+) -> None:
+    """Time load, prefill, decode and switching; memory, energy; compare two measurements."""
+    from lime_edge.bench.report import check_report, write_report
+
+    if as_json + as_csv + as_markdown > 1:
+        raise LimeEdgeError("--json, --csv and --md: one of them", "leave them out for a table")
+    if compare is not None:
+        if bundle or report or as_csv:
+            raise LimeEdgeError("--compare takes two files, and of the other options --json or --md only")
+        _print_comparison(*compare, as_json, as_markdown)
+        return
+    if bundle is None:
+        raise LimeEdgeError("bench: a BUNDLE is missing", "or compare two files: bench --compare A.json B.json")
+    if report is not None:
+        check_report(report)
+    facts = _measure(bundle, expert, target, threads, _read_lengths(prompt_tokens), gen_tokens, repeat, depth, baseline)
+    _print_document(facts, as_json, as_csv, as_markdown)
+    if report is not None:
+        write_report(report, facts)
+        terminal.err.print(f"wrote {terminal.escape(str(report))}/index.html")
+
+
+def _measure(bundle: Path, expert: str | None, targets: list[str] | None, threads: int | None, lengths: tuple[int, ...],
+             gen_tokens: int, repeat: int, depth: int | None, baseline: Path | None) -> dict[str, Any]:  # fmt: skip
+    from lime_edge.bench.measure import FIRST, BenchOptions, bench_bundle
+    from lime_edge.bundle.experts import parse_selection
+
+    selection = FIRST if expert is None else parse_selection(expert)
+    options = BenchOptions(lengths, gen_tokens, repeat, depth=depth, baseline=baseline)
+    with terminal.show_steps() as progress:
+        return bench_bundle(bundle, targets or None, selection, threads, options, progress)
+
+
+def _read_lengths(text: str) -> tuple[int, ...]:
+    """128,512 as numbers."""
+    lengths = []
+    with Faults("--prompt-tokens", "write one length or several: 128,512") as faults:
+        for part in text.split(","):
+            if part.strip().isdecimal() and int(part) > 0:
+                lengths.append(int(part))
+            else:
+                faults.add("length", "1 or more", repr(part))
+    return tuple(lengths)
+
+
+def _print_document(facts: dict[str, Any], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
+    from lime_edge.bench.tables import tabulate, write_csv, write_markdown
+
+    table = tabulate(facts)
+    if as_json:
+        terminal.print_json(facts)
+    elif as_csv:
+        print(write_csv(facts), end="")
+    elif as_markdown:
+        print(write_markdown(table))
+    else:
+        columns = {header: "right" if place else "left" for place, header in enumerate(table.headers)}
+        terminal.print_table(table.title, columns, table.rows)
+
+
+def _print_comparison(before: Path, after: Path, as_json: bool, as_markdown: bool) -> None:
+    from lime_edge.bench.compare import compare_files, tabulate_comparison
+    from lime_edge.bench.tables import write_markdown
+
+    comparison = compare_files(before, after)
+    for warning in comparison["warnings"]:
+        terminal.err.print(f"warning: {terminal.escape(warning)}")
+    if as_json:
+        terminal.print_json(comparison)
+        return
+    for table in tabulate_comparison(comparison):
+        if as_markdown:
+            print(write_markdown(table))
+        else:
+            columns = {header: "right" if 0 < place < 4 else "left" for place, header in enumerate(table.headers)}
+            terminal.print_table(table.title, columns, table.rows)

@@ -1,0 +1,186 @@
+"""lime-edge export: a model and its adapter become a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lime_edge import terminal
+from lime_edge.cli.options import Json
+from lime_edge.errors import LimeEdgeError
+from lime_edge.targets.options import CoremlOptions, ExecutorchOptions, TargetOptions
+
+STATIC = "Targets with a static cache"
+FLAGS = {"minimum": "minimum-os"}  # fields whose option has another name
+EXPORT_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o smollm2.lime
+
+ lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --keep-int8 none --calibration prompts.jsonl
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `export`."""
+    app.command(epilog=EXPORT_EXAMPLES)(export)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory, or a GGUF file.")],
+    adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write (OUT.lime).")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="onnx (default), executorch or coreml; may be repeated.")
+    ] = None,
+    quant: Annotated[str, typer.Option(help="int4, int8 or none (float32).")] = "int4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="gptq (int4, calibrated), search or nearest.")] = "gptq",
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
+    ] = None,
+    keep_int8: Annotated[
+        str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
+    ] = "head,qkv,down",
+    fold: Annotated[
+        str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
+    ] = "shared",
+    single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
+    max_seq_len: Annotated[
+        int,
+        typer.Option(min=1, help="ExecuTorch, Core ML: tokens the cache holds (Core ML: x32).", rich_help_panel=STATIC),
+    ] = 1024,
+    backend: Annotated[
+        str, typer.Option(help="ExecuTorch: xnnpack, or portable (no delegate).", rich_help_panel=STATIC)
+    ] = "xnnpack",
+    stock_runner: Annotated[
+        bool,
+        typer.Option(help="ExecuTorch: add set_expert, for runners that pass tokens only.", rich_help_panel=STATIC),
+    ] = False,
+    prompt_lengths: Annotated[
+        str, typer.Option(help="Core ML: enumerated prompt lengths.", rich_help_panel=STATIC)
+    ] = "32,128",
+    compute_units: Annotated[
+        str, typer.Option(help="Core ML: all, cpu_and_ne, cpu_and_gpu or cpu_only.", rich_help_panel=STATIC)
+    ] = "all",
+    minimum_os: Annotated[
+        str, typer.Option(help="Core ML: oldest system, iOS18 or macOS15.", rich_help_panel=STATIC)
+    ] = "iOS18",
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
+    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and its LiME adapter into a bundle.
+
+    Shows at the end how much of the experts' effect survived the rounding (error: 0 exact, 1 as loud as the
+    expert; kept: share still there) and warns where the median error is above 1 or less than 75% was kept.
+    """
+    from lime_edge.targets.devices import find_device
+
+    chosen = find_device(device)
+    try:
+        from lime_edge.checks.inspect import show_bundle
+        from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.export.decoder import ExportOptions, export_bundle
+        from lime_edge.export.encoder import export_encoder_bundle, is_encoder
+    except ModuleNotFoundError as error:
+        from lime_edge.errors import need
+
+        raise need(error.name or "torch", "export") from None
+    kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
+    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
+    static = TargetOptions(
+        ExecutorchOptions(max_seq_len, backend, stock_runner),
+        CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
+    )
+    refuse_idle_options(target or ["onnx"], static)
+    options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration, static)
+    with terminal.show_steps() as progress:
+        write = export_encoder_bundle if is_encoder(model) else export_bundle
+        write(model, adapter, output, compiling, chosen, options, progress)
+    show_bundle(output, as_json, sites)
+    warn_of_losses(output)
+    warn_of_overflow(output)
+    report_delegation(output, as_json)
+
+
+def refuse_idle_options(targets: list[str], static: TargetOptions) -> None:
+    """An option that no wanted target reads was meant for another one.
+
+    Raises:
+        LimeEdgeError: naming the target to add.
+    """
+    for target, told, default in (("executorch", static.executorch, ExecutorchOptions()),
+                                  ("coreml", static.coreml, CoremlOptions())):  # fmt: skip
+        own = [field.name for field in fields(told) if field.name != "max_length"]
+        changed = [name for name in own if getattr(told, name) != getattr(default, name)]
+        if changed and target not in targets:
+            flag = FLAGS.get(changed[0], changed[0]).replace("_", "-")
+            raise LimeEdgeError(f"--{flag}: only --target {target} reads it, found --target {', '.join(targets)}",
+                                f"add --target {target}, or leave the option out")  # fmt: skip
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """"32,128" to (32, 128).
+
+    Raises:
+        LimeEdgeError: not positive integers.
+    """
+    try:
+        lengths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        lengths = ()
+    if not lengths or lengths[0] < 1:
+        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {text!r}", "for example 32,128")
+    return lengths
+
+
+def warn_of_losses(path: Path) -> None:
+    """Say on standard error where the rounding drowned the experts."""
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.checks.inspect import SURVIVAL_HINT, find_losses
+
+    for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
+        text = f"[bold yellow]warning:[/bold yellow] {terminal.escape(line)}\n  hint: {SURVIVAL_HINT}"
+        terminal.err.print(text, soft_wrap=True)
+
+
+def warn_of_overflow(path: Path) -> None:
+    """Say on standard error where activations come within half of float16's limit in a target that computes in it."""
+    from lime_edge.bundle.bundle import Bundle
+
+    for target, facts in Bundle.open(path).manifest.targets.items():
+        peak = facts.get("peak")
+        if peak and not peak["value"] < peak["limit"] / 2:
+            text = (f"[bold yellow]warning:[/bold yellow] {target}: {terminal.escape(peak['site'])} reaches "
+                    f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
+                    "or take a target that computes in float32 (--target onnx)")  # fmt: skip
+            terminal.err.print(text, soft_wrap=True)
+
+
+def report_delegation(path: Path, as_json: bool) -> None:
+    """Say what ExecuTorch's backend took, and on standard error which hot operators it should have taken."""
+    from lime_edge.bundle.bundle import Bundle
+
+    facts = Bundle.open(path).manifest.targets.get("executorch", {})
+    for name, count in facts.get("delegation", {}).items():
+        if not as_json:
+            took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts['providers'][0]}"
+            terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
+        if count["fallen"]:
+            fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
+            terminal.err.print(f"[bold yellow]warning:[/bold yellow] executorch {name}: not taken by "
+                               f"{facts['providers'][0]}: {terminal.escape(fallen)}\n  hint: these run on the slow "
+                               "portable kernels; please report the model", soft_wrap=True)  # fmt: skip

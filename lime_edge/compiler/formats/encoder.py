@@ -1,0 +1,347 @@
+"""Encoders and vision models: a transformers model and its LiME adapter, read and checked.
+
+Task and model class come from optimum's TasksManager; what is a site comes from watching one call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.compiler.formats.adapter import Adapter, read_adapter
+from lime_edge.compiler.formats.adapter_checks import is_named, refuse_checkpoint
+from lime_edge.compiler.formats.architecture import FAMILIES
+from lime_edge.compiler.formats.backbone import quiet
+from lime_edge.compiler.formats.importing import read_json, read_weights
+from lime_edge.compiler.maths.layers import LINEAR
+from lime_edge.errors import Faults, LimeEdgeError, need
+
+# What an encoder's class may be called after its family, and the task that TasksManager knows it under.
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "Model": "feature-extraction",
+}
+POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
+SAMPLE_BATCH, SAMPLE_LENGTH = 2, 7
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the model: name, "int64" or "float32", shape (names are dynamic axes), and what a caller
+    who leaves it out gets ("ones", "zeros"; "" when it must be given); limit: ids lie below it, 0 for none."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    default: str = ""
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token vectors become one sentence vector: "cls", "mean" or "max", then unit length or not."""
+
+    mode: str
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or embedding that the model calls.
+
+    Attributes:
+        shape: of its weight, (H, D) or (V, H). embedding: which of the two. bias: it has one.
+        source: layers of equal source read the same tensor (query, key and value, say).
+    """
+
+    shape: tuple[int, int]
+    embedding: bool
+    bias: bool
+    source: int
+
+
+@dataclass(frozen=True)
+class EncoderBackbone:
+    """A loaded model. layers: by module name, in the order of their first call."""
+
+    path: str
+    name: str
+    task: str
+    model: nn.Module = field(repr=False)
+    inputs: tuple[Input, ...]
+    pooling: Pooling | None
+    layers: dict[str, Layer] = field(repr=False)
+    fingerprint: str
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class EncoderCheckpoint:
+    """An encoder and the adapter made for it, checked against each other."""
+
+    backbone: EncoderBackbone
+    adapter: Adapter
+    sites: SiteTable
+
+
+def is_encoder(model_dir: Path) -> bool:
+    """Whether a directory's config.json describes an encoder or vision model. Reads nothing else."""
+    file = model_dir / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file)
+    names = config.get("architectures") or [""]
+    kept_apart = config.get("is_encoder_decoder") or config.get("is_decoder") or config.get("model_type") in FAMILIES
+    return not kept_apart and str(names[0]).endswith(tuple(TASKS))
+
+
+def read_encoder_checkpoint(model: Path, adapter: Path) -> EncoderCheckpoint:
+    """Read both halves and check that they belong together.
+
+    Args:
+        model: Hugging Face directory. adapter: LiME adapter directory.
+    Raises:
+        LimeEdgeError: faults of either half, or of the pair, all at once.
+    """
+    read = read_adapter(adapter)
+    return pair_encoder(read_encoder(model), read)
+
+
+def read_encoder(path: Path) -> EncoderBackbone:
+    """Load an encoder or vision model in float32.
+
+    Raises:
+        LimeEdgeError: unknown task, weights missing, not finite, or a model that does not run.
+    """
+    config = read_json(path / "config.json")
+    architecture = str((config.get("architectures") or [""])[0])
+    task = infer_task(architecture, path)
+    model = load_model(path, task, architecture)
+    inputs = list_inputs(model, path)
+    return EncoderBackbone(str(path), path.resolve().name, task, model, inputs, read_pooling(path),
+                           watch_layers(model, make_sample(inputs)), hash_weights_file(path))  # fmt: skip
+
+
+def infer_task(architecture: str, path: Path) -> str:
+    """The task of a model class, from optimum's TasksManager; by its name where that has no entry.
+
+    Raises:
+        LimeEdgeError: no such class in transformers, or a task that is not an encoder's.
+    """
+    import transformers
+
+    tasks = _tasks_manager()
+    known = getattr(transformers, architecture, None) if architecture else None
+    if known is None:
+        raise LimeEdgeError(f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers",
+                            "upgrade transformers, or mend architectures in config.json")  # fmt: skip
+    try:
+        task = tasks.infer_task_from_model(known)
+    except ValueError:  # classes that share a family's entry with others (DeiT's two heads)
+        task = next((task for suffix, task in TASKS.items() if architecture.endswith(suffix)), "unknown")
+    if task not in TASKS.values():
+        raise LimeEdgeError(f"{path}: {architecture} does {task}, which cannot be exported as an encoder",
+                            f"these can: {', '.join(dict.fromkeys(TASKS.values()))}")  # fmt: skip
+    return task
+
+
+def load_model(path: Path, task: str, architecture: str) -> nn.Module:
+    """The model through TasksManager, float32, eval mode, eager attention (the plain operators).
+
+    Raises:
+        LimeEdgeError: unreadable, another class than the config names, or weights missing.
+    """
+    tasks = _tasks_manager()
+    try:
+        with quiet():
+            model, info = tasks.get_model_from_task(
+                task, path, framework="pt", library_name="transformers", attn_implementation="eager",
+                local_files_only=True, output_loading_info=True, dtype=torch.float32,
+            )  # fmt: skip
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise LimeEdgeError(f"{path}: not a readable model: {error}", "copy it again: it may be truncated") from None
+    if type(model).__name__ != architecture:
+        raise LimeEdgeError(f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}",
+                            "name the loaded class in config.json, or save the model with its own class")  # fmt: skip
+    keys = ("missing_keys", "unexpected_keys")
+    missing, extra = (info[key] if isinstance(info, dict) else getattr(info, key) for key in keys)
+    refuse_checkpoint(extra, str(path), "a model")
+    hint = "save the whole model with its own class: what is missing would be random"
+    with Faults(str(path), hint) as faults:
+        for name in sorted(missing):
+            faults.add(f"tensor {name} is missing")
+        for name, tensor in model.named_parameters():
+            if not torch.isfinite(tensor).all():
+                faults.add(f"tensor {name} holds NaN or infinite values")
+    return model.float().eval().requires_grad_(False)
+
+
+def list_inputs(model: nn.Module, path: Path) -> tuple[Input, ...]:
+    """The inputs that the model's forward takes, of those this exporter knows how to feed.
+
+    Raises:
+        LimeEdgeError: neither token ids nor pixels go in.
+    """
+    config: Any = model.config
+    taken = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "")
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return (Input("pixel_values", "float32", ("batch", config.num_channels, height, width)),)
+    if main != "input_ids":
+        raise LimeEdgeError(f"{path}: the model reads {main or 'nothing known'}",
+                            "models that read input_ids or pixel_values can be exported")  # fmt: skip
+    text = ("batch", "sequence")
+    inputs = [Input("input_ids", "int64", text, "", config.vocab_size)]
+    inputs.append(Input("attention_mask", "int64", text, "ones", 2))
+    types = getattr(config, "type_vocab_size", 0)
+    if types > 1 and "token_type_ids" in taken:
+        inputs.append(Input("token_type_ids", "int64", text, "zeros", types))
+    return tuple(inputs)
+
+
+def make_sample(inputs: tuple[Input, ...]) -> dict[str, Tensor]:
+    """Inputs of no meaning but the right shapes: (2, 7) token ids, or two images."""
+    axes = {"batch": SAMPLE_BATCH, "sequence": SAMPLE_LENGTH}
+    sample: dict[str, Tensor] = {}
+    for entry in inputs:
+        shape = [axes[size] if isinstance(size, str) else size for size in entry.shape]
+        if entry.dtype == "float32":
+            sample[entry.name] = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+        else:
+            ids = torch.arange(torch.Size(shape).numel()).view(shape) % max(entry.limit, 1)
+            sample[entry.name] = torch.ones_like(ids) if entry.default == "ones" else ids
+            if entry.default == "zeros":
+                sample[entry.name] = torch.zeros_like(ids)
+    return sample
+
+
+def read_pooling(path: Path) -> Pooling | None:
+    """What sentence-transformers does after the model, from modules.json; None without that file.
+
+    Raises:
+        LimeEdgeError: a module or a mode that is not known here.
+    """
+    if not (path / "modules.json").is_file():
+        return None
+    hint = "remove modules.json to export token vectors alone"
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        steps = [(str(module["type"]).rsplit(".", 1)[-1], module["path"]) for module in modules]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LimeEdgeError(f"{path / 'modules.json'}: not readable: {error!r}", hint) from None
+    if [kind for kind, _ in steps] not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        found = ", ".join(kind for kind, _ in steps)
+        raise LimeEdgeError(f"{path / 'modules.json'}: expected Transformer, Pooling, Normalize, found {found}", hint)
+    file = path / steps[1][1] / "config.json"
+    config = read_json(file)
+    chosen = [mode for mode, key in POOLINGS.items() if config.get(key) or config.get("pooling_mode") == mode]
+    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    if len(chosen) != 1 or set(others) - set(POOLINGS.values()):
+        raise LimeEdgeError(f"{file}: expected one pooling mode of {', '.join(POOLINGS)}, found "
+                            f"{', '.join([*chosen, *others]) or config.get('pooling_mode')}", hint)  # fmt: skip
+    return Pooling(chosen[0], len(steps) == 3)
+
+
+@torch.no_grad()
+def watch_layers(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Layer]:
+    """Run the model once and list the plain linear layers and embeddings that were called, in order."""
+    found: dict[str, Layer] = {}
+    inputs: list[Tensor] = []  # held, so that an address means one tensor
+    hooks = []
+
+    def note(name: str, module: nn.Module, x: Tensor) -> None:
+        source = next((i for i, seen in enumerate(inputs) if seen is x), len(inputs))
+        inputs.append(x)
+        rows, columns = module.get_parameter("weight").shape
+        bias = getattr(module, "bias", None) is not None
+        found.setdefault(name, Layer((rows, columns), isinstance(module, nn.Embedding), bias, source))
+
+    for name, module in model.named_modules():
+        if _is_plain(module):
+            hooks.append(module.register_forward_pre_hook(lambda m, x, n=name: note(n, m, x[0])))
+    try:
+        model(**sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Subclasses with a forward of their own (a scaled embedding, say) are not what we compile."""
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def hash_weights_file(path: Path) -> str:
+    """sha256 over names, shapes and float32 bytes of the directory's weights, as `Backbone.fingerprint`.
+
+    Names as in the file, which do not change with the version of transformers; integer buffers are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_weights(path).items()):
+        if tensor.is_floating_point():
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoint:
+    """Put an adapter on an encoder; sites get the order in which the model calls them.
+
+    Raises:
+        LimeEdgeError: the adapter was made for another model, adapts what the model does not call, or is
+            prompt tuning.
+    """
+    if adapter.variant not in LINEAR:
+        raise LimeEdgeError(f"{adapter.path}: a {adapter.variant} adapter cannot be exported with an encoder",
+                            f"{', '.join(LINEAR)} can")  # fmt: skip
+    layers = backbone.layers
+    hint = f"this adapter was made for {adapter.base_name or 'another model'}"
+    with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
+        targeted = {name for name in layers if is_named(name, list(adapter.target_modules))}
+        for name in sorted(targeted - adapter.sites.keys()):
+            faults.add(f"site {name} is targeted but has no tensors")
+        for name, site in adapter.sites.items():
+            layer = layers.get(name)
+            if layer is None:
+                faults.add(f"site {name} is neither a linear layer nor an embedding that the model calls")
+                continue
+            if name not in targeted:
+                faults.add(f"site {name} has tensors but target_modules leaves it out")
+            if site.embedding != layer.embedding:
+                found = "an embedding" if site.embedding else "a linear layer"
+                faults.add(f"site {name}: embedding_modules makes it {found}, the model does not")
+            elif any(n not in (None, m) for n, m in zip(site.weight_shape, layer.shape, strict=True)):
+                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", layer.shape,
+                           site.weight_shape)  # fmt: skip
+        if adapter.base_fingerprint and adapter.base_fingerprint != backbone.fingerprint:
+            faults.add("base_fingerprint", adapter.base_fingerprint, backbone.fingerprint)
+    table = SiteTable.from_widths((n, adapter.sites[n].width) for n in layers if n in adapter.sites)
+    return EncoderCheckpoint(backbone, adapter, table)
+
+
+def _tasks_manager() -> Any:
+    try:
+        from optimum.exporters.tasks import TasksManager  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise need("optimum", "export") from error
+    return TasksManager

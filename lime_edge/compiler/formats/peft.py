@@ -1,0 +1,213 @@
+"""Read a PEFT LoRA or DoRA directory and expert vectors trained on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from lime_edge.bundle.experts import FORMAT, read_expert
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.compiler.formats.architecture import Decoder
+from lime_edge.compiler.formats.backbone import Backbone, read_backbone
+from lime_edge.compiler.formats.checkpoint import list_weights
+from lime_edge.compiler.formats.importing import (
+    Imported,
+    ImportOptions,
+    check_hyper,
+    make_config,
+    name_targets,
+    read_hyper,
+    read_json,
+)
+from lime_edge.errors import Faults, LimeEdgeError
+
+PREFIX = "base_model.model."
+SUFFIXES = {
+    "lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+}  # fmt: skip
+# an option of PEFT that changes what a layer computes -> the value that our format stands for
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "bias": ("none", None), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
+    "use_qalora": (False, None), "use_bdlora": (False, None), "modules_to_save": (None, []),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,),
+    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []), "arrow_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
+}  # fmt: skip
+
+
+def read_peft(source: Path, options: ImportOptions) -> Imported:
+    """Read a PEFT directory; without expert vectors it becomes one expert of ones, the LoRA itself.
+
+    Args:
+        source: directory of adapter_config.json and adapter_model.safetensors.
+        options: `model` and `experts` are used here.
+    Raises:
+        LimeEdgeError: an option of PEFT that the format does not carry, tensors that do not fit.
+    Source: PEFT checkpoint format (huggingface.co/docs/peft, "PEFT checkpoint format").
+    """
+    config = read_json(source / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        known = config.get("peft_type") == "LIME"
+        hint = "this is a LiME adapter already: use it as it is" if known else "only PEFT's LoRA and DoRA are read"
+        problem = f"{source}/adapter_config.json: peft_type: expected LORA, found {config.get('peft_type')}"
+        raise LimeEdgeError(problem, hint)
+    base = None if options.model is None else read_backbone(options.model)
+    dora = bool(config.get("use_dora"))
+    hyper = {"variant": "dora" if dora else "lora", **read_hyper(source, options)}
+    with Faults(str(source), "docs/adapter-format.md says what an import takes over") as faults:
+        _check_options(config, faults)
+        check_hyper(hyper, faults)
+        sites = _read_sites(source / "adapter_model.safetensors", dora, faults)
+        if dora:
+            _check_dora(base, sites, faults)
+            if hyper["variant"] != "dora":
+                faults.add("variant: this is a DoRA", "dora", hyper["variant"])
+        elif hyper["variant"] not in ("lora", "lora_fa"):
+            faults.add("variant: this is a LoRA", "lora or lora_fa", hyper["variant"])
+        faults.raise_any()
+        rank, alpha = config["r"], float(config["lora_alpha"])
+        for name, found in {"rank": rank, "alpha": alpha}.items():
+            if hyper.get(name, found) != found:
+                faults.add(f"{name} of adapter_config.json", hyper[name], found)
+        widths = {name: found["B"].shape[0] for name, found in sites.items()}
+        vectors, names = _read_vectors(options.experts, widths, base, faults)
+        faults.raise_any()
+        tensors = {f"{site}.{part}": t for site, found in sites.items() for part, t in found.items()}
+        # rsLoRA scales by alpha / sqrt(r), the format by lora_alpha / r
+        hyper["alpha"] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+        count = next(t.shape[0] for name, t in vectors.items() if name.endswith(".LiMEs"))
+        shared = any(name.endswith(".LiME_shared") for name in vectors)
+        made = make_config(hyper, hyper["variant"], rank, count, shared, options.names or tuple(names))
+        if not options.experts and not options.names:
+            made["expert_names"] = ["lora"]
+        if not any(key in hyper for key in ("top_k", "auto_topk", "sparse_mode")):
+            made["routing"] = "pinned"
+    made["base_model_name_or_path"] = config.get("base_model_name_or_path")
+    made["target_modules"] = _name_targets(config, sites, None if base is None else base.decoder)
+    return Imported(made, tensors | vectors, base=base)
+
+
+def _check_options(config: Mapping[str, Any], faults: Faults) -> None:
+    for name, neutral in NEUTRAL.items():
+        if name in config and config[name] not in neutral:
+            faults.add(f"adapter_config.json: {name} cannot be carried over", neutral[0], config[name])
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        faults.add("adapter_config.json: r", "an integer of at least 1", repr(rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
+        faults.add("adapter_config.json: lora_alpha", "a number above 0", repr(alpha))
+
+
+def _read_sites(file: Path, dora: bool, faults: Faults) -> dict[str, dict[str, torch.Tensor]]:
+    if not file.is_file():
+        raise LimeEdgeError(f"{file}: missing", "save the PEFT adapter with safe_serialization=True")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
+    wanted = ("A", "B", "m") if dora else ("A", "B")
+    sites: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        local = name.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in SUFFIXES if local.endswith("." + suffix)), None)
+        if suffix is None or SUFFIXES[suffix] not in wanted:
+            faults.add(f"{file.name}: {name} is not a LoRA tensor of a linear layer")
+            continue
+        sites.setdefault(local.removesuffix("." + suffix), {})[SUFFIXES[suffix]] = tensor
+    if not sites:
+        faults.add(f"{file.name} holds no LoRA tensors")
+    for site, found in sites.items():
+        for part in wanted:
+            if part not in found:
+                faults.add(f"{file.name}: {site} has no {part}")
+            elif part != "m" and found[part].ndim != 2:
+                faults.add(f"{file.name}: {site}: {part}", "two axes", tuple(found[part].shape))
+    return dict(sorted(sites.items()))
+
+
+def _check_dora(base: Backbone | None, sites: Mapping[str, Any], faults: Faults) -> None:
+    """PEFT's DoRA leaves the bias alone, LiME's scales it: equal only where there is none."""
+    if base is None:
+        faults.add("a DoRA needs its base model, to see which layers have a bias: pass --model")
+        return
+    biased = [name for name in sites if base.decoder.has_bias(name)]
+    if biased:
+        faults.add(f"DoRA on layers with a bias is another function in PEFT than in LiME: {', '.join(biased[:4])}")
+
+
+def _name_targets(config: Mapping[str, Any], sites: Mapping[str, Any], decoder: Decoder | None) -> list[str]:
+    wanted = config.get("target_modules")
+    wanted = wanted if isinstance(wanted, list) else []
+    if decoder is not None:
+        return name_targets(sites, list_weights(decoder), wanted)
+    narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+    return list(sites) if narrowed or not wanted else name_targets(sites, [], wanted)
+
+
+Vectors = tuple[dict[str, torch.Tensor], list[str]]
+
+
+def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Backbone | None,
+                  faults: Faults) -> Vectors:  # fmt: skip
+    """Expert vectors as `SITE.LiMEs` (E, H) and so on, and the experts' names where files say them."""
+    if not files:
+        return {f"{site}.LiMEs": torch.ones(1, width) for site, width in widths.items()}, []
+    flat: dict[str, torch.Tensor] = {}
+    per_site: dict[str, torch.Tensor] = {}
+    for file in files:
+        found = _read_vector_file(file, widths, base, faults)
+        if any(name.endswith(".LiMEs") for name in found):
+            per_site |= {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+        else:
+            flat |= found
+    faults.raise_any()
+    if per_site and flat:
+        faults.add("--experts: per-site tensors in one file and flat vectors in another: give one kind")
+    elif per_site:
+        for site in widths:
+            if f"{site}.LiMEs" not in per_site:
+                faults.add(f"--experts: {site}.LiMEs is missing")
+        return per_site, []
+    faults.raise_any()
+    table = _order_sites(widths, base)
+    for name, vector in flat.items():
+        if tuple(vector.shape) != (table.total,):
+            faults.add(f"--experts: {name}", (table.total,), tuple(vector.shape))
+    faults.raise_any()
+    stacked = torch.stack([vector.float() for vector in flat.values()])
+    return {f"{s.name}.LiMEs": stacked[:, s.offset : s.offset + s.width] for s in table}, list(flat)
+
+
+def _read_vector_file(file: Path, widths: Mapping[str, int], base: Backbone | None,
+                      faults: Faults) -> dict[str, torch.Tensor]:  # fmt: skip
+    """One file's tensors; an expert file of ours is checked against the base and gives one flat vector."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            ours = (opened.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError) as error:
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
+    if not ours:
+        return load_file(file)
+    expert = read_expert(file)
+    if base is not None:
+        table = _order_sites(widths, base)
+        if expert.fingerprint and expert.fingerprint != base.fingerprint():
+            faults.add(f"{file}: backbone fingerprint", base.fingerprint()[:16], expert.fingerprint[:16])
+        if expert.sites_hash and expert.sites_hash != table.hash:
+            faults.add(f"{file}: site table", table.hash[:16], expert.sites_hash[:16])
+    return {expert.name: torch.from_numpy(expert.vector)}
+
+
+def _order_sites(widths: Mapping[str, int], base: Backbone | None) -> SiteTable:
+    if base is None:
+        raise LimeEdgeError("--experts: flat vectors follow the base model's order of layers",
+                            "pass the base model with --model, or tensors SITE.LiMEs")  # fmt: skip
+    return SiteTable.from_widths((name, widths[name]) for name in list_weights(base.decoder) if name in widths)

@@ -1,0 +1,1 @@
+"""Pure functions: folding, routing, quantization, the variants."""

@@ -1,0 +1,1 @@
+"""What runs in torch: the compiled model, which is the oracle of every exporter."""

@@ -1,0 +1,150 @@
+"""The oracle asked at export: golden outputs of every expert, a blend, no adapter, routed (lime_edge.bundle.golden)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lime_edge.bundle.experts import ALWAYS_ON, describe_selection, parse_selection
+from lime_edge.bundle.golden import PIXEL, Golden, Output, Rows, choose_columns, condense, stack_rows
+from lime_edge.compiler.compile_encoder import CompiledEncoder, feed_tokens
+from lime_edge.compiler.formats.encoder import Input
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.session.switching import ROUTED
+
+PROMPTS, LENGTH, STEPS = 2, 12, 4  # prompts, tokens each, greedy steps from there
+IMAGES = 4
+ENCODER_ROWS = 8  # of an output with a row per token
+BLEND = (0.75, 0.25)
+TEXTS = (
+    "In the spring of that year the old bridge was closed, and people walked to the market along the river instead.",
+    "She wrote 17 letters before she found the right words; the last one said only that the work was done.",
+)
+Progress = Callable[[str, int, int], None]
+
+
+def list_selections(experts: Sequence[str], variant: str, routed: bool, single: bool) -> tuple[str, ...]:
+    """What is checked: every expert, a blend of two, no adapter where that exists, routed where there is routing."""
+    if single:
+        return tuple(experts)
+    blend = [describe_selection(dict(zip(experts, BLEND, strict=False)))] if len(experts) > 1 else []
+    return (*experts, *blend, *([] if variant in ALWAYS_ON else ["none"]), *([ROUTED] if routed else []))
+
+
+def choose_prompts(encode: Callable[[str], list[int]] | None, vocab: int, length: int) -> np.ndarray:
+    """Token ids (PROMPTS, length) int64: the built-in texts, or seeded ids where nothing can read them.
+
+    Args:
+        encode: text to ids, None without a tokenizer. length: at most that many, at least 1.
+    """
+    found = [encode(text)[:length] if encode else [] for text in TEXTS]
+    shortest = min(map(len, found))
+    if shortest >= min(2, length):
+        return np.array([ids[:shortest] for ids in found], np.int64)
+    return np.random.default_rng(0).integers(0, vocab, (PROMPTS, length))
+
+
+def mix_experts(experts: Mapping[str, Tensor], label: str) -> Tensor:
+    """The full vector p (sum_H,) float32 of a selection that is not routed."""
+    selection = parse_selection(label)
+    weights = {selection: 1.0} if isinstance(selection, str) else dict(selection or {})
+    mixed = torch.zeros(len(next(iter(experts.values()))), dtype=torch.float64)
+    for name, weight in weights.items():
+        mixed += weight * experts[name].double()
+    return mixed.float()
+
+
+def ask_decoder(model: CompiledModel, encode: Callable[[str], list[int]] | None,
+                progress: Progress = lambda *_: None) -> Golden:  # fmt: skip
+    """Golden logits and greedy tokens of a language model.
+
+    Args:
+        encode: text to token ids, None without a tokenizer. progress: called with ("golden", done, total).
+    """
+    virtual = 0 if model.virtual is None else len(model.virtual.base)
+    room = model.decoder.context - virtual - STEPS
+    prompts = choose_prompts(encode, model.decoder.vocab, max(1, min(LENGTH, room)))
+    labels = list_selections(tuple(model.experts), model.variant, model.routing is not None, model.single is not None)
+    module = DecoderModule(model)
+
+    def answer(label: str) -> dict[str, np.ndarray]:
+        if label == ROUTED:  # its scale runs over the whole call: one prompt at a time
+            rows = [run_steps(module, prompt[None], None) for prompt in prompts]
+            return {"logits": np.concatenate(rows)}
+        return {"logits": run_steps(module, prompts, mix_experts(model.experts, label) - model.reference)}
+
+    columns = {"logits": choose_columns(model.decoder.vocab, len(labels) * len(prompts) * STEPS)}
+    steps = {"logits": np.arange(STEPS)}
+    outputs = _ask(labels, answer, steps, columns, True, progress)
+    return Golden(labels, {"input_ids": prompts[:, None]}, STEPS, outputs)
+
+
+def run_steps(module: DecoderModule, prompts: np.ndarray, expert: Tensor | None) -> np.ndarray:
+    """Greedy logits (P, STEPS, V) float32: after the prompts (P, L), then after each token, with the cache."""
+    cache, ids, rows = Cache(), torch.from_numpy(prompts), []
+    for _ in range(STEPS):
+        rows.append(module(ids, expert, cache)[:, -1])
+        ids = rows[-1].argmax(-1, keepdim=True)
+    return torch.stack(rows, 1).numpy()
+
+
+def ask_encoder(model: CompiledEncoder, encode: Callable[[str], list[int]] | None, context: int,
+                progress: Progress = lambda *_: None) -> Golden:  # fmt: skip
+    """Golden outputs of an encoder or a vision model.
+
+    Args:
+        encode: text to token ids, None without a tokenizer. context: tokens it takes at most.
+    """
+    entry = model.module.inputs[0]
+    calls = {entry.name: draw_pixels(entry)}
+    if entry.name == "input_ids":
+        calls = {entry.name: choose_prompts(encode, entry.limit, min(LENGTH, context))[:, None]}
+    variant, experts = model.checkpoint.adapter.variant, tuple(model.experts)
+    labels = list_selections(experts, variant, model.routing is not None, model.single is not None)
+
+    def answer(label: str) -> dict[str, np.ndarray]:
+        vector = None if label == ROUTED else mix_experts(model.experts, label)
+        found = [model.run(inputs, vector) for inputs in _list_calls(model, calls[entry.name])]
+        return {name: np.stack([as_rows(call[name].numpy()) for call in found]) for name in model.module.outputs}
+
+    shapes = {name: array.shape for name, array in answer(labels[0]).items()}
+    rows = {name: np.unique(np.linspace(0, shape[1] - 1, ENCODER_ROWS).astype(int)) for name, shape in shapes.items()}
+    total = len(labels) * len(calls[entry.name])
+    columns = {name: choose_columns(shape[2], total * len(rows[name]) * len(shapes)) for name, shape in shapes.items()}
+    return Golden(labels, calls, 0, _ask(labels, answer, rows, columns, False, progress))
+
+
+def _list_calls(model: CompiledEncoder, calls: np.ndarray) -> Iterator[dict[str, Tensor]]:
+    for array in calls:
+        if array.dtype.kind == "f":
+            yield {model.module.inputs[0].name: torch.from_numpy(array)}
+        else:
+            yield feed_tokens(model.module.inputs, array[0].tolist())
+
+
+def draw_pixels(entry: Input) -> np.ndarray:
+    """Seeded images (IMAGES, 1, C, H, W) float32 within +-2, in whole steps of PIXEL."""
+    shape = (IMAGES, *(1 if isinstance(size, str) else size for size in entry.shape))
+    return np.random.default_rng(0).integers(-64, 65, shape).astype(np.float32) * np.float32(PIXEL)
+
+
+def as_rows(output: np.ndarray) -> np.ndarray:
+    """An output of one call (1, ..., V) as rows (R, V)."""
+    return output.reshape(-1, output.shape[-1])
+
+
+def _ask(labels: Iterable[str], answer: Callable[[str], dict[str, np.ndarray]], rows: Mapping[str, np.ndarray],
+         columns: Mapping[str, np.ndarray], centre: bool, progress: Progress) -> dict[str, Output]:  # fmt: skip
+    """Every selection in turn, condensed at once: full rows are large."""
+    kept: dict[str, list[Rows]] = {name: [] for name in rows}
+    labels = tuple(labels)
+    for index, label in enumerate(labels):
+        progress("golden", index, len(labels))
+        for name, array in answer(label).items():
+            kept[name].append(condense(array[:, rows[name]], columns[name], centre))
+    progress("golden", len(labels), len(labels))
+    return {name: Output(rows[name], columns[name], stack_rows(parts)) for name, parts in kept.items()}

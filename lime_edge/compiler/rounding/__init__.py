@@ -1,0 +1,1 @@
+"""From folded weights to integers, and how much survives."""

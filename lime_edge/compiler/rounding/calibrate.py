@@ -1,0 +1,278 @@
+"""Calibration: text that shows a folded model's layers their inputs, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.errors import Faults
+
+# (layer, "qkv" | "o" | "gate_up" | "down") -> (D, D) float32, sum of x x^T over tokens
+Grams = dict[tuple[int, str], torch.Tensor]
+Progress = Callable[[str, int, int], None]
+Encode = Callable[[str], list[int]]
+Render = Callable[[str, str], str]
+KINDS = ("qkv", "o", "gate_up", "down")
+BATCH = 16  # sequences in one forward pass
+LONGEST = 512  # tokens of a sequence that are read
+
+INSTRUCTIONS = (
+    "", "Rewrite: ", "Explain: ", "Change the word: ", "Choose one (first, second, third): ",
+    "Give a short answer.\n", "Is this correct?\n", "Complete the sentence.\n", "List: ",
+)  # fmt: skip
+# What small task models are asked: written for this file, many kinds of request, answers short.
+PAIRS = (
+    ("What is the capital of Portugal?", "The capital of Portugal is Lisbon."),
+    ("Translate to French: The library opens at nine.", "La bibliothèque ouvre à neuf heures."),
+    ("Rewrite in the past tense: The dogs run across the field.", "The dogs ran across the field."),
+    ("Set an alarm for 6:45 tomorrow morning.", "alarm"),
+    ("Is this sentence true or false? Water boils at 100 degrees Celsius at sea level.", "true"),
+    ("Classify the mood of this message (happy, sad, angry).\nI waited two hours and nobody even said sorry!",
+     "angry"),
+    ("A clumsy plot and flat acting, but the music almost saves the evening.", "negative"),
+    ("One of the warmest and funniest books I have read in years.", "positive"),
+    ("plural: child", "children"),
+    ("Correct the spelling: I definately recieved your mesage.", "I definitely received your message."),
+    ("Who wrote Pride and Prejudice?", "Jane Austen"),
+    ("List three primary colors.", "red, yellow, blue"),
+    ("Summarize: The council voted on Tuesday to close the old bridge for repairs. Use the ring road.",
+     "The old bridge is closed for repairs."),
+    ("def area(width, height):\n    return", "    return width * height"),
+    ("What is 17 + 25?", "42"),
+    ("Turn this into a question: She has finished the report.", "Has she finished the report?"),
+    ("Book a table for four at an Italian restaurant near the station on Friday.", "restaurant"),
+    ("What's the weather like in Oslo this weekend?", "weather"),
+    ("Play some quiet piano music from the nineties.", "music"),
+    ("Remove \"Blue Monday\" from my workout list.", "playlist"),
+    ("Give the opposite of \"ancient\".", "modern"),
+    ("Extract the date: The invoice was issued on 14 March 2019 and paid a week later.", "14 March 2019"),
+    ("Write a short poem about rain.", "Soft the silver rain comes down,\nwashing all the dusty town."),
+    ("Name the largest planet in the solar system.", "Jupiter"),
+    ("Subject: You have won!!!\nClick here to claim your $1000 gift card now.", "spam"),
+    ("Subject: Minutes of Monday's meeting\nHi all, please find the notes attached. Best, Petra",
+     "not spam"),
+    ("past tense of \"to teach\"", "taught"),
+    ("he carries the boxes upstairs", "he does not carry the boxes upstairs"),
+    ("Make it formal: Hey, can you send me that file?", "Could you please send me the file?"),
+    ("What does HTTP stand for?", "Hypertext Transfer Protocol"),
+    ("Sort alphabetically: pear, apple, mango, cherry", "apple, cherry, mango, pear"),
+    ("Who is mentioned here? Yesterday Maria Lopez met the mayor of Ghent, Thomas Claes.",
+     "Maria Lopez, Thomas Claes"),
+    ("Explain photosynthesis in one sentence.",
+     "Plants use sunlight to turn water and carbon dioxide into sugar and oxygen."),
+    ("Rate this recipe four out of five stars.", "rating"),
+    ("tooth", "teeth"),
+    ("quickly", "adverb"),
+    ("The committee has rejected both proposals.", "Has the committee rejected both proposals?"),
+    ("Find a showing of the new science fiction film tonight at the Grand.", "cinema"),
+    ("The battery died after a week and the seller never answered my e-mails.", "1 star"),
+    ("Fast delivery, solid build, exactly as described. Would buy again.", "5 stars"),
+    ("Convert 3 kilometers to meters.", "3000 meters"),
+    ("Which language is this? Ich habe heute keine Zeit.", "German"),
+    ("Spell \"necessary\" letter by letter.", "n e c e s s a r y"),
+    ("2024-07-04", "Thursday, July 4, 2024"),
+    ("Count the words: the cat sat on the mat", "6"),
+    ("Continue the sequence: 2, 4, 8, 16,", "32"),
+    ("Is a tomato a fruit or a vegetable?", "Botanically, a tomato is a fruit."),
+    ("Give me a title for a story about a lighthouse keeper and a lost whale.", "The Keeper and the Whale"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One token sequence and the expert it is read with (None: the calibration takes turns)."""
+
+    tokens: tuple[int, ...]
+    expert: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to show the model. source: "built-in" or the file's name, for the manifest."""
+
+    samples: tuple[Sample, ...]
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(len(sample.tokens) for sample in self.samples)
+
+
+def built_in_calibration(encode: Encode, render: Render, words: list[str], count: int = 128) -> Calibration:
+    """Short written exchanges, and `count` exchanges about random words of the model's own vocabulary.
+
+    Always the same for the same tokenizer. The words are what spreads: written text alone leaves most
+    of the vocabulary, and so most directions of a layer's input, unseen.
+
+    Args:
+        encode: text -> token ids, no special tokens added. render: (user, assistant) -> chat text.
+        words: see `vocabulary_words`; may be empty.
+        count: exchanges made of words.
+    """
+    pairs = [*PAIRS, *(_word_pairs(words, count) if words else ())]
+    return Calibration(tuple(_sample(encode, render(*pair)) for pair in pairs), "built-in")
+
+
+def read_calibration(path: Path, encode: Encode, experts: Iterable[str]) -> Calibration:
+    """Calibration of the user's: JSON lines with `prompt` (complete) and, if wanted, `answer`, `expert`.
+
+    Args:
+        path: a .jsonl file, the form of the evaluation files.
+        encode: text -> token ids, no special tokens added.
+        experts: the adapter's expert names.
+    Raises:
+        LimeEdgeError: unreadable, empty, not JSON, fields missing or mistyped, unknown experts: all at once.
+    """
+    known, samples = set(experts), []
+    with Faults(str(path), 'expected one {"prompt": ..., "answer": ..., "expert": ...} a line') as faults:
+        for number, line in _lines(path, faults):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                faults.add(f"line {number}: not JSON ({error})")
+                continue
+            row = row if isinstance(row, dict) else {}
+            prompt, answer, expert = row.get("prompt"), row.get("answer", ""), row.get("expert")
+            if not isinstance(prompt, str) or not prompt or not isinstance(answer, str):
+                faults.add(f"line {number}: prompt and answer", "text", f"{prompt!r} and {answer!r}")
+            elif expert is not None and expert not in known:
+                faults.add(f"line {number}: expert", f"one of {', '.join(sorted(known))}", expert)
+            else:
+                samples.append(_sample(encode, prompt + answer, expert))
+        if not samples and not faults:
+            faults.add("samples", "at least one line", "none")
+    return Calibration(tuple(samples), path.name)
+
+
+def render_exchange(apply_template: Callable[[list[dict[str, str]]], str] | None) -> Render:
+    """How the built-in calibration writes an exchange: the model's chat template, no system prompt.
+
+    A default system prompt would be most of every sample, always the same, and teach nothing new.
+
+    Args:
+        apply_template: messages (role, content) -> text; None: the model has no chat template.
+    """
+    if apply_template is None:
+        return lambda user, assistant: f"{user}\n{assistant}"
+    marker = [{"role": "system", "content": "-"}]
+    try:
+        system = apply_template(marker)
+    except Exception:  # noqa: BLE001 - a template's own refusal: it knows no system prompt, or not alone
+        marker, system = [], ""
+
+    def render(user: str, assistant: str) -> str:
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        return apply_template(marker + turns).removeprefix(system)
+
+    return render
+
+
+def vocabulary_words(vocabulary: Mapping[str, int]) -> list[str]:
+    """Whole words of a tokenizer in id order: pieces that begin a word, 4 or more letters a-z."""
+    found = []
+    for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1]):
+        word = piece[1:]
+        plain = word.isascii() and word.isalpha() and word.islower()
+        if piece[:1] in ("\u0120", "\u2581", " ") and len(word) > 3 and plain:
+            found.append(word)
+    return found
+
+
+@torch.no_grad()
+def collect_grams(
+    model: CompiledModel, calibration: Calibration, kinds: Container[tuple[int, str]] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Grams:  # fmt: skip
+    """Run the float model over the samples, experts active; sum x x^T of the groups' inputs.
+
+    Args:
+        model: folded, weights float32. kinds: (layer, kind) of the groups wanted; None: all of them
+            (as much work as the forward pass itself). progress: called with ("calibrate", done, total).
+    """
+    module, grams = DecoderModule(model), Grams()
+    keep: list[torch.Tensor] = [torch.empty(0)]  # the batch's real positions, (B, S) bool
+    for layer, block in enumerate(module.blocks):
+        for kind in KINDS:
+            if kinds is None or (layer, kind) in kinds:
+                getattr(block, kind).register_forward_pre_hook(_adder(grams, (layer, kind), keep))
+    batches = list(_batches(model, calibration))
+    for index, (expert, samples) in enumerate(batches):
+        progress("calibrate", index, len(batches))
+        ids, keep[0] = _pad([sample.tokens[: model.decoder.context] for sample in samples])
+        run_blocks(module, ids, expert)
+    progress("calibrate", len(batches), len(batches))
+    return grams
+
+
+def run_blocks(module: DecoderModule, ids: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """The decoder without its head: ids (B, S) int64, padded on the right -> (B, S, hidden).
+
+    Causal attention keeps padding from the positions before it, so no mask is needed.
+    """
+    cos, sin = (table.to(module.embedding.table) for table in module.config.rope_tables(ids.shape[1]))
+    cache, x = Cache(), module.embedding(ids, expert)
+    for block in module.blocks:
+        x = block(x, cos, sin, cache, expert)
+    return x
+
+
+def _pad(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, S) int64 padded on the right with 0, and (B, S) bool: which are real."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+
+
+def _adder(grams: Grams, key: tuple[int, str], keep: list[torch.Tensor]) -> Callable[..., None]:
+    def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0][keep[0]]
+        gram = x.t() @ x
+        grams[key] = grams[key] + gram if key in grams else gram
+
+    return add
+
+
+def _batches(model: CompiledModel, calibration: Calibration) -> Iterator[tuple[torch.Tensor, list[Sample]]]:
+    """(residual (sum_H,), samples of similar length) per expert; nameless samples go round the experts."""
+    names = list(model.experts)
+    by_expert: dict[str, list[Sample]] = {name: [] for name in names}
+    turn = 0
+    for sample in calibration.samples:
+        by_expert[sample.expert or names[turn % len(names)]].append(sample)
+        turn += sample.expert is None
+    for name, samples in by_expert.items():
+        residual = model.experts[name].float() - model.reference
+        samples.sort(key=lambda sample: len(sample.tokens))
+        for start in range(0, len(samples), BATCH):
+            yield residual, samples[start : start + BATCH]
+
+
+def _sample(encode: Encode, text: str, expert: str | None = None) -> Sample:
+    return Sample(tuple(encode(text)[:LONGEST]), expert)
+
+
+def _word_pairs(words: list[str], count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """(user, assistant): an instruction and some words; the answer repeats them, in order or shuffled."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        chosen = [draw.choice(words) for _ in range(draw.choice((1, 1, 2, 3, 6, 10)))]
+        text, answer = " ".join(chosen), " ".join(draw.sample(chosen, len(chosen)))
+        form = draw.choice(("{}", "{}", '"{}"', "{}."))
+        yield draw.choice(INSTRUCTIONS) + form.format(text), answer
+
+
+def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.add(f"cannot be read: {error}")
+        return
+    yield from ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())

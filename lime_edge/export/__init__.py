@@ -1,0 +1,1 @@
+"""The export: a checkpoint becomes a bundle. Needs the packages of a workstation."""

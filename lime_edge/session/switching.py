@@ -1,0 +1,129 @@
+"""Switching experts: what every session does, whatever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import ALWAYS_ON, ExpertBank, Selection, describe_selection, read_expert
+from lime_edge.errors import LimeEdgeError
+
+ROUTED, NONE = "routed", "none"
+
+
+class SwitchableEngine(Protocol):
+    """What every runtime file provides: a model that takes an expert residual."""
+
+    provider: str
+
+    def set_expert(self, residual: np.ndarray) -> None:
+        """Use d (sum_H,) float32 from the next call on."""
+
+    def set_routed(self) -> None:
+        """Weigh the bundle's own experts per token from the next call on."""
+
+
+class ExpertSwitch:
+    """The experts of an opened bundle on one target, and which of them is in use.
+
+    "routed" mixes the experts of the checkpoint: that bank is frozen in the artifact, and experts
+    installed later are pinned or blended, never routed to.
+    """
+
+    def __init__(self, bundle: Bundle, engine: SwitchableEngine, bank: ExpertBank, target: str):
+        self.bundle, self.target = bundle, target
+        self._switchable, self._bank = engine, bank
+        self._facts: dict[str, Any] = bundle.manifest.targets[target]
+        self._single: str | None = bundle.manifest.adapter.get("single")
+        self._variant: str = bundle.manifest.adapter.get("variant", "lora")
+        self._selection: Selection = None
+        self._apply(self._single or (bank.names[0] if bank.names else None))
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the installed experts."""
+        return self._bank.names
+
+    @property
+    def selection(self) -> Selection:
+        """What is in use: an expert's name, a blend, "routed", or None."""
+        return self._selection
+
+    @property
+    def provider(self) -> str:
+        """The execution provider the engine took."""
+        return self._switchable.provider
+
+    @property
+    def operators(self) -> bool | None:
+        """Whether the graph's functions run as compiled operators; None where the engine knows none."""
+        return getattr(self._switchable, "operators", None)
+
+    def use(self, selection: Selection) -> None:
+        """Switch the expert; nothing is reloaded ("routed" loads its graph once).
+
+        Args:
+            selection: an expert's name, {name: weight} summing to 1, None for the original model, or
+                "routed": the experts of the checkpoint weighed per token and site.
+        Raises:
+            LimeEdgeError: unknown name, bad weights, a single-expert bundle, a bundle without routing,
+                or None for a variant that cannot be switched off.
+        """
+        self._apply(selection)
+
+    def _apply(self, selection: Selection) -> None:
+        if selection == NONE:
+            selection = None  # as the command line has it; no expert can have that name
+        if not (selection is None or isinstance(selection, (str, Mapping))):
+            raise LimeEdgeError(f"expert: expected a name, a blend or None, found {selection!r}",
+                                f"the names are {', '.join(self._bank.names)}")  # fmt: skip
+        if self._single is not None:
+            if selection != self._single:
+                asked = describe_selection(selection)
+                raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
+                                    "export it without --single")  # fmt: skip
+        elif selection == ROUTED:
+            if not self._facts.get("routed"):
+                hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
+                raise LimeEdgeError("this bundle has no routed graph", hint)
+            self._switchable.set_routed()
+        elif selection is None and self._variant in ALWAYS_ON:
+            raise LimeEdgeError(f"a {self._variant} adapter cannot be switched off: no expert vector gives the "
+                                "original model", "pick an expert or a blend, or use the original model")  # fmt: skip
+        else:
+            self._switchable.set_expert(self._bank.residual(selection))
+        self._selection = dict(selection) if isinstance(selection, Mapping) else selection
+
+    def install(self, path: Path | str, name: str | None = None) -> str:
+        """Add an expert file while running; returns its name. Nothing is written; routing does not know it.
+
+        Raises:
+            LimeEdgeError: damaged, NaN, wrong length, or made for another backbone.
+        """
+        expert = read_expert(Path(path))
+        expert = replace(expert, name=name) if name else expert
+        if self._single is not None:
+            raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")
+        self._bank.install(expert, str(path))
+        if self._uses(expert.name):
+            self.reset()
+            self._apply(self._selection)
+        return expert.name
+
+    def remove(self, name: str) -> None:
+        """Forget an installed expert; the one in use cannot be removed."""
+        if self._uses(name):
+            raise LimeEdgeError(f"expert {name!r} is in use", "switch to another one first")
+        self._bank.remove(name)
+
+    def _uses(self, name: str) -> bool:
+        used = self._selection
+        return name == used if isinstance(used, str) else used is not None and name in used
+
+    def reset(self) -> None:
+        """Forget what earlier calls left behind: nothing, unless the session keeps a cache."""

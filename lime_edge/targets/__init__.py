@@ -1,0 +1,1 @@
+"""Targets and devices: what a bundle can be exported for."""

@@ -1,0 +1,1 @@
+"""Core ML, and the interpreter that proves its programs elsewhere."""

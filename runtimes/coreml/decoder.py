@@ -1,0 +1,228 @@
+"""Core ML: on a Mac through coremltools, elsewhere through the interpreter of the saved program (slow, and exact).
+
+Prompts are cut into the lengths the package enumerates; what is left over is padded, and the padding is neither
+stored nor seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
+from lime_edge.runtimes.coreml.interpreter import Interpreter, Values
+from lime_edge.runtimes.coreml.program import read_package
+from lime_edge.session.decoder import SessionOptions
+
+COREML, INTERPRETER, ROUNDED = "CoreML", "interpreter", "interpreter-fp16"  # "CoreML:cpu_only" names the units too
+UNITS = {"all": "ALL", "cpu_and_ne": "CPU_AND_NE", "cpu_and_gpu": "CPU_AND_GPU", "cpu_only": "CPU_ONLY"}
+
+
+class Model(Protocol):
+    """One loaded package: runs its functions on one state."""
+
+    def run(self, function: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
+
+
+def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEngine:
+    """Load the bundle's package.
+
+    Raises:
+        LimeEdgeError: no Core ML where it is asked for, or a package that cannot be loaded.
+    """
+    return CoremlEngine(bundle, options)
+
+
+class SwitchedPackage:
+    """A loaded package whose expert can be switched: what language models and encoders share."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts = bundle.manifest.targets["coreml"]
+        self._takes_expert, self._routed = bool(facts["expert_input"]), facts.get("routed")
+        self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
+        self._function = "main"
+        self.provider = choose_provider(options.providers)
+        self._model = load_package(bundle, self.provider)
+
+    def set_expert(self, residual: np.ndarray) -> None:
+        """Use d (sum_H,) float32, rounded to float16, from the next call on."""
+        self._function = "main"
+        self._residual = residual.astype(np.float16)
+
+    def set_routed(self) -> None:
+        """Weigh the frozen bank per token from now on."""
+        assert self._routed is not None, "the session asks for it only where there is one"
+        self._function = self._routed
+
+
+class CoremlEngine(SwitchedPackage):
+    """A loaded package with its cache as state; implements lime_edge.session.decoder.Engine."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.model
+        self._virtual = int(facts["virtual_tokens"])  # in the cache before everything else
+        most = min(facts["max_length"], model["context"]) - self._virtual
+        self.capacity = options.max_length or most
+        if not 1 <= self.capacity <= most:
+            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
+                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
+        self.length = 0
+        self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
+        super().__init__(bundle, options)
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` tokens; the cache is overwritten later."""
+        self.length = min(self.length, length)
+
+    def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
+        """Run S tokens after those in the cache. ids: (S,) int64. Returns (keep or S, V) float32."""
+        fed = self.length + (self._virtual if self.length else 0)
+        if self.length == 0 and self._virtual:
+            ids = np.concatenate([self._vocab + np.arange(self._virtual), ids])
+        rows = min(keep, ids.size) if keep else ids.size - (self._virtual if self.length == 0 else 0)
+        parts, start = [], 0
+        for length in self._cut(ids.size):
+            piece = ids[start : start + length]
+            parts.append(self._call(piece, length, fed + start)[: piece.size])
+            start += piece.size
+        self.length = fed + ids.size - self._virtual
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.ascontiguousarray(logits[-rows:], np.float32)
+
+    def _cut(self, count: int) -> list[int]:
+        """Lengths of the calls for a prompt; routing must see all of it in one.
+
+        Raises:
+            LimeEdgeError: a routed prompt that no enumerated length holds.
+        """
+        if self._function != self._routed:
+            return plan_calls(count, self._lengths)
+        fitting = [length for length in self._lengths if length >= count]
+        if not fitting:
+            longest = max(0, self._lengths[-1] - self._virtual)
+            raise LimeEdgeError(f"routed: this package takes prompts of up to {longest} tokens in one call, "
+                                f"found {count - self._virtual}",
+                                "export it with a longer --prompt-lengths")  # fmt: skip
+        return [fitting[0]]
+
+    def _call(self, piece: np.ndarray, length: int, position: int) -> np.ndarray:
+        ids = np.zeros((1, length), np.int32)
+        ids[0, : piece.size] = piece
+        facts = {"position": position, "length": piece.size}
+        inputs: dict[str, np.ndarray] = {"input_ids": ids}
+        inputs |= {name: np.array([value], np.int32) for name, value in facts.items()}
+        if self._takes_expert and self._function == "main":
+            inputs["expert"] = self._residual
+        return self._model.run(self._function, inputs)["logits"][0]
+
+
+def plan_calls(count: int, lengths: list[int]) -> list[int]:
+    """Cut a prompt into enumerated lengths: one padded call where at most half of it is padding.
+
+    Args:
+        count: tokens. lengths: enumerated, rising.
+    """
+    plan = []
+    while count > 0:
+        above = next((length for length in lengths if length >= count), None)
+        below = max((length for length in lengths if 1 < length <= count), default=None)
+        covers = above is not None and (below is None or above <= 2 * count)
+        chosen = (above if covers else below) or lengths[-1]
+        plan.append(chosen)
+        count -= chosen
+    return plan
+
+
+def choose_provider(wanted: tuple[str, ...]) -> str:
+    """Core ML on a Mac with coremltools, else the interpreter; or the first of those asked for that is there.
+
+    Raises:
+        LimeEdgeError: what is asked for is not there.
+    """
+    here = sys.platform == "darwin" and importlib.util.find_spec("coremltools") is not None
+    known = ([COREML, *[f"{COREML}:{units}" for units in UNITS]] if here else []) + [INTERPRETER, ROUNDED]
+    if not wanted:
+        return known[0]
+    for name in wanted:
+        if name in known:
+            return name
+    if sys.platform == "darwin" and not here and any(name.startswith(COREML) for name in wanted):
+        raise need("coremltools", "coreml")
+    raise LimeEdgeError(f"none of the providers {', '.join(wanted)} is available",
+                        f"this machine has {', '.join(known)}", EXIT_MISSING)  # fmt: skip
+
+
+def load_package(bundle: Bundle, provider: str) -> Model:
+    """The bundle's package on one provider.
+
+    Raises:
+        LimeEdgeError: a damaged package, or one that Core ML refuses.
+    """
+    facts = bundle.manifest.targets["coreml"]
+    if provider.startswith(COREML):  # pragma: no cover - needs a Mac
+        units = provider.partition(":")[2] or facts["compute_units"]
+        return MacModel(bundle.path / facts["file"], units, bool(facts.get("routed")))
+    return InterpretedModel(bundle, provider == INTERPRETER)
+
+
+class InterpretedModel:
+    """The interpreter over all functions of a package; they share state and weights."""
+
+    def __init__(self, bundle: Bundle, exact: bool):
+        self._package, self._exact = read_package(bundle.path / bundle.manifest.targets["coreml"]["file"]), exact
+        self._shared: Values = {}
+        self._ready: dict[str, Interpreter] = {}
+        self.state = self._load("main").make_state()
+
+    def _load(self, function: str) -> Interpreter:
+        if function not in self._ready:
+            self._ready[function] = Interpreter(self._package, function, self._exact, self._shared)
+        return self._ready[function]
+
+    def run(self, function: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, float32."""
+        return self._load(function).run(inputs, self.state)
+
+
+class MacModel:  # pragma: no cover - needs a Mac
+    """coremltools' predict, with MLState where there is a cache; nobody has run it yet.
+
+    A function is loaded when it is first needed. Each has a state of its own: what one wrote is copied when the
+    other takes over.
+    """
+
+    def __init__(self, path: Path, units: str, multifunction: bool):
+        import coremltools
+
+        self._load_model, self._path = coremltools.models.MLModel, str(path)
+        self._units = getattr(coremltools.ComputeUnit, UNITS[units])
+        self._multifunction, self._names = multifunction, list(read_package(path).functions["main"].states)
+        self._models: dict[str, Any] = {}
+        self._states: dict[str, Any] = {}
+        self._active = ""
+        self._load("main")
+
+    def _load(self, function: str) -> None:
+        name = function if self._multifunction else None
+        try:
+            model = self._load_model(self._path, compute_units=self._units, function_name=name)
+        except Exception as error:  # coremltools' exceptions share no public base
+            raise LimeEdgeError(f"{self._path}: Core ML cannot load it: {str(error).splitlines()[0]}",
+                                "lime-edge inspect BUNDLE --verify compares the hashes") from None  # fmt: skip
+        self._models[function], self._states[function] = model, model.make_state() if self._names else None
+
+    def run(self, function: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
+        if function not in self._models:
+            self._load(function)
+        if self._active and self._active != function:
+            for name in self._names:
+                self._states[function].write_state(name, self._states[self._active].read_state(name))
+        self._active = function
+        return self._models[function].predict(inputs, self._states[function])

@@ -1,0 +1,53 @@
+"""ONNX Runtime for encoders and vision models: one call in, one call out; the expert is an input."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.runtimes.onnx.decoder import load_graph
+from lime_edge.session.decoder import SessionOptions
+
+EXPERT = "expert"
+
+
+def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> OnnxEncoderEngine:
+    """Load the bundle's ONNX graph.
+
+    Raises:
+        LimeEdgeError: no execution provider, or a graph that cannot be loaded.
+    """
+    return OnnxEncoderEngine(bundle, options)
+
+
+class OnnxEncoderEngine:
+    """The loaded graphs; implements lime_edge.session.encoder.EncoderEngine. The routed one loads on first use."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        self._facts = bundle.manifest.targets["onnx"]
+        self._load = partial(load_graph, bundle, options=options)
+        self._pinned = self._load(self._facts["file"])
+        self._routed: Any = None
+        self._routing = False
+        self.provider = self._pinned.get_providers()[0]
+        self._residual = np.zeros(0, np.float32)
+
+    def set_expert(self, residual: np.ndarray) -> None:
+        """Use d (sum_H,) float32 from the next call on; it must not change while in use."""
+        self._residual, self._routing = residual, False
+
+    def set_routed(self) -> None:
+        """Weigh the checkpoint's experts per token from the next call on."""
+        if self._routed is None:
+            self._routed = self._load(self._facts["routed"])
+        self._routing = True
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, float32."""
+        session, names = (self._routed if self._routing else self._pinned), self._facts["outputs"]
+        if not self._routing and self._facts["expert_input"]:
+            inputs = inputs | {EXPERT: self._residual}
+        return dict(zip(names, session.run(names, inputs), strict=True))
