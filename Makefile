@@ -33,6 +33,7 @@ test: $(VENV)/.dev  ## the whole test-suite
 
 lint: $(VENV)/.dev  ## ruff and mypy (on an installed copy: the mapped packages are not visible otherwise)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	rm -rf .types build/lib* build/temp* build/bdist*
 	$(BIN)/pip install --quiet --no-deps --target .types .
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge

@@ -15,8 +15,13 @@ __version__ = "0.1.0"
 __all__ = ["LimeEdgeError", "open"]
 
 
-def open(path: Path | str, target: str | None = None, threads: int | None = None,
-         max_length: int | None = None, verify: bool = False) -> Session | EncoderSession:  # fmt: skip
+def open(
+    path: Path | str,
+    target: str | None = None,
+    threads: int | None = None,
+    max_length: int | None = None,
+    verify: bool = False,
+) -> Session | EncoderSession:
     """Open a bundle and load its artifact.
 
     Args:

@@ -62,9 +62,13 @@ def show_count(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=err, transient=not err.is_terminal,
-    )  # fmt: skip
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=not err.is_terminal,
+    )
 
 
 def escape(text: str) -> str:

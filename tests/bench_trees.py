@@ -15,8 +15,13 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 def plant_rapl(root: Path) -> Path:
     """Two packages, one with its DRAM; a zone inside a package, and psys, which count the same joules again."""
-    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram",
-             "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}  # fmt: skip
+    zones = {
+        "intel-rapl:0": "package-0",
+        "intel-rapl:0:0": "core",
+        "intel-rapl:0:1": "dram",
+        "intel-rapl:1": "package-1",
+        "intel-rapl:2": "psys",
+    }
     files = {}
     for zone, name in zones.items():
         folder = f"class/powercap/{zone}"
@@ -27,14 +32,24 @@ def plant_rapl(root: Path) -> Path:
 
 def plant_jetson(root: Path, board_rail: bool = True) -> Path:
     """An Orin's INA3221: 5000 mV x 2000 mA = 10 W in all, of which 1 W and 0.5 W; and a sensor of another kind."""
-    rails = {1: ("VDD_IN" if board_rail else "VIN_SYS_5V0", 5000, 2000), 2: ("VDD_CPU_GPU_CV", 5000, 200),
-             3: ("VDD_SOC", 5000, 100)}  # fmt: skip
-    files = {"class/hwmon/hwmon0/name": "nvme", "class/hwmon/hwmon0/in1_input": "9999",
-             "class/hwmon/hwmon0/curr1_input": "9999", "class/hwmon/hwmon3/name": "ina3221"}  # fmt: skip
+    rails = {
+        1: ("VDD_IN" if board_rail else "VIN_SYS_5V0", 5000, 2000),
+        2: ("VDD_CPU_GPU_CV", 5000, 200),
+        3: ("VDD_SOC", 5000, 100),
+    }
+    files = {
+        "class/hwmon/hwmon0/name": "nvme",
+        "class/hwmon/hwmon0/in1_input": "9999",
+        "class/hwmon/hwmon0/curr1_input": "9999",
+        "class/hwmon/hwmon3/name": "ina3221",
+    }
     for channel, (label, volts, amperes) in rails.items():
         folder = "class/hwmon/hwmon3"
-        files |= {f"{folder}/in{channel}_label": label, f"{folder}/in{channel}_input": str(volts),
-                  f"{folder}/curr{channel}_input": str(amperes)}  # fmt: skip
+        files |= {
+            f"{folder}/in{channel}_label": label,
+            f"{folder}/in{channel}_input": str(volts),
+            f"{folder}/curr{channel}_input": str(amperes),
+        }
     return plant(root, files)
 
 

@@ -78,16 +78,16 @@ class Engine:
         raise NotImplementedError
 
 
-def compare(fixture: str, what: str, expected: Tensor, found: Tensor, limit: float,
-            scaled: bool = False) -> Check:
+def compare(fixture: str, what: str, expected: Tensor, found: Tensor, limit: float, scaled: bool = False) -> Check:
     """Worst absolute difference of two float tensors.
 
     `scaled` divides it by max|expected| where that is above 1: a layer's outputs reach 30, where one
     float32 step is 4e-6 and an absolute 1e-5 would test the order of additions.
     """
     if expected.shape != found.shape:
-        return Check(fixture, what, float("inf"), limit, f"shape: expected {tuple(expected.shape)}, "
-                                                         f"found {tuple(found.shape)}")
+        return Check(
+            fixture, what, float("inf"), limit, f"shape: expected {tuple(expected.shape)}, found {tuple(found.shape)}"
+        )
     worst = (expected.double() - found.double()).abs().max().item()
     return Check(fixture, what, worst / max(1.0, expected.abs().max().item()) if scaled else worst, limit)
 
@@ -95,8 +95,9 @@ def compare(fixture: str, what: str, expected: Tensor, found: Tensor, limit: flo
 def compare_tokens(fixture: str, what: str, expected: Tensor, found: Tensor) -> Check:
     """Number of unequal tokens of two (B, T) int64 tensors."""
     if expected.shape != found.shape:
-        return Check(fixture, what, float("inf"), 0, f"shape: expected {tuple(expected.shape)}, "
-                                                     f"found {tuple(found.shape)}")
+        return Check(
+            fixture, what, float("inf"), 0, f"shape: expected {tuple(expected.shape)}, found {tuple(found.shape)}"
+        )
     unequal = int((expected != found).sum())
     problem = "" if not unequal else f"expected {expected.tolist()}, found {found.tolist()}"
     return Check(fixture, what, unequal, 0, problem)
@@ -169,8 +170,14 @@ def check_layer(name: str, path: Path) -> Iterator[Check]:
     expected, mask = tensors.pop("y"), tensors.pop("attention_mask", None)
     own = {key.removeprefix("linear.").removeprefix("embedding."): t for key, t in tensors.items()}
     rank = own["A"].shape[0] if "A" in own else own["part_T"].shape[int(embedding)]
-    layer = LimeLayer(hyper["variant"], own, read_alpha(hyper) / rank, routing_for(hyper["variant"], hyper),
-                      embedding, hyper.get("pad_token_id"))
+    layer = LimeLayer(
+        hyper["variant"],
+        own,
+        read_alpha(hyper) / rank,
+        routing_for(hyper["variant"], hyper),
+        embedding,
+        hyper.get("pad_token_id"),
+    )
     layer.attention_mask = mask
     yield compare(name, "y", expected, layer(x), LAYER_LIMIT, scaled=True)
 
@@ -222,8 +229,14 @@ class BundleEngine(Engine):
         imported = folder / "imported"
         import_checkpoint(fixture.directory, imported, ImportOptions())
         options = ExportOptions((target,), tokenizer=False)
-        export_bundle(imported / "backbone", imported / "adapter", folder / "x.lime", CompileOptions(quant="none"),
-                      find_device("cpu"), options)  # fmt: skip
+        export_bundle(
+            imported / "backbone",
+            imported / "adapter",
+            folder / "x.lime",
+            CompileOptions(quant="none"),
+            find_device("cpu"),
+            options,
+        )
         self.session = lime_edge.open(folder / "x.lime", threads=1)
 
     def _use(self, mode: Mode) -> None:
@@ -295,20 +308,27 @@ def report(checks: list[Check], target: str, as_json: bool) -> int:
         if kind not in worst or not check.error <= worst[kind].error:
             worst[kind] = check
     if as_json:
-        print(json.dumps({
-            "target": target, "checked": len(fixtures), "failed": len(failed), "comparisons": len(checks),
-            "worst": {kind: describe(check) for kind, check in worst.items()},
-            "failures": [describe(check) for check in failures],
-        }, indent=1))
+        print(
+            json.dumps(
+                {
+                    "target": target,
+                    "checked": len(fixtures),
+                    "failed": len(failed),
+                    "comparisons": len(checks),
+                    "worst": {kind: describe(check) for kind, check in worst.items()},
+                    "failures": [describe(check) for check in failures],
+                },
+                indent=1,
+            )
+        )
     else:
         for check in failures:
-            print(f"FAILED {check.fixture} {check.what}: error {check.error:.3g}, limit {check.limit:g} "
-                  f"{check.problem}")
-        print(f"target {target}: checked {len(fixtures)} fixtures ({len(checks)} comparisons), "
-              f"failed {len(failed)}")
+            print(
+                f"FAILED {check.fixture} {check.what}: error {check.error:.3g}, limit {check.limit:g} {check.problem}"
+            )
+        print(f"target {target}: checked {len(fixtures)} fixtures ({len(checks)} comparisons), failed {len(failed)}")
         for kind, check in worst.items():
-            print(f"worst error, {kind}: {check.error:.3g} (limit {check.limit:g}) "
-                  f"in {check.fixture} {check.what}")
+            print(f"worst error, {kind}: {check.error:.3g} (limit {check.limit:g}) in {check.fixture} {check.what}")
     return 1 if failures else 0
 
 
@@ -320,8 +340,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     checks = list(TARGETS[options.target](options.directory))
     if not checks:
-        error = LimeEdgeError(f"{options.directory}: expected layers/*.safetensors or models/*/lime.json, "
-                              "found neither")
+        error = LimeEdgeError(
+            f"{options.directory}: expected layers/*.safetensors or models/*/lime.json, found neither"
+        )
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return report(checks, options.target, options.json)

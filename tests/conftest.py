@@ -77,8 +77,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
     if directory := prebuilt_directory():
         return serve_prebuilt(directory)
 
-    def make(directory: Path, model: Path | None = None, adapter: Path | None = None,
-             targets: tuple[str, ...] = ("onnx",), **options: Any) -> Path:  # fmt: skip
+    def make(
+        directory: Path,
+        model: Path | None = None,
+        adapter: Path | None = None,
+        targets: tuple[str, ...] = ("onnx",),
+        **options: Any,
+    ) -> Path:
         from lime_edge.compiler.compile import CompileOptions
         from lime_edge.export.decoder import ExportOptions, export_bundle
         from lime_edge.targets.devices import find_device
@@ -86,8 +91,9 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
         model = model or tiny_model()
         compiling = CompileOptions(**({"quant": "none"} | options))
         output = directory.with_suffix(".lime")
-        export_bundle(model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"),
-                      ExportOptions(targets))  # fmt: skip
+        export_bundle(
+            model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"), ExportOptions(targets)
+        )
         return output
 
     return _remember(tmp_path_factory.mktemp("bundles"), make)

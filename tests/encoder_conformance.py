@@ -61,8 +61,14 @@ def export_fixture(fixture: Path, directory: Path, targets: tuple[str, ...] = ("
         import_checkpoint(fixture, imported, ImportOptions())
     compiling = CompileOptions(**({"quant": "none"} | options))
     output = directory / f"{compiling.quant}.lime"
-    export_encoder_bundle(imported / "backbone", imported / "adapter", output, compiling, find_device("cpu"),
-                          ExportOptions(targets, tokenizer=False, force=True))  # fmt: skip
+    export_encoder_bundle(
+        imported / "backbone",
+        imported / "adapter",
+        output,
+        compiling,
+        find_device("cpu"),
+        ExportOptions(targets, tokenizer=False, force=True),
+    )
     return output
 
 

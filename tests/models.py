@@ -35,10 +35,18 @@ EMBEDDING = "model.embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 TINY: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
-    "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,17 @@ CASES: dict[str, Case] = {
     "llama": Case("llama"),
     "llama-tied": Case("llama", {"tie_word_embeddings": True}, ALL_LINEARS, shared=True),
     "llama-linear": Case("llama", _rope("linear", factor=2.0), ("q_proj", "v_proj")),
-    "llama-llama3": Case("llama", _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                        original_max_position_embeddings=16)),
+    "llama-llama3": Case(
+        "llama",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
     "llama-yarn": Case("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    "llama-yarn-factor": Case("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16,
-                                             attention_factor=0.8, beta_fast=8.0, beta_slow=2.0)),
+    "llama-yarn-factor": Case(
+        "llama",
+        _rope(
+            "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8, beta_fast=8.0, beta_slow=2.0
+        ),
+    ),
     "llama-biases": Case("llama", {"attention_bias": True, "mlp_bias": True}, ALL_LINEARS),
     "llama-head-dim": Case("llama", {"head_dim": 32}, ALL_LINEARS, shared=True),
     "llama-one-kv-head": Case("llama", {"num_key_value_heads": 1}, ("k_proj", "up_proj")),
@@ -79,12 +93,23 @@ CASES: dict[str, Case] = {
     "qwen2-tied": Case("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}, ("gate_proj",)),
     "qwen3": Case("qwen3", {"head_dim": 32, "tie_word_embeddings": True}, ALL_LINEARS, shared=True),
     "qwen3-sliding": Case("qwen3", {**_SLIDING, "max_window_layers": 1, "head_dim": 16, "attention_bias": True}),
-    "smollm2": Case("llama", {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1,
-                              "hidden_size": 96, **_rope("default")}),
+    "smollm2": Case(
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "hidden_size": 96,
+            **_rope("default"),
+        },
+    ),
     "smollm3": Case("smollm3", {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3}),
-    "smollm3-sliding": Case("smollm3", {**_SLIDING, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3,
-                                        "attention_bias": True, "mlp_bias": True}, ALL_LINEARS),
-}  # fmt: skip
+    "smollm3-sliding": Case(
+        "smollm3",
+        {**_SLIDING, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "attention_bias": True, "mlp_bias": True},
+        ALL_LINEARS,
+    ),
+}
 
 
 def make_model(directory: Path, family: str, seed: int = 0, **config_changes: Any) -> Path:
@@ -135,16 +160,30 @@ def write_tokenizer(directory: Path, vocab: int) -> None:
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(directory / "tokenizer.json"))
     facts = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, "bos_token": START,
-        "eos_token": STOP, "pad_token": END, "unk_token": END, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONTEXT,
+        "bos_token": START,
+        "eos_token": STOP,
+        "pad_token": END,
+        "unk_token": END,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
-def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = ATTENTION, rank: int = 4,
-                 experts: int = 4, shared: bool = False, spread: float = 0.5, seed: int = 0,
-                 variant: str = "lora", routing: Mapping[str, Any] | None = None, rounded: bool = False,
-                 ) -> Path:  # fmt: skip
+def make_adapter(
+    directory: Path,
+    model_dir: Path,
+    targets: tuple[str, ...] = ATTENTION,
+    rank: int = 4,
+    experts: int = 4,
+    shared: bool = False,
+    spread: float = 0.5,
+    seed: int = 0,
+    variant: str = "lora",
+    routing: Mapping[str, Any] | None = None,
+    rounded: bool = False,
+) -> Path:
     """Write a random LiME adapter for a model: its experts are N(1, spread) and its branch is loud.
 
     Args:
@@ -181,11 +220,17 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
             tensors[f"{name}.LiME_shared"] = draw(width)
             tensors[f"{name}.gamma"] = torch.tensor([0.3])
     config = {
-        "peft_type": "LIME", "variant": variant, "base_model_name_or_path": model_dir.name,
-        "target_modules": list(targets), "r": rank, "lora_alpha": 2.0 * rank, "num_experts": experts,
-        "expert_names": [f"expert{index}" for index in range(experts)], "use_shared_lime": shared,
+        "peft_type": "LIME",
+        "variant": variant,
+        "base_model_name_or_path": model_dir.name,
+        "target_modules": list(targets),
+        "r": rank,
+        "lora_alpha": 2.0 * rank,
+        "num_experts": experts,
+        "expert_names": [f"expert{index}" for index in range(experts)],
+        "use_shared_lime": shared,
         "routing": "pinned" if routing is None else name_selection(RoutingConfig(**routing)),
-    } | dict(routing or {})  # fmt: skip
+    } | dict(routing or {})
     if "embed_tokens" in targets:
         config["embedding_modules"] = ["embed_tokens"]
     directory.mkdir(parents=True, exist_ok=True)
@@ -196,8 +241,9 @@ def make_adapter(directory: Path, model_dir: Path, targets: tuple[str, ...] = AT
     return directory
 
 
-def draw_embedding(weight: Tensor, rank: int, experts: int, spread: float, shared: bool, variant: str,
-                   random: torch.Generator) -> dict[str, Tensor]:  # fmt: skip
+def draw_embedding(
+    weight: Tensor, rank: int, experts: int, spread: float, shared: bool, variant: str, random: torch.Generator
+) -> dict[str, Tensor]:
     """The tensors of a site on the embedding table (V, H)."""
     vocab, width = weight.shape
 

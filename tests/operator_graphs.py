@@ -55,14 +55,16 @@ def draw_group(shape: Shape, seed: int = 0, variant: str = "lora") -> tuple[Comp
 
     names = tuple(f"part{index}" for index in range(len(shape.widths)))
     members = list(zip(names, shape.widths, shape.ranks, strict=True))
-    branches = {name: Branch(draw(rank, shape.inputs) / 8, draw(width, rank) / 4)
-                for name, width, rank in members if rank}  # fmt: skip
+    branches = {
+        name: Branch(draw(rank, shape.inputs) / 8, draw(width, rank) / 4) for name, width, rank in members if rank
+    }
     sites = [(name, width) for name, width, rank in members if rank]
     table = SiteTable.from_widths([("before", 5), *sites, ("after", 3)])
     experts = {f"expert{index}": 1 + 0.5 * draw(table.total) for index in range(shape.experts)}
     reference = 1 + 0.5 * draw(table.total)
-    model = CompiledModel(cast(Decoder, None), {}, {}, branches, table, reference, experts, "", "shared", None, "none",
-                          32, variant)  # fmt: skip
+    model = CompiledModel(
+        cast(Decoder, None), {}, {}, branches, table, reference, experts, "", "shared", None, "none", 32, variant
+    )
     branch = model.group_branch(Group(names, shape.widths))
     assert branch is not None
     return model, branch
@@ -71,8 +73,10 @@ def draw_group(shape: Shape, seed: int = 0, variant: str = "lora") -> tuple[Comp
 def draw_inputs(shape: Shape, rows: tuple[int, int], total: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
     """x, y and stream of (batch, tokens), and the expert (total,) where there is one."""
     random = np.random.default_rng(seed)
-    feeds = {name: random.standard_normal((*rows, width), np.float32)
-             for name, width in (("x", shape.inputs), ("y", shape.width), ("stream", shape.width))}  # fmt: skip
+    feeds = {
+        name: random.standard_normal((*rows, width), np.float32)
+        for name, width in (("x", shape.inputs), ("y", shape.width), ("stream", shape.width))
+    }
     return feeds | ({"expert": random.standard_normal(total, np.float32)} if total else {})
 
 
@@ -86,8 +90,9 @@ def start_graph(file: Path, shape: Shape) -> Graph:
     return graph
 
 
-def write_pinned(file: Path, shape: Shape, seed: int = 0, gain: np.ndarray | None = None,
-                 keep: bool = False) -> CompiledModel:  # fmt: skip
+def write_pinned(
+    file: Path, shape: Shape, seed: int = 0, gain: np.ndarray | None = None, keep: bool = False
+) -> CompiledModel:
     """The group's branch of `draw_group`, and with a gain (N,) the norm after it. keep: y is an output as well."""
     model, branch = draw_group(shape, seed)
     graph = start_graph(file, shape)
@@ -105,8 +110,9 @@ def write_pinned(file: Path, shape: Shape, seed: int = 0, gain: np.ndarray | Non
     return model
 
 
-def write_routed(file: Path, shape: Shape, config: RoutingConfig, seed: int = 0,
-                 variant: str = "lora") -> CompiledModel:  # fmt: skip
+def write_routed(
+    file: Path, shape: Shape, config: RoutingConfig, seed: int = 0, variant: str = "lora"
+) -> CompiledModel:
     """The group's branch of `draw_group`, routed."""
     model, branch = draw_group(shape, seed, variant)
     graph = start_graph(file, shape)
@@ -119,18 +125,25 @@ def write_routed(file: Path, shape: Shape, config: RoutingConfig, seed: int = 0,
     return model
 
 
-def write_call(file: Path, function: onnx.FunctionProto, inputs: Arrays, outputs: int = 1,
-               **attributes: object) -> None:  # fmt: skip
+def write_call(
+    file: Path, function: onnx.FunctionProto, inputs: Arrays, outputs: int = 1, **attributes: object
+) -> None:
     """One call of a function; each input is the graph's, of its array's type, and its sizes may be anything."""
     kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in inputs.items()}
-    given = [helper.make_tensor_value_info(name, kinds[name], [f"{name}_{axis}" for axis in range(array.ndim)])
-             for name, array in inputs.items()]  # fmt: skip
+    given = [
+        helper.make_tensor_value_info(name, kinds[name], [f"{name}_{axis}" for axis in range(array.ndim)])
+        for name, array in inputs.items()
+    ]
     names = [f"out{index}" for index in range(outputs)]
     node = helper.make_node(function.name, list(inputs), names, domain=LIME, **attributes)
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     opsets = [*OPSETS, helper.make_opsetid(LIME, 1)]
-    model = helper.make_model(helper.make_graph([node], "call", given, made), functions=[function],
-                              opset_imports=opsets, ir_version=IR_VERSION)  # fmt: skip
+    model = helper.make_model(
+        helper.make_graph([node], "call", given, made),
+        functions=[function],
+        opset_imports=opsets,
+        ir_version=IR_VERSION,
+    )
     file.write_bytes(model.SerializeToString())
 
 

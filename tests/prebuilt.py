@@ -18,12 +18,23 @@ Make = Callable[..., Path]
 Options = dict[str, Any]
 LENGTH, NEW = 20, 24  # tokens of the golden prompt and of the greedy answer
 BLEND = {"expert0": 0.7, "expert2": 0.5, "expert3": -0.2}
-SELECTIONS = {"expert0": "expert0", "expert1": "expert1", "expert2": "expert2", "expert3": "expert3",
-              "blend": BLEND, "none": None}  # fmt: skip
+SELECTIONS = {
+    "expert0": "expert0",
+    "expert1": "expert1",
+    "expert2": "expert2",
+    "expert3": "expert3",
+    "blend": BLEND,
+    "none": None,
+}
 BUNDLES: tuple[Options, ...] = (
-    {}, {"fold": "none"}, {"fold": "expert1"}, {"fold": "expert0", "single": True},
-    {"quant": "int8"}, {"quant": "int8", "fold": "expert1"}, {"quant": "int4"},
-)  # fmt: skip
+    {},
+    {"fold": "none"},
+    {"fold": "expert1"},
+    {"fold": "expert0", "single": True},
+    {"quant": "int8"},
+    {"quant": "int8", "fold": "expert1"},
+    {"quant": "int4"},
+)
 # What test_operators_on_device.py runs: adapters that between them have every size of branch, of float32 and (rounded)
 # float16 weights, and every selection of routing; the model's widths are no multiples of 8.
 ODD: Options = {"hidden_size": 60, "head_dim": 16, "intermediate_size": 100}
@@ -34,9 +45,13 @@ ADAPTERS: dict[str, Options] = {
     "soft": {"targets": _ALL, "rank": 16, "rounded": True, "routing": {"top_k": 2}},
     "auto": {"rank": 6, "routing": {"auto_topk": True, "auto_topk_threshold": 0.6, "soft_topk_temperature": 0.2}},
     "hard": {"rank": 12, "experts": 9, "routing": {"top_k": 3, "soft_topk": False, "temperature": 0.5}},
-    "sparse": {"targets": _ALL, "rank": 4, "rounded": True,
-               "routing": {"top_k": 2, "sparse_mode": True, "auto_topk": True, "temperature": 0.3, "n_gram": 3}},
-}  # fmt: skip
+    "sparse": {
+        "targets": _ALL,
+        "rank": 4,
+        "rounded": True,
+        "routing": {"top_k": 2, "sparse_mode": True, "auto_topk": True, "temperature": 0.3, "n_gram": 3},
+    },
+}
 
 
 def name_of(options: Options) -> str:
@@ -100,8 +115,9 @@ def _run_unfolded(model: Path, adapter: Path, _: Options, selection: Any, ids: A
     return logits, unfolded.generate(ids, NEW)[0, LENGTH:].tolist()
 
 
-def _run_compiled(model: Path, adapter: Path, options: Options, selection: Any,
-                  ids: Any) -> tuple[np.ndarray, list[int]]:  # fmt: skip
+def _run_compiled(
+    model: Path, adapter: Path, options: Options, selection: Any, ids: Any
+) -> tuple[np.ndarray, list[int]]:
     import torch
 
     from lime_edge.compiler.compile import CompileOptions, compile_checkpoint

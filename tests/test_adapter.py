@@ -30,15 +30,28 @@ E, H, D, R = 3, 6, 5, 2
 
 def make_config(variant: str = "lora", **changes: Any) -> dict[str, Any]:
     config = {
-        "peft_type": "LIME", "variant": variant, "target_modules": ["q", "v"], "r": R, "lora_alpha": 4,
-        "num_experts": E, "expert_names": ["a", "b", "c"], "use_shared_lime": True,
-    }  # fmt: skip
+        "peft_type": "LIME",
+        "variant": variant,
+        "target_modules": ["q", "v"],
+        "r": R,
+        "lora_alpha": 4,
+        "num_experts": E,
+        "expert_names": ["a", "b", "c"],
+        "use_shared_lime": True,
+    }
     return config | changes
 
 
 def make_tensors(variant: str = "lora") -> dict[str, torch.Tensor]:
-    shapes = {"A": (R, D), "B": (H, R), "m": (H,), "part_T": (R, D), "LiMEs": (E, H), "LiME_shared": (H,),
-              "gamma": (1,)}  # fmt: skip
+    shapes = {
+        "A": (R, D),
+        "B": (H, R),
+        "m": (H,),
+        "part_T": (R, D),
+        "LiMEs": (E, H),
+        "LiME_shared": (H,),
+        "gamma": (1,),
+    }
     parts = [*PARTS[variant], "LiMEs", "LiME_shared", "gamma"]
     random = torch.Generator().manual_seed(0)
     return {f"{site}.{part}": torch.randn(*shapes[part], generator=random) for site in SITES for part in parts}
@@ -90,8 +103,15 @@ def test_embedding_shapes(variant: str) -> None:
     """The layer fixtures' embeddings fit; the same tensors called a linear layer do not."""
     layer = load_file(FIXTURES / f"layers/embedding-{variant}-soft-topk.safetensors")
     tensors = {f"words.{part}": layer[part] for part in [*PARTS[variant], "LiMEs", "LiME_shared", "gamma"]}
-    config = make_config(variant, target_modules=["words"], r=6 if variant == "slicefine" else 3, num_experts=4,
-                         expert_names=list("abcd"), embedding_modules=["words"], pad_token_id=0)  # fmt: skip
+    config = make_config(
+        variant,
+        target_modules=["words"],
+        r=6 if variant == "slicefine" else 3,
+        num_experts=4,
+        expert_names=list("abcd"),
+        embedding_modules=["words"],
+        pad_token_id=0,
+    )
     site = build_adapter(config, tensors, "test").sites["words"]
     assert site.embedding and site.weight_shape == (None if variant == "lora" else 30, 16)
     if variant != "lora":  # whose A (r, H) and B (H, r) a square linear layer could have as well
@@ -120,13 +140,23 @@ def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(LimeEdgeError) as error:
         read_adapter(save(tmp_path, config, tensors))
     wanted = (
-        "unknown field 'colour'", "peft_type: expected LIME, found LORA", "top_k: expected int, found True",
-        "temperature", "n_gram", "expert_names: expected 3 names, found 4", "expert_names are not unique",
-        "'../x' is not a valid expert name", "'none' is reserved", "license: expected str or null, found 3",
-        "layers.0.q.A is missing", "unknown tensor 'layers.0.q.m'", "unknown tensor 'stray'",
-        "layers.0.v.B: expected (6, 2), found (6, 3)", "layers.0.v.LiMEs holds NaN",
+        "unknown field 'colour'",
+        "peft_type: expected LIME, found LORA",
+        "top_k: expected int, found True",
+        "temperature",
+        "n_gram",
+        "expert_names: expected 3 names, found 4",
+        "expert_names are not unique",
+        "'../x' is not a valid expert name",
+        "'none' is reserved",
+        "license: expected str or null, found 3",
+        "layers.0.q.A is missing",
+        "unknown tensor 'layers.0.q.m'",
+        "unknown tensor 'stray'",
+        "layers.0.v.B: expected (6, 2), found (6, 3)",
+        "layers.0.v.LiMEs holds NaN",
         "layers.0.v.gamma: expected floating point",
-    )  # fmt: skip
+    )
     missing = [text for text in wanted if text not in error.value.problem]
     assert not missing, f"{missing} not in {error.value.problem}"
     assert "docs/adapter-format.md" in error.value.hint
@@ -144,13 +174,19 @@ def test_a_missing_field_is_named_beside_other_faults(name: str, tmp_path: Path)
 Change = Callable[[dict[str, Any]], Any]
 
 
-@pytest.mark.parametrize(("change", "wanted"), [
-    ({"variant": "prefix"}, "variant: expected lora or"), ({"r": 0}, "r: expected at least 1"),
-    ({"lora_alpha": 0}, "lora_alpha"), ({"target_modules": [1]}, "target_modules"),
-    ({"routing": "auto_topk"}, "routing: expected pinned, or soft_topk"),
-    ({"routing": "soft_topk", "top_k": 4}, "top_k: expected at most num_experts, 3"),
-    ({"embedding_modules": 3}, "embedding_modules: expected list"), ({"auto_topk_threshold": 2.0}, "at most 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"variant": "prefix"}, "variant: expected lora or"),
+        ({"r": 0}, "r: expected at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"routing": "auto_topk"}, "routing: expected pinned, or soft_topk"),
+        ({"routing": "soft_topk", "top_k": 4}, "top_k: expected at most num_experts, 3"),
+        ({"embedding_modules": 3}, "embedding_modules: expected list"),
+        ({"auto_topk_threshold": 2.0}, "at most 1"),
+    ],
+)
 def test_values_out_of_range(change: dict[str, Any], wanted: str, tmp_path: Path) -> None:
     with pytest.raises(LimeEdgeError) as error:
         read_adapter(save(tmp_path, make_config(**change), make_tensors()))
@@ -186,8 +222,10 @@ def test_damaged_directories(damage: str, tmp_path: Path) -> None:
 def test_selections_have_the_names_in_the_document() -> None:
     found = {
         name_selection(RoutingConfig(sparse_mode=s, auto_topk=a, soft_topk=soft))
-        for s in (False, True) for a in (False, True) for soft in (False, True)
-    }  # fmt: skip
+        for s in (False, True)
+        for a in (False, True)
+        for soft in (False, True)
+    }
     assert found == set(SELECTIONS)
     assert all(f"`{name}`" in DOCUMENT for name in SELECTIONS)
 
@@ -216,8 +254,13 @@ def test_documented_fields_are_the_fields_in_code() -> None:
 
 def test_documented_parts_are_the_parts_in_code() -> None:
     found = {row[0].strip("`"): row[3] for row in read_table("## Tensors of adapter_model.safetensors")}
-    assert found.keys() == {*(part for parts in PARTS.values() for part in parts), "LiMEs", "LiME_shared", "gamma",
-                            "input_proj"}  # fmt: skip
+    assert found.keys() == {
+        *(part for parts in PARTS.values() for part in parts),
+        "LiMEs",
+        "LiME_shared",
+        "gamma",
+        "input_proj",
+    }
     for variant, parts in PARTS.items():
         for part in {part for parts in PARTS.values() for part in parts}:
             assert (part in parts) == (variant in found[part].split(", ")), (variant, part)

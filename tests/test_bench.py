@@ -157,8 +157,12 @@ def test_targets_times_lengths_are_runs(tiny_bundle: Make, monkeypatch: pytest.M
     steps: dict[str, list[tuple[int, int]]] = {}
     told = lambda step, done, total: steps.setdefault(step, []).append((done, total))  # noqa: E731
     found = bench_bundle(bundle.path, ["twin", "onnx"], FIRST, 1, BenchOptions((4, 6), 2, 1), told)
-    assert [(run["target"], run["prompt_tokens"]) for run in found["runs"]] \
-        == [("twin", 4), ("twin", 6), ("onnx", 4), ("onnx", 6)]  # fmt: skip
+    assert [(run["target"], run["prompt_tokens"]) for run in found["runs"]] == [
+        ("twin", 4),
+        ("twin", 6),
+        ("onnx", 4),
+        ("onnx", 6),
+    ]
     assert found["target"] == "twin" and found["peak_rss_bytes"] == 7 and found["memory"]["net_peak_bytes"] == 2
     assert tabulate(found).headers == ["", "twin, prompt 4", "twin, prompt 6", "onnx, prompt 4", "onnx, prompt 6"]
     assert {"copying memory", "twin loads", "twin rounds", "twin memory", "onnx rounds"} <= set(steps)
@@ -278,9 +282,13 @@ def test_a_failing_memory_process_is_told(tiny_bundle: Make) -> None:
 # what is refused
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "branches: expected none"), (SINGLE | {"quant": "int8"}, "quant: expected none, found int8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "branches: expected none"),
+        (SINGLE | {"quant": "int8"}, "quant: expected none, found int8"),
+    ],
+)
 def test_a_wrong_baseline_is_refused(tiny_bundle: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(LimeEdgeError, match=message):
         bench_bundle(tiny_bundle(), None, FIRST, 1, BenchOptions(4, 2, 1, baseline=tiny_bundle(**options)))

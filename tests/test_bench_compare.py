@@ -22,17 +22,30 @@ QUIET = (0.99, 1.0, 1.0, 1.0, 1.01)
 NOISY = (0.6, 0.9, 1.0, 1.3, 2.0)
 
 
-def make_run(decode: float = 5.0, ttft: float = 100.0, noise: Sequence[float] = QUIET, peak: int = 200_000_000,
-             **changes: Any) -> dict[str, Any]:  # fmt: skip
+def make_run(
+    decode: float = 5.0, ttft: float = 100.0, noise: Sequence[float] = QUIET, peak: int = 200_000_000, **changes: Any
+) -> dict[str, Any]:
     """A run whose decode step and first token take these milliseconds, times a factor per round."""
     series = Series(tokens=[decode], switches=[3.0] * 5)
     for key, value in (("decode_ms", decode), ("ttft_ms", ttft), ("switch_us", 3.0), ("load_ms", 50.0)):
         series.rounds[key] = [value * factor for factor in noise]
     summary = summarize(series, 128)
     del summary["ratios"]
-    facts = {"kind": "decoder", "target": "onnx", "provider": "CPU", "expert": "movie", "quant": "int4", "threads": 2,
-             "prompt_tokens": 128, "gen_tokens": 64, "depth": 128, "peak_rss_bytes": peak, "bundle_bytes": 1000,
-             "memory": {"net_peak_bytes": None, "artifact_bytes": 900}, "expert_bytes": {"file": 92}}  # fmt: skip
+    facts = {
+        "kind": "decoder",
+        "target": "onnx",
+        "provider": "CPU",
+        "expert": "movie",
+        "quant": "int4",
+        "threads": 2,
+        "prompt_tokens": 128,
+        "gen_tokens": 64,
+        "depth": 128,
+        "peak_rss_bytes": peak,
+        "bundle_bytes": 1000,
+        "memory": {"net_peak_bytes": None, "artifact_bytes": 900},
+        "expert_bytes": {"file": 92},
+    }
     return facts | summary | changes
 
 
@@ -73,8 +86,10 @@ def test_noise_is_no_verdict(tmp_path: Path) -> None:
     """20% faster in the median, but the rounds of either measurement differ by more."""
     found = verdicts(compare(tmp_path, make_run(noise=NOISY), make_run(decode=4.0, noise=NOISY)))
     assert found["decode_tokens_per_s"] == (1.25, "within the spread")
-    assert verdicts(compare(tmp_path, make_run(), make_run(decode=4.0, noise=NOISY)))["decode_tokens_per_s"][1] \
-        == "within the spread"  # fmt: skip
+    assert (
+        verdicts(compare(tmp_path, make_run(), make_run(decode=4.0, noise=NOISY)))["decode_tokens_per_s"][1]
+        == "within the spread"
+    )
 
 
 def test_few_rounds_are_no_verdict(tmp_path: Path) -> None:
@@ -103,9 +118,14 @@ def test_apples_and_pears_are_named(tmp_path: Path) -> None:
     run = make_run(expert="plural", quant="int8", target="executorch")
     b = write_document(tmp_path / "b.json", run, machine=machine, fingerprint="f1", model="small")
     warnings = "\n".join(compare_files(a, b)["warnings"])
-    for words in ("different models: tiny and small", "cpu: Cortex-A76 and Cortex-A72",
-                  "governor: performance and powersave", "expert: movie and plural", "quant: int4 and int8",
-                  "target: onnx and executorch"):  # fmt: skip
+    for words in (
+        "different models: tiny and small",
+        "cpu: Cortex-A76 and Cortex-A72",
+        "governor: performance and powersave",
+        "expert: movie and plural",
+        "quant: int4 and int8",
+        "target: onnx and executorch",
+    ):
         assert words in warnings, words
     assert compare_files(a, a)["warnings"] == []
 
@@ -136,8 +156,11 @@ def test_the_comparison_has_the_documented_keys(tmp_path: Path) -> None:
 
 def test_the_table_shows_both_and_the_verdict(tmp_path: Path) -> None:
     (table,) = tabulate_comparison(compare(tmp_path, make_run(), make_run(decode=4.0)))
-    rows = {cells[1]: cells[2:-1] for line in write_markdown(table).splitlines()
-            if len(cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]) > 5}  # fmt: skip
+    rows = {
+        cells[1]: cells[2:-1]
+        for line in write_markdown(table).splitlines()
+        if len(cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]) > 5
+    }
     a, b, ratio, verdict = rows["decode_tokens_per_s"]
     assert (a.split()[0], b.split()[0], ratio, verdict) == ("200", "250", "1.250", "better")
 

@@ -43,9 +43,13 @@ def test_counters_that_may_not_be_read_are_none(tmp_path: Path) -> None:
     assert find_meter(tmp_path) is None
 
 
-@pytest.mark.parametrize(("board_rail", "watts", "counted"), [
-    (True, 10.0, ("VDD_IN",)), (False, 11.5, ("VIN_SYS_5V0", "VDD_CPU_GPU_CV", "VDD_SOC")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("board_rail", "watts", "counted"),
+    [
+        (True, 10.0, ("VDD_IN",)),
+        (False, 11.5, ("VIN_SYS_5V0", "VDD_CPU_GPU_CV", "VDD_SOC")),
+    ],
+)
 def test_rails_are_volts_times_amperes(tmp_path: Path, board_rail: bool, watts: float, counted: object) -> None:
     meter = find_meter(plant_jetson(tmp_path, board_rail))
     assert isinstance(meter, RailMeter) and meter.counted == counted

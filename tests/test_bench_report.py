@@ -29,15 +29,32 @@ def make_document(*runs: dict[str, Any]) -> dict[str, Any]:
     machine = {"cpu": "Cortex-A76 <4 cores>", "cores": 4, "load_1min": 0.1, "packages": ["numpy 2.4", "onnxruntime 1"]}
     filled = []
     for run in runs:
-        memory = {"net_peak_bytes": 9, "artifact_bytes": 7, "stages": dict.fromkeys(("python", "opened"), stage),
-                  "experts": dict.fromkeys(("1", "10", "100"), stage)}  # fmt: skip
+        memory = {
+            "net_peak_bytes": 9,
+            "artifact_bytes": 7,
+            "stages": dict.fromkeys(("python", "opened"), stage),
+            "experts": dict.fromkeys(("1", "10", "100"), stage),
+        }
         ratio = {"ratio": 1.25, "spread": {"p5": 1.2, "p95": 1.4}}
-        added = {"memory": memory, "baseline": {"bundle": "single.lime", "decode": ratio, "ttft": ratio, "run": None},
-                 "energy": None, "bandwidth": None, "temperature_c": None, "repeat": 5, "cache_dropped": True,
-                 "switch_to_first_token_ms": {"p50": 30.0, "p95": 31.0, "p99": 32.0}}  # fmt: skip
+        added = {
+            "memory": memory,
+            "baseline": {"bundle": "single.lime", "decode": ratio, "ttft": ratio, "run": None},
+            "energy": None,
+            "bandwidth": None,
+            "temperature_c": None,
+            "repeat": 5,
+            "cache_dropped": True,
+            "switch_to_first_token_ms": {"p50": 30.0, "p95": 31.0, "p99": 32.0},
+        }
         filled.append(copy.deepcopy(run | added))
-    facts = {"schema": 2, "lime_edge": "0.1.0", "created": "2026-01-01T00:00:00+00:00", "bundle": "tiny.lime",
-             "model": "tiny & <random>", "fingerprint": "f0"}  # fmt: skip
+    facts = {
+        "schema": 2,
+        "lime_edge": "0.1.0",
+        "created": "2026-01-01T00:00:00+00:00",
+        "bundle": "tiny.lime",
+        "model": "tiny & <random>",
+        "fingerprint": "f0",
+    }
     return {**facts, **filled[0], "machine": machine, "runs": filled}
 
 

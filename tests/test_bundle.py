@@ -23,10 +23,15 @@ def make_expert(name: str, value: float = 1.0) -> Expert:
 
 def make_bundle(path: Path, single: str | None = None) -> Path:
     manifest = Manifest(
-        fingerprint="f" * 64, model={"name": "tiny", "vocab": 7}, adapter={"single": single},
-        quantization={"quant": "int4"}, sites=SITES, experts=(), targets={"onnx": {"file": "onnx/model.onnx"}},
+        fingerprint="f" * 64,
+        model={"name": "tiny", "vocab": 7},
+        adapter={"single": single},
+        quantization={"quant": "int4"},
+        sites=SITES,
+        experts=(),
+        targets={"onnx": {"file": "onnx/model.onnx"}},
         files={},
-    )  # fmt: skip
+    )
     with stage_directory(path) as stage:
         (stage / "onnx").mkdir()
         (stage / "onnx" / "model.onnx").write_bytes(b"graph")
@@ -39,8 +44,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert bundle.manifest.experts == ("one", "two")
     assert bundle.manifest.sites == SITES
     assert set(bundle.manifest.files) == {
-        "onnx/model.onnx", "reference.safetensors", expert_file("one"), expert_file("two"),
-    }  # fmt: skip
+        "onnx/model.onnx",
+        "reference.safetensors",
+        expert_file("one"),
+        expert_file("two"),
+    }
     bank = bundle.open_bank()
     assert bank.residual("two").tolist() == [2, 1, 0, -1, -2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.lime"]
@@ -50,9 +58,20 @@ def test_manifest_golden(tmp_path: Path) -> None:
     """The manifest's fields by name: renaming one breaks every device out there."""
     body = json.loads((make_bundle(tmp_path / "x.lime") / MANIFEST).read_text())
     assert list(body) == [
-        "format", "schema", "fingerprint", "model", "adapter", "quantization", "device", "experts", "added",
-        "targets", "versions", "sites", "files",
-    ]  # fmt: skip
+        "format",
+        "schema",
+        "fingerprint",
+        "model",
+        "adapter",
+        "quantization",
+        "device",
+        "experts",
+        "added",
+        "targets",
+        "versions",
+        "sites",
+        "files",
+    ]
     assert body["format"] == "lime-edge-bundle" and body["schema"] == 1
     assert body["sites"][1] == {"name": "model.b", "width": 2, "offset": 3}
     sha256 = "eef93e1d14482804277fca0172464032d1a4fdbcc338524059fa1e861454ad4d"

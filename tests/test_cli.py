@@ -201,9 +201,19 @@ def test_bench_prints_its_schema(lime: Cli, bundle: Path) -> None:
 
 
 COMMANDS = (
-    "", "export", "import", "run", "inspect", "eval", "demo", "bench", "experts", "experts blend", "experts export",
+    "",
+    "export",
+    "import",
+    "run",
+    "inspect",
+    "eval",
+    "demo",
+    "bench",
+    "experts",
+    "experts blend",
+    "experts export",
     "experts profile",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -355,9 +365,12 @@ def test_all_faults_of_a_model_are_reported_at_once(
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, model / "model.safetensors")
     error = lime.refuse("export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
     for message in (
-        "4 faults", f"tensor {names[0]} is missing", f"tensor {names[1]}: expected", f"{names[2]} holds NaN",
+        "4 faults",
+        f"tensor {names[0]} is missing",
+        f"tensor {names[1]}: expected",
+        f"{names[2]} holds NaN",
         "model.extra.weight is not part of a llama model",
-    ):  # fmt: skip
+    ):
         assert message in error
     (model / "model.safetensors").write_bytes(b"x" * 20)
     assert "not a readable safetensors file" in lime.refuse(

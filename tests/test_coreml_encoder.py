@@ -48,8 +48,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def round_floats(compiled: CompiledEncoder) -> None:
     """Round what the package stores as float16, in place; the integers and their scales stay."""
-    quantized = {id(part.weight) for part in compiled.module.modules()
-                 if isinstance(part, (Product, Table)) and isinstance(part.stored, QuantizedTensor)}  # fmt: skip
+    quantized = {
+        id(part.weight)
+        for part in compiled.module.modules()
+        if isinstance(part, (Product, Table)) and isinstance(part.stored, QuantizedTensor)
+    }
     for tensor in [*compiled.module.parameters(), *compiled.module.buffers()]:
         if id(tensor) not in quantized and tensor.is_floating_point():
             tensor.data.copy_(tensor.data.half().float())
@@ -69,8 +72,9 @@ def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarr
 
 
 @torch.no_grad()
-def ask_oracle(compiled: CompiledEncoder, session: EncoderSession, inputs: dict[str, np.ndarray],
-               selection: Any) -> np.ndarray:  # fmt: skip
+def ask_oracle(
+    compiled: CompiledEncoder, session: EncoderSession, inputs: dict[str, np.ndarray], selection: Any
+) -> np.ndarray:
     routed = selection == "routed"
     d = compiled.reference if routed else torch.from_numpy(session._bank.residual(selection).copy())
     compiled.module.use_routing(routed)
@@ -110,8 +114,11 @@ def test_rounded_to_float16(made: tuple[Path, CompiledEncoder]) -> None:
 def test_the_package_holds_the_compilers_integers(made: tuple[Path, CompiledEncoder]) -> None:
     """Codes and scales bit for bit, in both functions; nothing else is an integer matrix."""
     path, compiled = made
-    wanted = {stored.codes.numpy().tobytes(): stored for stored in compiled.weights.values()
-              if isinstance(stored, QuantizedTensor)}  # fmt: skip
+    wanted = {
+        stored.codes.numpy().tobytes(): stored
+        for stored in compiled.weights.values()
+        if isinstance(stored, QuantizedTensor)
+    }
     package = read_package(path / "coreml/model.mlpackage")
     for name, function in package.functions.items():
         left = dict(wanted)
@@ -146,6 +153,7 @@ def test_every_operation_equals_coremltools(made: tuple[Path, CompiledEncoder]) 
 
 def test_a_model_that_coremltools_refuses(made: tuple[Path, CompiledEncoder], monkeypatch: pytest.MonkeyPatch) -> None:
     """One message: which model, why, and which target takes it; the layers are as they were."""
+
     def refuse(*_: Any, **__: Any) -> None:
         raise NotImplementedError("Unsupported fx node")
 

@@ -39,15 +39,26 @@ LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1
 SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
 LENGTH, STEPS = 37, 11  # one full enumerated length and a padded one
 QUANTS: dict[str, dict[str, Any]] = {
-    "int4": {"quant": "int4"}, "all int4": {"quant": "int4", "int8_kinds": ()}, "int8": {"quant": "int8"},
+    "int4": {"quant": "int4"},
+    "all int4": {"quant": "int4", "int8_kinds": ()},
+    "int8": {"quant": "int8"},
     "none": {"quant": "none"},
-}  # fmt: skip
+}
 # every family and every turn of the graph once; each with one way of quantizing
 DECODERS = {
-    "llama-tied": "int4", "llama-yarn": "int8", "llama-biases": "all int4", "llama-head-dim": "none",
-    "llama-one-kv-head": "int8", "llama-gelu": "none", "llama-gelu-tanh": "int4", "mistral-window-2": "int8",
-    "qwen2-sliding": "int4", "qwen3": "int8", "smollm2": "all int4", "smollm3-sliding": "none",
-}  # fmt: skip
+    "llama-tied": "int4",
+    "llama-yarn": "int8",
+    "llama-biases": "all int4",
+    "llama-head-dim": "none",
+    "llama-one-kv-head": "int8",
+    "llama-gelu": "none",
+    "llama-gelu-tanh": "int4",
+    "mistral-window-2": "int8",
+    "qwen2-sliding": "int4",
+    "qwen3": "int8",
+    "smollm2": "all int4",
+    "smollm3-sliding": "none",
+}
 
 
 def open_on(path: Path, provider: str) -> Session:
@@ -118,8 +129,15 @@ def test_logits_equal_the_oracle(name: str, tiny_model: Make, tiny_adapter: Make
 def test_routing_equals_the_oracle(routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model = tiny_model("qwen2")
     variant = VARIANTS[list(ROUTINGS).index(routing) % len(VARIANTS)]
-    adapter = tiny_adapter(model, rank=6, experts=5, shared=True, variant=variant, routing=ROUTINGS[routing],
-                           targets=("q_proj", "v_proj", "o_proj", "up_proj"))  # fmt: skip
+    adapter = tiny_adapter(
+        model,
+        rank=6,
+        experts=5,
+        shared=True,
+        variant=variant,
+        routing=ROUTINGS[routing],
+        targets=("q_proj", "v_proj", "o_proj", "up_proj"),
+    )
     path = tiny_bundle(model, adapter, targets=("coreml",))
     oracle, session = make_oracle(compile_again(model, adapter, quant="none")), open_on(path, EXACT)
     routed = check_selection(session, oracle, "routed", f"{variant}, {routing}")
@@ -131,8 +149,14 @@ def test_routing_equals_the_oracle(routing: str, tiny_model: Make, tiny_adapter:
 def test_embedding_sites(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """The table folds, and its branch is looked up; a tied head keeps the old one."""
     model = tiny_model("llama", tie_word_embeddings=True)
-    adapter = tiny_adapter(model, variant=variant, routing=ROUTINGS["soft"], rank=6, shared=True,
-                           targets=("embed_tokens", "q_proj", "o_proj"))  # fmt: skip
+    adapter = tiny_adapter(
+        model,
+        variant=variant,
+        routing=ROUTINGS["soft"],
+        rank=6,
+        shared=True,
+        targets=("embed_tokens", "q_proj", "o_proj"),
+    )
     path = tiny_bundle(model, adapter, targets=("coreml",), fold="expert1")
     oracle = make_oracle(compile_again(model, adapter, quant="none", fold="expert1"))
     session = open_on(path, EXACT)
@@ -203,10 +227,19 @@ def stacks_of(compiled: CompiledModel) -> dict[str, list[str]]:
     return {"_".join(names).replace(".", "_"): names for names in stacks}
 
 
-@pytest.mark.parametrize("name,quant", [("llama-biases", "int4"), ("qwen3", "all int4"), ("no-block-divides", "int4"),
-                                        ("qwen2-tied", "int8"), ("smollm3-sliding", "all int4")])  # fmt: skip
-def test_the_package_holds_the_integers_of_onnx(name: str, quant: str, tiny_model: Make, tiny_adapter: Make,
-                                                tiny_bundle: Make) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "name,quant",
+    [
+        ("llama-biases", "int4"),
+        ("qwen3", "all int4"),
+        ("no-block-divides", "int4"),
+        ("qwen2-tied", "int8"),
+        ("smollm3-sliding", "all int4"),
+    ],
+)
+def test_the_package_holds_the_integers_of_onnx(
+    name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Bit for bit, scales too; what the experts touch is float16, and nothing else is."""
     model, adapter = build(QUANTIZED[name], tiny_model, tiny_adapter)
     path = tiny_bundle(model, adapter, targets=("onnx", "coreml"), **QUANTS[quant])
@@ -299,14 +332,21 @@ def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_p
         export(replace(compiled, vectors=loud), tmp_path, TargetOptions(), lambda *_: None)
 
 
-@pytest.mark.parametrize("options,problem,hint", [
-    (CoremlOptions(compute_units="banana"), "--compute-units: expected all or .* or cpu_only, found 'banana'", "all"),
-    (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'", "older ones"),
-    (CoremlOptions(minimum="iOS19"), "--minimum-os: expected iOS18 or macOS15, found 'iOS19'", "newer systems run"),
-    (CoremlOptions(prompt_lengths=(0, 32)), "--prompt-lengths: expected positive integers, found '0,32'", "32,128"),
-    (CoremlOptions(prompt_lengths=()), "--prompt-lengths: expected positive integers, found ''", "32,128"),
-    (CoremlOptions(max_length=0), "--max-seq-len: for Core ML expected at least 1, found 0", "1024"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,problem,hint",
+    [
+        (
+            CoremlOptions(compute_units="banana"),
+            "--compute-units: expected all or .* or cpu_only, found 'banana'",
+            "all",
+        ),
+        (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'", "older ones"),
+        (CoremlOptions(minimum="iOS19"), "--minimum-os: expected iOS18 or macOS15, found 'iOS19'", "newer systems run"),
+        (CoremlOptions(prompt_lengths=(0, 32)), "--prompt-lengths: expected positive integers, found '0,32'", "32,128"),
+        (CoremlOptions(prompt_lengths=()), "--prompt-lengths: expected positive integers, found ''", "32,128"),
+        (CoremlOptions(max_length=0), "--max-seq-len: for Core ML expected at least 1, found 0", "1024"),
+    ],
+)
 def test_options_are_refused_before_compiling(options: CoremlOptions, problem: str, hint: str) -> None:
     """Encoders refuse the same, but for the cache's length: they have none."""
     check_options(TargetOptions(), "int4", 32)
@@ -356,8 +396,19 @@ def test_a_routed_prompt_longer_than_every_length(tiny_model: Make, tiny_adapter
     assert session.logits(draw_ids(33)[0].tolist()).shape[0] == 33
 
 
-@pytest.mark.parametrize("count,plan", [(1, [1]), (2, [32]), (32, [32]), (33, [32, 1]), (40, [32, 32]),
-                                        (70, [128]), (128, [128]), (300, [128, 128, 32, 32])])  # fmt: skip
+@pytest.mark.parametrize(
+    "count,plan",
+    [
+        (1, [1]),
+        (2, [32]),
+        (32, [32]),
+        (33, [32, 1]),
+        (40, [32, 32]),
+        (70, [128]),
+        (128, [128]),
+        (300, [128, 128, 32, 32]),
+    ],
+)
 def test_prompts_are_cut_into_enumerated_lengths(count: int, plan: list[int]) -> None:
     assert plan_calls(count, [1, 32, 128]) == plan
 
@@ -365,8 +416,9 @@ def test_prompts_are_cut_into_enumerated_lengths(count: int, plan: list[int]) ->
 # float16's limit
 
 
-def test_what_comes_near_the_limit_is_told(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_what_comes_near_the_limit_is_told(
+    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The oracle's loudest place by name; and what `lime-edge export` says when it is beyond half of the limit."""
     model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
     compiled = compile_again(model, adapter, quant="none")

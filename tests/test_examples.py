@@ -42,8 +42,9 @@ def test_every_expert_answers_and_a_new_one_is_installed(device: str, bundle: Pa
     vector = np.random.default_rng(0).normal(1, 0.5, manifest.sites.total).astype(np.float16)
     new = Expert("delivered", vector, manifest.fingerprint, manifest.sites.hash)
     (tmp_path / "new.safetensors").write_bytes(new.to_bytes())
-    done = run_demo(device, bundle, "--prompt", "hi", "--tokens", 8, "--threads", 1,
-                    "--install", tmp_path / "new.safetensors")  # fmt: skip
+    done = run_demo(
+        device, bundle, "--prompt", "hi", "--tokens", 8, "--threads", 1, "--install", tmp_path / "new.safetensors"
+    )
     assert done.returncode == 0, done.stderr
     assert "provider     CPUExecutionProvider" in done.stdout
     answers = {}
@@ -113,12 +114,15 @@ def test_raspberry_pi_sensors(tmp_path: Path) -> None:
     unknown = describe(tmp_path)
     assert {"board", "temperature", "governor", "clock", "power"} == set(unknown)
     assert unknown["temperature"] == f"unknown ({tmp_path}/sys/class/thermal/thermal_zone0/temp)"
-    write_files(tmp_path, {
-        "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
-        "sys/class/thermal/thermal_zone0/temp": "48250\n",
-        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
-        "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "2400000\n",
-    })  # fmt: skip
+    write_files(
+        tmp_path,
+        {
+            "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+            "sys/class/thermal/thermal_zone0/temp": "48250\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "2400000\n",
+        },
+    )
     known = describe(tmp_path)
     assert known["board"] == "Raspberry Pi 5 Model B Rev 1.0" and known["temperature"] == "48.2 C"
     assert known["governor"] == "ondemand" and known["clock"] == "2400 MHz"
@@ -146,13 +150,21 @@ def test_jetson_sensors(tmp_path: Path) -> None:
     assert demo["read_power"](tmp_path) == {} and demo["read_temperatures"](tmp_path) == {}
     assert demo["describe_board"](tmp_path)["power"] == f"unknown (no ina3221 in {tmp_path}/sys/class/hwmon)"
     sensor, zone = "sys/class/hwmon/hwmon3/", "sys/class/thermal/thermal_zone1/"
-    write_files(tmp_path, {
-        "sys/class/hwmon/hwmon0/name": "pwmfan\n",
-        f"{sensor}name": "ina3221\n", f"{sensor}in1_label": "VDD_IN\n", f"{sensor}in1_input": "5000\n",
-        f"{sensor}curr1_input": "1500\n", f"{sensor}in2_label": "VDD_CPU_GPU_CV\n", f"{sensor}in2_input": "5008\n",
-        f"{zone}type": "gpu-thermal\n", f"{zone}temp": "51500\n",
-        "sys/class/devfreq/17000000.gpu/cur_freq": "612000000\n",
-    })  # fmt: skip
+    write_files(
+        tmp_path,
+        {
+            "sys/class/hwmon/hwmon0/name": "pwmfan\n",
+            f"{sensor}name": "ina3221\n",
+            f"{sensor}in1_label": "VDD_IN\n",
+            f"{sensor}in1_input": "5000\n",
+            f"{sensor}curr1_input": "1500\n",
+            f"{sensor}in2_label": "VDD_CPU_GPU_CV\n",
+            f"{sensor}in2_input": "5008\n",
+            f"{zone}type": "gpu-thermal\n",
+            f"{zone}temp": "51500\n",
+            "sys/class/devfreq/17000000.gpu/cur_freq": "612000000\n",
+        },
+    )
     assert demo["read_power"](tmp_path) == {"VDD_IN": 7.5}
     facts = demo["describe_board"](tmp_path)
     assert facts["power"] == "VDD_IN 7.50 W" and facts["temperature"] == "gpu-thermal 51.5 C"
@@ -189,8 +201,14 @@ def test_the_phones_recipe(shared: bool, bundle: Path, monkeypatch: pytest.Monke
         np.testing.assert_allclose(np.stack(rows), np.stack(wanted), atol=1e-4, rtol=1e-4, err_msg=name)
 
 
-def follow_recipe(engine: onnxruntime.InferenceSession, model: dict[str, Any], d: np.ndarray, prompt: list[int],
-                  count: int, shared: bool) -> list[np.ndarray]:  # fmt: skip
+def follow_recipe(
+    engine: onnxruntime.InferenceSession,
+    model: dict[str, Any],
+    d: np.ndarray,
+    prompt: list[int],
+    count: int,
+    shared: bool,
+) -> list[np.ndarray]:
     """Logits of `count` greedy steps."""
     shape = (1, model["kv_heads"], 32 if shared else 0, model["head_dim"])
     names = [f"{layer}.{kind}" for layer in range(model["layers"]) for kind in ("key", "value")]
@@ -198,8 +216,12 @@ def follow_recipe(engine: onnxruntime.InferenceSession, model: dict[str, Any], d
     ids, past, rows = np.array([prompt]), 0, []
     for _ in range(count):
         total = past + ids.shape[1]
-        inputs = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "expert": d,
-                  "logits_to_keep": np.array([1])} | cache  # fmt: skip
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, total), np.int64),
+            "expert": d,
+            "logits_to_keep": np.array([1]),
+        } | cache
         if shared:
             binding = engine.io_binding()
             for name, value in inputs.items():

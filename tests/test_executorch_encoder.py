@@ -55,9 +55,11 @@ def test_other_sizes_and_selections(bert: Path) -> None:
     session, compiled = open_bundle(bert), compile_again(bert, quant="none")
     first, second = (compiled.experts[name].float() for name in session.experts[:2])
     vectors: list[tuple[Any, torch.Tensor | None]] = [
-        (session.experts[0], first), ({session.experts[0]: 0.3, session.experts[1]: 0.7}, 0.3 * first + 0.7 * second),
-        (None, torch.zeros_like(first)), ("routed", None),
-    ]  # fmt: skip
+        (session.experts[0], first),
+        ({session.experts[0]: 0.3, session.experts[1]: 0.7}, 0.3 * first + 0.7 * second),
+        (None, torch.zeros_like(first)),
+        ("routed", None),
+    ]
     for batch, length in ((1, 1), (3, 20), (19, 5)):
         inputs = draw_text(batch, length, session.bundle.manifest.model["vocab"])
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -79,8 +81,11 @@ def test_a_vision_model_in_int8(tmp_path: Path) -> None:
     options: dict[str, Any] = {"quant": "int8", "fold": "expert_1", "single": True}
     bundle = export_fixture(FIXTURES / "vit-lora-cls", tmp_path, (TARGET,), **options)
     compiled = compile_again(bundle, **options)
-    left = {n: Matrix(t.codes.numpy(), t.scales.numpy()) for n, t in compiled.weights.items()
-            if isinstance(t, QuantizedTensor)}  # fmt: skip
+    left = {
+        n: Matrix(t.codes.numpy(), t.scales.numpy())
+        for n, t in compiled.weights.items()
+        if isinstance(t, QuantizedTensor)
+    }
     found = list(list_products(read_program(bundle / "executorch/model.pte")))
     assert len(found) == len(left)
     for matrix in found:

@@ -42,10 +42,19 @@ LENGTH = 41  # more rows than one call gives, and beyond every window
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}
 MODELS: dict[str, Case] = {
     "windows, norms of heads, biases": Case("qwen3", CASES["qwen3-sliding"].changes, ALL_LINEARS),
-    "a layer without RoPE, tied, gaps between sites, gelu": Case("smollm3", {
-        **CASES["smollm3"].changes, "no_rope_layers": [1, 0], "num_hidden_layers": 2, "mlp_bias": True,
-        "hidden_act": "gelu_pytorch_tanh"}, ("q_proj", "v_proj", "up_proj"), shared=True),
-}  # fmt: skip
+    "a layer without RoPE, tied, gaps between sites, gelu": Case(
+        "smollm3",
+        {
+            **CASES["smollm3"].changes,
+            "no_rope_layers": [1, 0],
+            "num_hidden_layers": 2,
+            "mlp_bias": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        ("q_proj", "v_proj", "up_proj"),
+        shared=True,
+    ),
+}
 
 
 def open_session(bundle: Path) -> Session:
@@ -90,8 +99,15 @@ def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter
     """On the embedding or on linears with biases; two methods on one cache and one set of weights."""
     model, dora = tiny_model("qwen2", **SMALL), variant == "dora"
     routing = {"top_k": 2, "n_gram": 3} if dora else {"top_k": 2, "sparse_mode": True, "auto_topk": True}
-    adapter = tiny_adapter(model, variant=variant, rank=6, experts=5, shared=True, routing=routing,
-                           targets=("embed_tokens", "q_proj") if dora else ("k_proj", "v_proj"))  # fmt: skip
+    adapter = tiny_adapter(
+        model,
+        variant=variant,
+        rank=6,
+        experts=5,
+        shared=True,
+        routing=routing,
+        targets=("embed_tokens", "q_proj") if dora else ("k_proj", "v_proj"),
+    )
     session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
     check_session(session, unfold(model, adapter), variant)
     wanted = {}
@@ -107,8 +123,15 @@ def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter
 
 def test_prompt_tuning(tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
     model = tiny_model("llama", **SMALL)
-    adapter = make_prompt_adapter(tmp_path / "adapter", model, routing="auto_topk", auto_topk=True, sparse_mode=False,
-                                  input_conditioned=True, input_conditioning_mode="attention")  # fmt: skip
+    adapter = make_prompt_adapter(
+        tmp_path / "adapter",
+        model,
+        routing="auto_topk",
+        auto_topk=True,
+        sparse_mode=False,
+        input_conditioned=True,
+        input_conditioning_mode="attention",
+    )
     session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
     assert session.max_length == 64 - 5
     for selection, mode in (("expert3", 3), ("routed", "routed"), ("expert0", 0)):
@@ -160,9 +183,17 @@ def test_the_constant_methods_of_the_stock_runners(tiny_bundle: Make) -> None:
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(tiny_bundle(targets=("onnx", "executorch")) / "executorch/model.pte")
-    wanted = {"get_vocab_size": [300], "get_max_seq_len": [64], "get_max_context_len": [64], "get_bos_id": [1],
-              "get_eos_ids": [2], "use_kv_cache": [True], "use_sdpa_with_kv_cache": [True],
-              "enable_dynamic_shape": [True], "get_n_layers": [2]}  # fmt: skip
+    wanted = {
+        "get_vocab_size": [300],
+        "get_max_seq_len": [64],
+        "get_max_context_len": [64],
+        "get_bos_id": [1],
+        "get_eos_ids": [2],
+        "use_kv_cache": [True],
+        "use_sdpa_with_kv_cache": [True],
+        "enable_dynamic_shape": [True],
+        "get_n_layers": [2],
+    }
     found = {name: list(program.load_method(name).execute([])) for name in wanted}
     assert found == wanted
     assert program.method_names == {"forward", *wanted}
@@ -224,8 +255,9 @@ def test_a_prompt_in_pieces(keep: int, tiny_bundle: Make, monkeypatch: pytest.Mo
     assert sum(size for size, _ in sizes) == LENGTH
 
 
-def test_what_fell_off_the_delegate_is_said(tiny_bundle: Make, tmp_path: Path,
-                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_what_fell_off_the_delegate_is_said(
+    tiny_bundle: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = shutil.copytree(tiny_bundle(targets=("onnx", "executorch")), tmp_path / "x.lime")
     report_delegation(bundle, as_json=False)
     told = capsys.readouterr()
@@ -243,9 +275,14 @@ def test_what_fell_off_the_delegate_is_said(tiny_bundle: Make, tmp_path: Path,
 
 def test_backends_that_are_not_here_say_what_is_missing(tmp_path: Path) -> None:
     missing: Any = SimpleNamespace(quant="int4")  # nothing else of the model is looked at
-    for name, code, match in (("qnn", 4, "QNN SDK"), ("openvino", 4, "OpenVINO"), ("coreml", 4, "dynamic prompt"),
-                              ("vulkan", 4, "device with Vulkan"), ("tpu", 2, "expected xnnpack or"),
-                              ("portable", 2, "expected --quant none, found int4")):  # fmt: skip
+    for name, code, match in (
+        ("qnn", 4, "QNN SDK"),
+        ("openvino", 4, "OpenVINO"),
+        ("coreml", 4, "dynamic prompt"),
+        ("vulkan", 4, "device with Vulkan"),
+        ("tpu", 2, "expected xnnpack or"),
+        ("portable", 2, "expected --quant none, found int4"),
+    ):
         with pytest.raises(LimeEdgeError, match=match) as caught:
             export(missing, tmp_path, TargetOptions(executorch=ExecutorchOptions(backend=name)), print)
         assert caught.value.exit_code == code
@@ -299,14 +336,18 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
         check_provider(["XnnpackBackend"], ("CUDA",))
 
 
-@pytest.mark.parametrize("options, group, refusal", [
-    (ExecutorchOptions(), 16, "--group-size: for ExecuTorch expected a multiple of 32, found 16"),
-    (ExecutorchOptions(max_length=1), 32, "--max-seq-len: for ExecuTorch expected at least 2, found 1"),
-    (ExecutorchOptions(backend="banana"), 32, "--backend: expected xnnpack or portable, found 'banana'"),
-    (ExecutorchOptions(backend="portable"), 32, "--backend portable: expected --quant none, found int4"),
-])  # fmt: skip
-def test_bad_options_are_refused_before_anything_is_read(options: ExecutorchOptions, group: int, refusal: str,
-                                                         tmp_path: Path) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "options, group, refusal",
+    [
+        (ExecutorchOptions(), 16, "--group-size: for ExecuTorch expected a multiple of 32, found 16"),
+        (ExecutorchOptions(max_length=1), 32, "--max-seq-len: for ExecuTorch expected at least 2, found 1"),
+        (ExecutorchOptions(backend="banana"), 32, "--backend: expected xnnpack or portable, found 'banana'"),
+        (ExecutorchOptions(backend="portable"), 32, "--backend portable: expected --quant none, found int4"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(
+    options: ExecutorchOptions, group: int, refusal: str, tmp_path: Path
+) -> None:
     chosen = ExportOptions(targets=("onnx", "executorch"), target_options=TargetOptions(executorch=options))
     compiling = CompileOptions(quant="int4", group=group)
     nothing = tmp_path / "no-model"
@@ -317,6 +358,12 @@ def test_bad_options_are_refused_before_anything_is_read(options: ExecutorchOpti
 
 def test_a_target_asked_for_twice_is_written_once(tmp_path: Path, tiny_model: Make, tiny_adapter: Make) -> None:
     model = tiny_model("llama", **SMALL)
-    manifest = export_bundle(model, tiny_adapter(model), tmp_path / "x.lime", CompileOptions(quant="none"),
-                             find_device("cpu"), ExportOptions(targets=("onnx", "onnx")))  # fmt: skip
+    manifest = export_bundle(
+        model,
+        tiny_adapter(model),
+        tmp_path / "x.lime",
+        CompileOptions(quant="none"),
+        find_device("cpu"),
+        ExportOptions(targets=("onnx", "onnx")),
+    )
     assert list(manifest.targets) == ["onnx"]

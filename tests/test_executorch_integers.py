@@ -29,8 +29,9 @@ from lime_edge.exporters.executorch.program import DecoderProgram, list_groups
 from lime_edge.exporters.onnx.weights import unpack_codes
 
 QUANTS: dict[str, dict[str, Any]] = {
-    "int8": {"quant": "int8"}, "int4": {"quant": "int4", "int8_kinds": ("qkv",)},
-}  # fmt: skip
+    "int8": {"quant": "int8"},
+    "int4": {"quant": "int4", "int8_kinds": ("qkv",)},
+}
 
 
 @dataclass(frozen=True)
@@ -167,24 +168,28 @@ def make(quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) ->
     options = QUANTS[quant]
     if quant == "int8":
         model = tiny_model()
-        return tiny_bundle(targets=("onnx", "executorch"), **options), compile_again(model, tiny_adapter(model),
-                                                                                     **options)  # fmt: skip
+        return tiny_bundle(targets=("onnx", "executorch"), **options), compile_again(
+            model, tiny_adapter(model), **options
+        )
     model = tiny_model("qwen2", num_hidden_layers=1)
     adapter = tiny_adapter(model, targets=ALL_LINEARS)
-    return (tiny_bundle(model, adapter, targets=("onnx", "executorch"), **options),
-            compile_again(model, adapter, **options))  # fmt: skip
+    return (
+        tiny_bundle(model, adapter, targets=("onnx", "executorch"), **options),
+        compile_again(model, adapter, **options),
+    )
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_both_files_hold_the_same_integers(quant: str, tiny_model: Make, tiny_adapter: Make,
-                                           tiny_bundle: Make) -> None:  # fmt: skip
+def test_both_files_hold_the_same_integers(quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """Bit for bit: signed codes, and scales per row and group."""
     bundle, compiled = make(quant, tiny_model, tiny_adapter, tiny_bundle)
     wanted, pte = read_onnx(bundle / "onnx/model.onnx", compiled), read_program(bundle / "executorch/model.pte")
     assert_same(read_table(pte), wanted["table"], f"{quant}: embedding")
-    names = [[f"{name}.weight" for name in list_groups(compiled, layer)[kind].names]
-             for layer in range(len(compiled.decoder.layers))
-             for kind in ("qkv", "o", "gate", "up", "down")] + [[compiled.head_name]]  # fmt: skip
+    names = [
+        [f"{name}.weight" for name in list_groups(compiled, layer)[kind].names]
+        for layer in range(len(compiled.decoder.layers))
+        for kind in ("qkv", "o", "gate", "up", "down")
+    ] + [[compiled.head_name]]
     found = list(list_products(pte))
     assert len(found) == len(names)
     for matrix, members in zip(found, names, strict=True):
@@ -194,8 +199,9 @@ def test_both_files_hold_the_same_integers(quant: str, tiny_model: Make, tiny_ad
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_program_computes_what_its_integers_say(quant: str, tiny_model: Make, tiny_adapter: Make,
-                                                    tiny_bundle: Make) -> None:  # fmt: skip
+def test_the_program_computes_what_its_integers_say(
+    quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Against the same decoder in torch, activations rounded to int8 there too; pinned, blended, none."""
     bundle, compiled = make(quant, tiny_model, tiny_adapter, tiny_bundle)
     session = lime_edge.open(bundle, target="executorch", threads=1)

@@ -42,9 +42,13 @@ def test_golden_bytes() -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     assert header["__metadata__"] == {
-        "format": "lime-edge-expert", "schema": "1", "name": "one", "fingerprint": "f" * 64,
-        "sites": SITES.hash, "note": "",
-    }  # fmt: skip
+        "format": "lime-edge-expert",
+        "schema": "1",
+        "name": "one",
+        "fingerprint": "f" * 64,
+        "sites": SITES.hash,
+        "note": "",
+    }
     assert header["expert"] == {"dtype": "F16", "shape": [5], "data_offsets": [0, 10]}
     assert data[8 + length :].hex() == "003c00400042004400 45".replace(" ", "")
 

@@ -26,8 +26,17 @@ TOLERANCE = 1e-4  # float32, relative to the largest output: p_ref * delta cance
 ROUTED_TOLERANCE = 1e-3  # the logits divide by max|h|, which a draw can make small
 
 
-def make_site(variant: str, seed: int, inputs: int, outputs: int, rank: int, experts: int, shared: bool,
-              bias: bool, embedding: bool) -> dict[str, torch.Tensor]:
+def make_site(
+    variant: str,
+    seed: int,
+    inputs: int,
+    outputs: int,
+    rank: int,
+    experts: int,
+    shared: bool,
+    bias: bool,
+    embedding: bool,
+) -> dict[str, torch.Tensor]:
     """A random site; for embeddings `inputs` is the vocabulary and `outputs` the width."""
     random = torch.Generator().manual_seed(seed)
 
@@ -57,8 +66,17 @@ def sites(draw):
     variant = draw(st.sampled_from(VARIANTS))
     outputs = draw(st.integers(5, 12))
     experts, rank = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    site = make_site(variant, draw(st.integers(0, 2**31)), draw(st.integers(2, 9)), outputs, rank, experts,
-                     draw(st.booleans()), draw(st.booleans()), embedding)
+    site = make_site(
+        variant,
+        draw(st.integers(0, 2**31)),
+        draw(st.integers(2, 9)),
+        outputs,
+        rank,
+        experts,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        embedding,
+    )
     return variant, site, draw(st.floats(0.25, 4)), embedding
 
 
@@ -152,8 +170,11 @@ def test_what_the_expert_moves_is_not_small(variant, embedding):
 def test_original_of_gives_the_original_layer(variant, embedding):
     site = make_site(variant, 11, 7, 9, 3, 4, True, True, embedding)
     x, p_ref = draw_input(site, embedding, 1), torch.randn(9)
-    plain = (torch.nn.functional.embedding(x, site["weight"]) if embedding
-             else torch.nn.functional.linear(x, site["weight"], site["bias"]))
+    plain = (
+        torch.nn.functional.embedding(x, site["weight"])
+        if embedding
+        else torch.nn.functional.linear(x, site["weight"], site["bias"])
+    )
     found = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, p_ref + original_of(variant, p_ref))
     check(found, plain, variant)
 

@@ -112,8 +112,15 @@ def test_hyper_parameters_from_the_command_line_and_tokenizer_files(tmp_path: Pa
     (source / "tokenizer.json").write_text("{}")
     app = typer.Typer()
     cli_import.register(app)
-    settings = ["variant=dora", "alpha=16", "top_k=2", "n_gram=3", "temperature=0.5", "gamma_routing=0.5",
-                "architecture=LlamaForCausalLM"]  # fmt: skip
+    settings = [
+        "variant=dora",
+        "alpha=16",
+        "top_k=2",
+        "n_gram=3",
+        "temperature=0.5",
+        "gamma_routing=0.5",
+        "architecture=LlamaForCausalLM",
+    ]
     arguments = [str(source), "-o", str(tmp_path / "out"), "--names", "a,b,c,d", "--json"]
     for setting in settings:
         arguments += ["--set", setting]
@@ -144,8 +151,15 @@ def test_embedding_sites(variant: str, tmp_path: Path) -> None:
     """A model whose only site is its embedding table computes what the layer fixture says."""
     layer = load_file(FIXTURES / f"layers/embedding-{variant}-soft-topk.safetensors")
     ids, expected = layer.pop("input_ids"), layer.pop("y")
-    hyper = {"variant": variant, "pad_token_id": 0, "rank": 6 if variant == "slicefine" else 3, "top_k": 2,
-             "temperature": 0.5, "use_shared_LiME": True, "gamma_routing": 0.6}  # fmt: skip
+    hyper = {
+        "variant": variant,
+        "pad_token_id": 0,
+        "rank": 6 if variant == "slicefine" else 3,
+        "top_k": 2,
+        "temperature": 0.5,
+        "use_shared_LiME": True,
+        "gamma_routing": 0.6,
+    }
     source = tmp_path / "checkpoint"
     source.mkdir()
     (source / "lime.json").write_text(json.dumps(hyper))
@@ -182,8 +196,12 @@ def test_faults_of_a_state_dict_come_all_at_once(tmp_path: Path) -> None:
     save_file(state, source / "model.safetensors")
     with pytest.raises(LimeEdgeError) as error:
         import_checkpoint(source, tmp_path / "out", ImportOptions())
-    for part in ("k_proj.A is missing", "k_proj.m is not a tensor", "num_experts: expected 5, found 4",
-                 "use_shared_LiME: expected False, found True"):  # fmt: skip
+    for part in (
+        "k_proj.A is missing",
+        "k_proj.m is not a tensor",
+        "num_experts: expected 5, found 4",
+        "use_shared_LiME: expected False, found True",
+    ):
         assert part in error.value.problem
     assert sorted(tmp_path.iterdir()) == [source]
 
@@ -220,8 +238,9 @@ def test_a_damaged_state_dict_is_refused_and_nothing_is_left(fault: str, tmp_pat
 
 @pytest.mark.parametrize("name", ["llama-dora-ngram", "llama-slicefine"])
 @pytest.mark.parametrize("shape", [None, (), (3,), (3, 3), (2, 2, 2)])
-def test_any_wrong_site_tensor_is_a_fault_and_never_a_crash(name: str, shape: tuple[int, ...] | None,
-                                                            tmp_path: Path) -> None:  # fmt: skip
+def test_any_wrong_site_tensor_is_a_fault_and_never_a_crash(
+    name: str, shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
     site = "model.layers.0.self_attn.k_proj"
     source = tmp_path / "checkpoint"
     whole = copy_fixture(name, source)
@@ -253,9 +272,15 @@ def test_prompt_tuning_is_refused_with_the_reason(tmp_path: Path) -> None:
 def make_base(directory: Path, bias: bool = False) -> nn.Module:
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attention_bias=bias,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=bias,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(directory)
     return model
@@ -264,6 +289,7 @@ def make_base(directory: Path, bias: bool = False) -> nn.Module:
 def make_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, Tensor, Tensor]:
     """A base model, a trained-looking PEFT adapter for it, ids, and peft's own logits."""
     import peft
+
     base, directory = tmp_path / "base", tmp_path / "peft"
     model = make_base(base, options.pop("base_bias", False))
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]} | options
@@ -277,8 +303,11 @@ def make_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, Tensor, Tenso
         return base, directory, ids, adapted.eval()(ids).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}],
-                         ids=["lora", "rslora", "dora", "one-layer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}],
+    ids=["lora", "rslora", "dora", "one-layer"],
+)
 def test_a_peft_directory_becomes_one_expert_that_equals_it(options: dict[str, Any], tmp_path: Path) -> None:
     base, directory, ids, expected = make_peft(tmp_path, **options)
     report = import_checkpoint(directory, tmp_path / "out", ImportOptions(model=base))
@@ -332,11 +361,16 @@ def test_an_expert_of_another_backbone_is_refused(tmp_path: Path) -> None:
         import_checkpoint(directory, tmp_path / "out", ImportOptions(experts=(file,)))
 
 
-@pytest.mark.parametrize(("options", "wanted"), [
-    ({"bias": "all"}, "bias"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"use_dora": True, "base_bias": True}, "DoRA on layers"),
-    ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding_A"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bias": "all"}, "bias"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True, "base_bias": True}, "DoRA on layers"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding_A"),
+    ],
+)
 def test_what_the_format_cannot_carry_is_refused(options: dict[str, Any], wanted: str, tmp_path: Path) -> None:
     base, directory, _, _ = make_peft(tmp_path, **options)
     with pytest.raises(LimeEdgeError, match=wanted):

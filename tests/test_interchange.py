@@ -23,10 +23,22 @@ from lime_edge.errors import LimeEdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures/conformance/models"
 LIMIT = 1e-4
-FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "smollm3": "SmolLM3Config",
-            "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}  # fmt: skip
-GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-              "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+FAMILIES = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "smollm3": "SmolLM3Config",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+}
+GGUF_NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 NAMES = ("red", "green", "blue")
 BLEND = {"red": 0.6, "blue": 0.4}
 
@@ -35,9 +47,16 @@ def make_base(directory: Path, family: str = "llama") -> nn.Module:
     """A tiny model with SmolLM2's ratio of heads: three query heads share one key head."""
     torch.manual_seed(1)
     config = getattr(transformers, FAMILIES[family])(
-        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(directory)
     return model
@@ -56,9 +75,15 @@ def make_adapter(directory: Path, model: nn.Module, leaves: tuple[str, ...], sha
                 tensors[f"{name}.LiME_shared"] = torch.randn(module.out_features, generator=random)
                 tensors[f"{name}.gamma"] = torch.tensor([0.3])
     config = {
-        "peft_type": "LIME", "variant": "lora_fa", "target_modules": list(leaves), "r": 4, "lora_alpha": 6.5,
-        "num_experts": 3, "expert_names": list(NAMES), "use_shared_lime": shared,
-    }  # fmt: skip
+        "peft_type": "LIME",
+        "variant": "lora_fa",
+        "target_modules": list(leaves),
+        "r": 4,
+        "lora_alpha": 6.5,
+        "num_experts": 3,
+        "expert_names": list(NAMES),
+        "use_shared_lime": shared,
+    }
     directory.mkdir()
     return write_adapter(directory, config, tensors)
 
@@ -83,6 +108,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, P
 
 def load_peft(base: Path, directory: Path) -> torch.Tensor:
     import peft
+
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), directory)
     with torch.no_grad():
         return model.eval()(IDS).logits
@@ -106,8 +132,12 @@ def test_forgetting_the_expert_would_be_noticed(family: tuple[str, Path, Path, A
     """The same export with p = 1 in place of the expert gives other logits: the test above can fail."""
     _, base, directory, adapter = family
     config = json.loads((directory / "adapter_config.json").read_text()) | {"use_shared_lime": False}
-    tensors = {f"{name}.{part}": torch.ones_like(t) if part == "LiMEs" else t for name, site in adapter.sites.items()
-               for part, t in site.tensors().items() if part in ("A", "B", "LiMEs")}  # fmt: skip
+    tensors = {
+        f"{name}.{part}": torch.ones_like(t) if part == "LiMEs" else t
+        for name, site in adapter.sites.items()
+        for part, t in site.tensors().items()
+        if part in ("A", "B", "LiMEs")
+    }
     (tmp_path / "ones").mkdir()
     write_adapter(tmp_path / "ones", config, tensors)
     export_expert(tmp_path / "ones", "green", "peft", tmp_path / "lora", base)
@@ -119,6 +149,7 @@ def test_fixtures_through_peft_give_the_pinned_logits(name: str, tmp_path: Path)
     """From the authors' checkpoint through our adapter to `peft`, against the authors' own logits."""
     import peft
     from safetensors.torch import load_file
+
     expected = load_file(FIXTURES / name / "expected.safetensors")
     import_checkpoint(FIXTURES / name, tmp_path / "in", ImportOptions())
     for expert in range(4):
@@ -145,6 +176,7 @@ def test_gguf_holds_a_and_b_in_the_rows_of_its_architecture(
     family: tuple[str, Path, Path, Adapter], tmp_path: Path
 ) -> None:
     import gguf
+
     name, base, directory, adapter = family
     export_expert(directory, BLEND, "gguf", tmp_path / "mix.gguf", base)
     reader = gguf.GGUFReader(tmp_path / "mix.gguf")
@@ -206,6 +238,7 @@ def write_gguf_model(path: Path, base: Path, adapter: dict[str, np.ndarray], alp
 def test_gguf_adapter_merged_into_a_gguf_model_gives_our_logits(apply: bool, tmp_path: Path) -> None:
     """Merge in GGUF's row order, then let transformers' own GGUF reader undo the order."""
     import gguf
+
     model = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", model, tuple(GGUF_NAMES))
     export_expert(tmp_path / "adapter", "blue", "gguf", tmp_path / "blue.gguf", tmp_path / "base")
@@ -222,10 +255,16 @@ def test_gguf_adapter_merged_into_a_gguf_model_gives_our_logits(apply: bool, tmp
     assert error <= LIMIT if apply else error > 100 * LIMIT
 
 
-@pytest.mark.parametrize(("selection", "wanted"), [
-    ("pink", "unknown expert 'pink'"), ({"red": 0.5, "pink": 0.5}, "unknown expert 'pink'"),
-    ({"red": 0.5, "blue": 0.4}, "sum to 0.9"), (None, "unknown expert none"), ({"red": float("nan")}, "sum to nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("selection", "wanted"),
+    [
+        ("pink", "unknown expert 'pink'"),
+        ({"red": 0.5, "pink": 0.5}, "unknown expert 'pink'"),
+        ({"red": 0.5, "blue": 0.4}, "sum to 0.9"),
+        (None, "unknown expert none"),
+        ({"red": float("nan")}, "sum to nan"),
+    ],
+)
 def test_bad_selections(selection: object, wanted: str, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"), ("q_proj",))
     with pytest.raises(LimeEdgeError, match=wanted):
@@ -249,6 +288,7 @@ def test_encoders_go_to_peft_only(tmp_path: Path) -> None:
         export_expert(adapter, "expert_2", "gguf", tmp_path / "x.gguf", base)
     import peft
     from safetensors.torch import load_file
+
     expected = load_file(FIXTURES / "bert-lora-cls/expected.safetensors")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     with torch.no_grad():
@@ -276,8 +316,18 @@ def test_command_line(tmp_path: Path) -> None:
     app.callback()(lambda: None)
     cli_interchange.register(app)
     run = CliRunner()
-    arguments = ["export", str(tmp_path / "adapter"), "red=0.5,blue=0.5", "--format", "gguf", "--json",
-                 "-o", str(tmp_path / "mix.gguf"), "--model", str(tmp_path / "base")]  # fmt: skip
+    arguments = [
+        "export",
+        str(tmp_path / "adapter"),
+        "red=0.5,blue=0.5",
+        "--format",
+        "gguf",
+        "--json",
+        "-o",
+        str(tmp_path / "mix.gguf"),
+        "--model",
+        str(tmp_path / "base"),
+    ]
     result = run.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)

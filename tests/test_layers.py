@@ -55,8 +55,21 @@ def test_model_fixture(directory):
 
 def test_fixtures_cover_every_variant_and_selection():
     names = " ".join(path.stem for path in LAYERS)
-    for word in (*VARIANTS, "embedding", "prompt_tuning", "soft-topk", "hard-topk", "sparse-auto-topk",
-                 "sparse-topk", "n3", "static", "attention", "first", "last", "mean"):
+    for word in (
+        *VARIANTS,
+        "embedding",
+        "prompt_tuning",
+        "soft-topk",
+        "hard-topk",
+        "sparse-auto-topk",
+        "sparse-topk",
+        "n3",
+        "static",
+        "attention",
+        "first",
+        "last",
+        "mean",
+    ):
         assert word in names, word
 
 
@@ -114,14 +127,20 @@ def damage(path: Path, key: str, by: float) -> None:
 
 def make_layer(variant: str) -> tuple[LimeLayer, dict[str, torch.Tensor]]:
     random = torch.Generator().manual_seed(1)
-    tensors = {"LiMEs": torch.randn(3, 6, generator=random), "LiME_shared": torch.randn(6, generator=random),
-               "gamma": torch.tensor([0.5]), "bias": torch.randn(6, generator=random)}
+    tensors = {
+        "LiMEs": torch.randn(3, 6, generator=random),
+        "LiME_shared": torch.randn(6, generator=random),
+        "gamma": torch.tensor([0.5]),
+        "bias": torch.randn(6, generator=random),
+    }
     if variant == "slicefine":
-        tensors |= {"part_T": torch.randn(2, 5, generator=random),
-                    "part_F": torch.randn(4, 5, generator=random)}
+        tensors |= {"part_T": torch.randn(2, 5, generator=random), "part_F": torch.randn(4, 5, generator=random)}
     else:
-        tensors |= {"weight": torch.randn(6, 5, generator=random), "A": torch.randn(2, 5, generator=random),
-                    "B": torch.randn(6, 2, generator=random)}
+        tensors |= {
+            "weight": torch.randn(6, 5, generator=random),
+            "A": torch.randn(2, 5, generator=random),
+            "B": torch.randn(6, 2, generator=random),
+        }
     if variant == "dora":
         tensors["m"] = torch.rand(6, generator=random) + 0.5
     return LimeLayer(variant, tensors, 2.0, routing_for(variant, {})), tensors
@@ -193,10 +212,18 @@ def test_split_state_joins_slicefine_parts_along_the_output(rows, axis):
     assert set(sites) == {"m.x"} and set(sites["m.x"]) == {"part_T", "part_F", "LiMEs"}
 
 
-@pytest.mark.parametrize("variant, mode, word", [
-    ("dora", None, "switched off"), ("slicefine", None, "switched off"), ("lora", 3, "below 3"),
-    ("lora", -1, "below 3"), ("lora", {0: 0.5}, "sum to 1"), ("lora", {0: 0.5, 7: 0.5}, "found 7"),
-    ("lora", "route", "'routed'")])
+@pytest.mark.parametrize(
+    "variant, mode, word",
+    [
+        ("dora", None, "switched off"),
+        ("slicefine", None, "switched off"),
+        ("lora", 3, "below 3"),
+        ("lora", -1, "below 3"),
+        ("lora", {0: 0.5}, "sum to 1"),
+        ("lora", {0: 0.5, 7: 0.5}, "found 7"),
+        ("lora", "route", "'routed'"),
+    ],
+)
 def test_modes_that_do_not_exist_are_refused(variant, mode, word):
     layer = make_layer(variant)[0]
     with pytest.raises(LimeEdgeError, match=word):
@@ -227,8 +254,7 @@ def test_generate_is_transformers_generate():
     fixture, model, sites = build("llama-lora-sparse")
     unfolded, ids = UnfoldedModel(model, sites, fixture.hyper), fixture.inputs["input_ids"]
     unfolded.use(2)
-    theirs = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0,
-                            eos_token_id=None)
+    theirs = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert unfolded.generate(ids, 8).tolist() == theirs.tolist()
 
 

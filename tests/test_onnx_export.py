@@ -38,14 +38,22 @@ BLEND = {"expert0": 0.7, "expert2": 0.5, "expert3": -0.2}
 SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
 FOLDS = ("shared", "none", "expert2")
 QUANTIZED = {
-    "llama-biases": CASES["llama-biases"], "llama-tied": CASES["llama-tied"], "qwen2": CASES["qwen2"],
-    "qwen2-tied": CASES["qwen2-tied"], "qwen3": CASES["qwen3"], "smollm3-sliding": CASES["smollm3-sliding"],
-    "group-does-not-divide": Case("llama", {"hidden_size": 80, "head_dim": 16, "tie_word_embeddings": True},
-                                  ALL_LINEARS),
-    "no-block-divides": Case("llama", {"hidden_size": 72, "head_dim": 16, "intermediate_size": 100,
-                                       "tie_word_embeddings": True, "vocab_size": 311}, ALL_LINEARS),
+    "llama-biases": CASES["llama-biases"],
+    "llama-tied": CASES["llama-tied"],
+    "qwen2": CASES["qwen2"],
+    "qwen2-tied": CASES["qwen2-tied"],
+    "qwen3": CASES["qwen3"],
+    "smollm3-sliding": CASES["smollm3-sliding"],
+    "group-does-not-divide": Case(
+        "llama", {"hidden_size": 80, "head_dim": 16, "tie_word_embeddings": True}, ALL_LINEARS
+    ),
+    "no-block-divides": Case(
+        "llama",
+        {"hidden_size": 72, "head_dim": 16, "intermediate_size": 100, "tie_word_embeddings": True, "vocab_size": 311},
+        ALL_LINEARS,
+    ),
     "no-block-divides-untied": Case("qwen2", {"hidden_size": 72, "head_dim": 16, "vocab_size": 301}),
-}  # fmt: skip
+}
 
 
 def build(case: Case, tiny_model: Make, tiny_adapter: Make) -> tuple[Path, Path]:
@@ -106,8 +114,9 @@ def ids_of(count: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_unfolded_model(name: str, fold: str, tiny_model: Make, tiny_adapter: Make,
-                                     tiny_bundle: Make) -> None:  # fmt: skip
+def test_logits_equal_unfolded_model(
+    name: str, fold: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Every expert, a blend and none; and without the branch the comparison fails."""
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter, fold=fold))
@@ -124,8 +133,7 @@ def test_logits_equal_unfolded_model(name: str, fold: str, tiny_model: Make, tin
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen3", "llama-gelu"])
-def test_single_expert_has_no_branch(name: str, tiny_model: Make, tiny_adapter: Make,
-                                     tiny_bundle: Make) -> None:  # fmt: skip
+def test_single_expert_has_no_branch(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     bundle = tiny_bundle(model, adapter, fold="expert1", single=True)
     found = open_session(bundle).logits(ids_of(LENGTH))
@@ -137,8 +145,9 @@ def test_single_expert_has_no_branch(name: str, tiny_model: Make, tiny_adapter: 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",), ("up_proj", "o_proj"), ("gate_proj",)])
 @pytest.mark.parametrize("quant", ["none", "int4"])
-def test_gaps_between_sites(targets: tuple[str, ...], quant: str, tiny_model: Make, tiny_adapter: Make,
-                            tiny_bundle: Make) -> None:  # fmt: skip
+def test_gaps_between_sites(
+    targets: tuple[str, ...], quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """A member of q, k, v or gate, up that is no site keeps its output, whatever the expert."""
     model = tiny_model("qwen2", **CASES["qwen2"].changes)
     adapter = tiny_adapter(model, targets=targets, shared=True, seed=2)
@@ -155,8 +164,7 @@ def test_gaps_between_sites(targets: tuple[str, ...], quant: str, tiny_model: Ma
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_equal_transformers(name: str, tiny_model: Make, tiny_adapter: Make,
-                                          tiny_bundle: Make) -> None:  # fmt: skip
+def test_greedy_tokens_equal_transformers(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """With caches on both sides, past every window, for the original model and an expert."""
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     session, options = open_session(tiny_bundle(model, adapter)), GenerationOptions(NEW, ignore_eos=True)
@@ -170,8 +178,9 @@ def test_greedy_tokens_equal_transformers(name: str, tiny_model: Make, tiny_adap
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decode_step_by_step_equals_one_call(name: str, tiny_model: Make, tiny_adapter: Make,
-                                             tiny_bundle: Make) -> None:  # fmt: skip
+def test_decode_step_by_step_equals_one_call(
+    name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Prompt, then token by token to the end of the context: the reference sees it in one call."""
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     ids, session = draw_ids(CONTEXT, seed=3), open_session(tiny_bundle(model, adapter))
@@ -186,8 +195,9 @@ def test_decode_step_by_step_equals_one_call(name: str, tiny_model: Make, tiny_a
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "mistral-window-2", "qwen3-sliding", "smollm3-sliding"])
 @pytest.mark.parametrize("chunk", [5, 19])
-def test_prompt_in_chunks(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch, tiny_model: Make,
-                          tiny_adapter: Make, tiny_bundle: Make) -> None:  # fmt: skip
+def test_prompt_in_chunks(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
@@ -206,8 +216,9 @@ def test_last_positions_only(keep: int, tiny_model: Make, tiny_adapter: Make, ti
     assert_close(session.logits(ids_of(LENGTH), keep=keep), wanted, f"keep {keep}")
 
 
-def test_last_positions_across_chunks(monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make,
-                                      tiny_bundle: Make) -> None:  # fmt: skip
+def test_last_positions_across_chunks(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
@@ -248,8 +259,9 @@ def test_long_prompt(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundl
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3-sliding"])
 @pytest.mark.parametrize("quant", ["none", "int4"])
-def test_names_are_those_of_onnxruntime_genai(name: str, quant: str, tiny_model: Make, tiny_adapter: Make,
-                                              tiny_bundle: Make) -> None:  # fmt: skip
+def test_names_are_those_of_onnxruntime_genai(
+    name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """What its decoder-only pipeline binds, and two inputs more, which both have a default."""
     bundle = tiny_bundle(*build(CASES[name], tiny_model, tiny_adapter), quant=quant)
     graph = onnx.load(bundle / "onnx/model.onnx", load_external_data=False).graph
@@ -263,23 +275,30 @@ def test_names_are_those_of_onnxruntime_genai(name: str, quant: str, tiny_model:
     assert sorted(value.name for value in graph.output) == sorted({"logits"} | present)
 
 
-def test_without_the_runtime_caches_that_grow_and_a_batch(tiny_model: Make, tiny_adapter: Make,
-                                                          tiny_bundle: Make) -> None:  # fmt: skip
+def test_without_the_runtime_caches_that_grow_and_a_batch(
+    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """As another program runs it: two rows, separate past and present, defaults for the inputs of ours."""
     model, adapter = build(CASES["qwen2-sliding"], tiny_model, tiny_adapter)
-    engine = ort.InferenceSession(tiny_bundle(model, adapter, fold="expert2") / "onnx/model.onnx",
-                                  providers=["CPUExecutionProvider"])  # fmt: skip
+    engine = ort.InferenceSession(
+        tiny_bundle(model, adapter, fold="expert2") / "onnx/model.onnx", providers=["CPUExecutionProvider"]
+    )
     ids = torch.cat([draw_ids(LENGTH, 5), draw_ids(LENGTH, 6)])
     unfolded = unfold(model, adapter)
     unfolded.use(2)  # the folded expert: what the default, a zero residual, means
     wanted = unfolded.logits({"input_ids": ids}).numpy()
     names = [value.name for value in engine.get_outputs()]
-    state = {value.name: np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
-             for value in engine.get_inputs() if value.name.startswith("past_key_values")}  # fmt: skip
+    state = {
+        value.name: np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in engine.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
     parts, done = [], 0
     for count in (8, *[1] * (LENGTH - 8)):
-        inputs = {"input_ids": ids[:, done : done + count].numpy(),
-                  "attention_mask": np.ones((2, done + count), np.int64)}  # fmt: skip
+        inputs = {
+            "input_ids": ids[:, done : done + count].numpy(),
+            "attention_mask": np.ones((2, done + count), np.int64),
+        }
         outputs = dict(zip(names, engine.run(None, inputs | state), strict=True))
         parts.append(outputs.pop("logits"))
         state = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
@@ -305,10 +324,13 @@ def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: 
     silu = "hidden_act" not in case.changes
     products, norms = 4 * layers + 1, 1 + (2 * layers if case.family == "qwen3" else 0)
     wanted = branches | {
-        "GroupQueryAttention": layers, "SwiGLU": layers * silu, "Gelu": layers * (not silu), "QuickGelu": 0,
+        "GroupQueryAttention": layers,
+        "SwiGLU": layers * silu,
+        "Gelu": layers * (not silu),
+        "QuickGelu": 0,
         "SkipSimplifiedLayerNormalization": 2 * layers - branches["ExpertBranchNorm"],
         "SimplifiedLayerNormalization": norms,
-    }  # fmt: skip
+    }
     tied = case.changes.get("tie_word_embeddings", False)
     if quant == "none":
         wanted |= {"MatMulNBits": 0, "FusedMatMul": int(tied), "MatMul": products - tied}
@@ -334,8 +356,10 @@ def count_operators(bundle: Path) -> tuple[Counter[str], dict[str, Counter[str]]
 
 
 QUANTS: dict[str, dict[str, Any]] = {
-    "int4": {"quant": "int4"}, "all int4": {"quant": "int4", "int8_kinds": ()}, "int8": {"quant": "int8"},
-}  # fmt: skip
+    "int4": {"quant": "int4"},
+    "all int4": {"quant": "int4", "int8_kinds": ()},
+    "int8": {"quant": "int8"},
+}
 
 
 def compile_again(model: Path, adapter: Path, **changes: Any) -> CompiledModel:
@@ -398,22 +422,26 @@ def assert_integers_equal(bundle: Path, compiled: CompiledModel, what: str) -> N
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_file_holds_the_compilers_integers(name: str, quant: str, tiny_model: Make, tiny_adapter: Make,
-                                           tiny_bundle: Make) -> None:  # fmt: skip
+def test_file_holds_the_compilers_integers(
+    name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     model, adapter = build(QUANTIZED[name], tiny_model, tiny_adapter)
     bundle, compiled = tiny_bundle(model, adapter, **QUANTS[quant]), compile_again(model, adapter, **QUANTS[quant])
     assert_integers_equal(bundle, compiled, f"{name}, {quant}")
     kinds = Counter(t.bits for t in compiled.weights.values() if isinstance(t, QuantizedTensor))
     odd = QUANTIZED[name].changes.get("hidden_size", 64) % 32
-    assert kinds[8] == sum(kinds.values()) or (quant == "int4" and kinds[4] and kinds[8]) or (
-        quant == "all int4" and bool(kinds[8]) == bool(odd)
-    ), kinds  # fmt: skip
+    assert (
+        kinds[8] == sum(kinds.values())
+        or (quant == "int4" and kinds[4] and kinds[8])
+        or (quant == "all int4" and bool(kinds[8]) == bool(odd))
+    ), kinds
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized_logits_equal_the_oracle(name: str, quant: str, tmp_path: Path, tiny_model: Make,
-                                           tiny_adapter: Make, tiny_bundle: Make) -> None:  # fmt: skip
+def test_quantized_logits_equal_the_oracle(
+    name: str, quant: str, tmp_path: Path, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """With float32 activations the artifact and the oracle compute the same sums."""
     model, adapter = build(QUANTIZED[name], tiny_model, tiny_adapter)
     bundle, compiled = tiny_bundle(model, adapter, **QUANTS[quant]), compile_again(model, adapter, **QUANTS[quant])
@@ -447,8 +475,7 @@ def use_float_activations(file: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [16, 64, 256])
-def test_other_group_sizes(group: int, tmp_path: Path, tiny_model: Make, tiny_adapter: Make,
-                           tiny_bundle: Make) -> None:  # fmt: skip
+def test_other_group_sizes(group: int, tmp_path: Path, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model = tiny_model("llama", hidden_size=256, intermediate_size=320, num_hidden_layers=1)
     adapter = tiny_adapter(model)
     compiled = compile_again(model, adapter, quant="int4", group=group)

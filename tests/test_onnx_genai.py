@@ -87,8 +87,9 @@ def build(name: str, tiny_model: Make, tiny_adapter: Make, **changes: Any) -> tu
 
 @pytest.mark.parametrize("fold", ["shared", "none"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_equal_transformers(name: str, fold: str, tiny_model: Make, tiny_adapter: Make,
-                                   tiny_bundle: Make) -> None:  # fmt: skip
+def test_tokens_equal_transformers(
+    name: str, fold: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """Every expert and the original model; without an adapter, what was folded."""
     case = CASES[name]
     model = tiny_model(case.family, **case.changes)
@@ -104,8 +105,9 @@ def test_tokens_equal_transformers(name: str, fold: str, tiny_model: Make, tiny_
 
 
 @pytest.mark.parametrize("variant", ["dora", "slicefine"])
-def test_variants_that_cannot_be_switched_off(variant: str, tiny_model: Make, tiny_adapter: Make,
-                                              tiny_bundle: Make) -> None:  # fmt: skip
+def test_variants_that_cannot_be_switched_off(
+    variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """There is no adapter of the original model; SliceFine's neutral vector is ones."""
     model = tiny_model("llama")
     adapter = tiny_adapter(model, targets=(*ALL_LINEARS, "embed_tokens"), variant=variant, experts=3)

@@ -54,14 +54,18 @@ GAPS = {
     "most are none": Shape(16, (9, 8, 7, 11), (0, 0, 3, 0)),
 }
 SELECTIONS = {
-    "soft": RoutingConfig(), "soft, gamma 0": RoutingConfig(gamma_routing=0.0, soft_topk_temperature=0.05),
+    "soft": RoutingConfig(),
+    "soft, gamma 0": RoutingConfig(gamma_routing=0.0, soft_topk_temperature=0.05),
     "soft, gamma 1": RoutingConfig(gamma_routing=1.0, temperature=0.3, top_k=3),
-    "auto": RoutingConfig(auto_topk=True, soft_topk_temperature=0.1), "hard": RoutingConfig(soft_topk=False),
-    "top 1": RoutingConfig(sparse_mode=True, top_k=1), "sparse": RoutingConfig(sparse_mode=True, top_k=3),
+    "auto": RoutingConfig(auto_topk=True, soft_topk_temperature=0.1),
+    "hard": RoutingConfig(soft_topk=False),
+    "top 1": RoutingConfig(sparse_mode=True, top_k=1),
+    "sparse": RoutingConfig(sparse_mode=True, top_k=3),
     "sparse auto": RoutingConfig(sparse_mode=True, auto_topk=True, top_k=2, auto_topk_threshold=0.8, temperature=0.2),
-    "windows": RoutingConfig(n_gram=3), "sparse windows": RoutingConfig(sparse_mode=True, n_gram=4, temperature=0.5),
+    "windows": RoutingConfig(n_gram=3),
+    "sparse windows": RoutingConfig(sparse_mode=True, n_gram=4, temperature=0.5),
     "wide windows": RoutingConfig(n_gram=100, auto_topk=True, gamma_routing=0.3),
-}  # fmt: skip
+}
 BOTH = (True, False)
 
 
@@ -120,8 +124,9 @@ members = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(inputs=st.integers(1, 50), parts=members, half=st.booleans())
-def test_any_branch(inputs: int, parts: list[tuple[int, int]], half: bool,
-                    tmp_path_factory: pytest.TempPathFactory) -> None:  # fmt: skip
+def test_any_branch(
+    inputs: int, parts: list[tuple[int, int]], half: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     widths, ranks = (tuple(part[index] for part in parts) for index in (0, 1))
     shape = Shape(inputs, widths, ranks, half)
     check_pinned(tmp_path_factory.mktemp("any") / "model.onnx", shape, str(shape))
@@ -142,11 +147,18 @@ def test_routed_branch(name: str, threads: int, file: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("shape", [
-    Shape(16, (8,), (4,), experts=8), Shape(16, (9, 300), (40, 2), experts=9, half=True),
-    Shape(16, (12, 13, 14), (8, 8, 8), experts=12, half=True), Shape(16, (2,), (2,), experts=2),
-    Shape(16, (256,), (5,), experts=256), Shape(16, (17,), (30,), experts=17),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(16, (8,), (4,), experts=8),
+        Shape(16, (9, 300), (40, 2), experts=9, half=True),
+        Shape(16, (12, 13, 14), (8, 8, 8), experts=12, half=True),
+        Shape(16, (2,), (2,), experts=2),
+        Shape(16, (256,), (5,), experts=256),
+        Shape(16, (17,), (30,), experts=17),
+    ],
+    ids=str,
+)
 def test_routed_shapes(shape: Shape, variant: str, file: Path) -> None:
     """Numbers of experts that are no multiple of 8, the most there may be, and top_k of all of them."""
     for config in (RoutingConfig(), RoutingConfig(sparse_mode=True, top_k=shape.experts)):
@@ -225,8 +237,14 @@ def test_one_tensor_as_several_inputs(file: Path) -> None:
     feeds = {name: random.standard_normal(size, np.float32) for name, size in arrays.items()}
     stand_in = feeds | {"y": feeds["x"], "stream": feeds["x"]}
     order = ["x", "y", "a", "b", "expert", "stream", "gain"]
-    write_call(file, make_branch_norm(BRANCH_NORM), {name: stand_in[name] for name in order}, 2, epsilon=EPSILON,
-               **describe(shape))  # fmt: skip
+    write_call(
+        file,
+        make_branch_norm(BRANCH_NORM),
+        {name: stand_in[name] for name in order},
+        2,
+        epsilon=EPSILON,
+        **describe(shape),
+    )
     model = onnx.load(file)
     call = model.graph.node[0]
     call.input[0] = call.input[1] = call.input[5] = "made"

@@ -60,10 +60,11 @@ BOTH = (True, False)
 PROMPT, NEW = 20, 24
 BLEND = {"expert0": 0.7, "expert2": 0.5, "expert3": -0.2}
 BUNDLES: dict[str, dict[str, Any]] = {
-    "all linears": {"targets": ALL_LINEARS, "rank": 8}, "q and v": {"targets": ("q_proj", "v_proj"), "rank": 3},
+    "all linears": {"targets": ALL_LINEARS, "rank": 8},
+    "q and v": {"targets": ("q_proj", "v_proj"), "rank": 3},
     "routed": {"targets": ALL_LINEARS, "rank": 12, "routing": {"top_k": 2}},
     "routed in windows": {"targets": ("q_proj", "v_proj", "o_proj"), "routing": {"top_k": 2, "n_gram": 3}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -91,9 +92,14 @@ def test_operator_takes_the_functions_place(name: str, file: Path) -> None:
         assert ours == ({f"{LIME}.{name}"} if operators else set()), f"operators {operators}"
 
 
-@pytest.mark.parametrize("shape", [
-    Shape(9, (13, 8), (600, 600)), Shape(9, (13, 8, 5), (600, 0, 600), half=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(9, (13, 8), (600, 600)),
+        Shape(9, (13, 8, 5), (600, 0, 600), half=True),
+    ],
+    ids=str,
+)
 def test_more_ranks_than_the_operator_takes(shape: Shape, file: Path) -> None:
     name = GAPPED_BRANCH if 0 in shape.ranks else EXPERT_BRANCH
     model = write_pinned(file, shape)
@@ -129,11 +135,25 @@ def zeros(*size: int, kind: type = np.float32) -> np.ndarray:
 BRANCH = {"x": zeros(1, 2, 16), "y": zeros(1, 2, 24), "a": zeros(16, 8), "b": zeros(8, 24), "expert": zeros(24)}
 NORM = BRANCH | {"stream": zeros(1, 2, 24), "gain": zeros(24)}
 GAPPED = BRANCH | {"places": zeros(24, kind=np.int64)}
-ROUTED = BRANCH | {"expert": zeros(4, 24), "recovery": zeros(4), "columns": zeros(4, kind=np.int64),
-                   "read": zeros(12, 8)}  # fmt: skip
+ROUTED = BRANCH | {
+    "expert": zeros(4, 24),
+    "recovery": zeros(4),
+    "columns": zeros(4, kind=np.int64),
+    "read": zeros(12, 8),
+}
 FACTS = {"widths": [24], "ranks": [4], "offsets": [0], "start": [0], "end": [24]}
-ROUTING = {"widths": [24], "ranks": [4], "experts": 4, "selection": 3, "top_k": 2, "n_gram": 1, "frozen_share": 0.5,
-           "adapted_share": 0.5, "threshold": 0.5, "heat": 0.5}  # fmt: skip
+ROUTING = {
+    "widths": [24],
+    "ranks": [4],
+    "experts": 4,
+    "selection": 3,
+    "top_k": 2,
+    "n_gram": 1,
+    "frozen_share": 0.5,
+    "adapted_share": 0.5,
+    "threshold": 0.5,
+    "heat": 0.5,
+}
 GROUP = "a \\(K, R\\) and b \\(R, N\\) do not fit each other"
 ROW = "x \\(..., K\\) and y \\(..., N\\) do not fit"
 KIND, RANK, LENGTH = "must both be float32 or both be float16", "rank of a must be a multiple of 8", "differ in length"
@@ -141,32 +161,57 @@ EXPERT, STREAM = "the expert is shorter", "stream \\(..., N\\) and gain \\(N,\\)
 COUNT, BANK, SITE = "1 to 256 experts, top_k of them", "bank \\(G E, N\\) and recovery", "a site has fewer"
 LIMITS, FLOAT, DIMENSIONS = "a width outside", "a float32 tensor is expected", "1 to 8 dimensions"
 PINNED_FAULTS: list[tuple[dict[str, np.ndarray], dict[str, Any], str]] = [
-    ({"b": zeros(16, 24)}, {}, GROUP), ({"a": zeros(16, 16)}, {}, GROUP), ({"b": zeros(8, 23)}, {}, GROUP),
-    ({"a": zeros(8)}, {}, GROUP), ({"b": zeros(1, 8, 24)}, {}, GROUP), ({"a": zeros(17, 8)}, {}, ROW),
+    ({"b": zeros(16, 24)}, {}, GROUP),
+    ({"a": zeros(16, 16)}, {}, GROUP),
+    ({"b": zeros(8, 23)}, {}, GROUP),
+    ({"a": zeros(8)}, {}, GROUP),
+    ({"b": zeros(1, 8, 24)}, {}, GROUP),
+    ({"a": zeros(17, 8)}, {}, ROW),
     ({"a": zeros(16, 8, kind=np.float64), "b": zeros(8, 24, kind=np.float64)}, {}, KIND),
-    ({"a": zeros(16, 8, kind=np.int32)}, {}, KIND), ({"b": zeros(8, 24, kind=np.float16)}, {}, KIND),
-    ({"a": zeros(16, 4), "b": zeros(4, 24)}, {}, RANK), ({"a": zeros(16, 1032), "b": zeros(1032, 24)}, {}, RANK),
-    ({}, {"ranks": [9]}, RANK), ({"x": zeros(1, 3, 16)}, {}, ROW), ({"x": zeros(1, 2, 15)}, {}, ROW),
-    ({"y": zeros(1, 2, 23)}, {}, "attribute widths"), ({"y": zeros()}, {}, DIMENSIONS),
-    ({"y": zeros(1, 1, 1, 1, 1, 1, 1, 2, 24)}, {}, DIMENSIONS), ({"expert": zeros(23)}, {}, EXPERT),
-    ({}, {"offsets": [1]}, EXPERT), ({}, {"offsets": [2**63 - 8]}, EXPERT), ({}, {"offsets": [-1]}, "offset below 0"),
-    ({}, {"widths": [23]}, "attribute widths"), ({}, {"widths": [12, 12]}, LENGTH), ({}, {"ranks": [2, 2]}, LENGTH),
-    ({}, {"offsets": [0, 0]}, LENGTH), ({}, {"widths": [0]}, LIMITS), ({}, {"ranks": [-1]}, LIMITS),
+    ({"a": zeros(16, 8, kind=np.int32)}, {}, KIND),
+    ({"b": zeros(8, 24, kind=np.float16)}, {}, KIND),
+    ({"a": zeros(16, 4), "b": zeros(4, 24)}, {}, RANK),
+    ({"a": zeros(16, 1032), "b": zeros(1032, 24)}, {}, RANK),
+    ({}, {"ranks": [9]}, RANK),
+    ({"x": zeros(1, 3, 16)}, {}, ROW),
+    ({"x": zeros(1, 2, 15)}, {}, ROW),
+    ({"y": zeros(1, 2, 23)}, {}, "attribute widths"),
+    ({"y": zeros()}, {}, DIMENSIONS),
+    ({"y": zeros(1, 1, 1, 1, 1, 1, 1, 2, 24)}, {}, DIMENSIONS),
+    ({"expert": zeros(23)}, {}, EXPERT),
+    ({}, {"offsets": [1]}, EXPERT),
+    ({}, {"offsets": [2**63 - 8]}, EXPERT),
+    ({}, {"offsets": [-1]}, "offset below 0"),
+    ({}, {"widths": [23]}, "attribute widths"),
+    ({}, {"widths": [12, 12]}, LENGTH),
+    ({}, {"ranks": [2, 2]}, LENGTH),
+    ({}, {"offsets": [0, 0]}, LENGTH),
+    ({}, {"widths": [0]}, LIMITS),
+    ({}, {"ranks": [-1]}, LIMITS),
     ({}, {"widths": [4, 4, 8, 8], "ranks": [2**62] * 4, "offsets": [0] * 4}, LIMITS),
     ({}, {"widths": [2**63 - 1, 2**63 - 1, 26], "ranks": [0, 0, 4], "offsets": [0] * 3}, LIMITS),
     ({}, {"widths": [3] * 9, "ranks": [1] * 9, "offsets": [0] * 9}, "buffer is not large enough"),
-]  # fmt: skip
+]
 ROUTED_FAULTS: list[tuple[dict[str, np.ndarray], dict[str, Any], str]] = [
-    ({}, {"top_k": 5}, COUNT), ({}, {"top_k": 0}, COUNT), ({}, {"experts": 257}, COUNT), ({}, {"experts": 0}, COUNT),
-    ({}, {"n_gram": 0}, COUNT), ({}, {"experts": 25}, SITE), ({}, {"experts": 5}, BANK),
-    ({"expert": zeros(4, 23)}, {}, BANK), ({"expert": zeros(96)}, {}, BANK), ({"recovery": zeros(3)}, {}, BANK),
-    ({"recovery": zeros(4, kind=np.float64)}, {}, FLOAT), ({"a": zeros(16, 8, kind=np.int8)}, {}, KIND),
+    ({}, {"top_k": 5}, COUNT),
+    ({}, {"top_k": 0}, COUNT),
+    ({}, {"experts": 257}, COUNT),
+    ({}, {"experts": 0}, COUNT),
+    ({}, {"n_gram": 0}, COUNT),
+    ({}, {"experts": 25}, SITE),
+    ({}, {"experts": 5}, BANK),
+    ({"expert": zeros(4, 23)}, {}, BANK),
+    ({"expert": zeros(96)}, {}, BANK),
+    ({"recovery": zeros(3)}, {}, BANK),
+    ({"recovery": zeros(4, kind=np.float64)}, {}, FLOAT),
+    ({"a": zeros(16, 8, kind=np.int8)}, {}, KIND),
     ({}, {"ranks": [2, 2]}, LENGTH),
-]  # fmt: skip
+]
 
 
-def refuse(file: Path, function: onnx.FunctionProto, inputs: Arrays, message: str, outputs: int = 1,
-           **facts: Any) -> None:  # fmt: skip
+def refuse(
+    file: Path, function: onnx.FunctionProto, inputs: Arrays, message: str, outputs: int = 1, **facts: Any
+) -> None:
     """Loading or running raises, with the operator's words."""
     write_call(file, function, inputs, outputs, **facts)
     with pytest.raises(Exception, match=message):  # onnxruntime's exceptions share no public base
@@ -181,10 +226,12 @@ def make_routed(config: RoutingConfig, experts: int) -> onnx.FunctionProto:
 def test_what_would_be_refused_otherwise_runs(file: Path) -> None:
     """The calls that the faults below are made in are themselves good."""
     for function, inputs, outputs, facts in (
-        (make_branch(EXPERT_BRANCH), BRANCH, 1, FACTS), (make_gapped_branch(GAPPED_BRANCH), GAPPED, 1, FACTS),
+        (make_branch(EXPERT_BRANCH), BRANCH, 1, FACTS),
+        (make_gapped_branch(GAPPED_BRANCH), GAPPED, 1, FACTS),
         (make_branch_norm(BRANCH_NORM), NORM, 2, FACTS | {"epsilon": EPSILON}),
-        (make_routed(RoutingConfig(), 4), ROUTED, 1, ROUTING), (make_swiglu(), {"x": zeros(1, 2, 6)}, 1, {}),
-    ):  # fmt: skip
+        (make_routed(RoutingConfig(), 4), ROUTED, 1, ROUTING),
+        (make_swiglu(), {"x": zeros(1, 2, 6)}, 1, {}),
+    ):
         write_call(file, function, inputs, outputs, **facts)
         assert not np.any(load(file, True).run(None, dict(inputs))[0]), function.name
 
@@ -192,17 +239,22 @@ def test_what_would_be_refused_otherwise_runs(file: Path) -> None:
 @pytest.mark.parametrize("name", [EXPERT_BRANCH, GAPPED_BRANCH, BRANCH_NORM])
 def test_malformed_branches_are_refused(name: str, file: Path) -> None:
     function, inputs, outputs = {
-        EXPERT_BRANCH: (make_branch(name), BRANCH, 1), GAPPED_BRANCH: (make_gapped_branch(name), GAPPED, 1),
+        EXPERT_BRANCH: (make_branch(name), BRANCH, 1),
+        GAPPED_BRANCH: (make_gapped_branch(name), GAPPED, 1),
         BRANCH_NORM: (make_branch_norm(name), NORM, 2),
-    }[name]  # fmt: skip
+    }[name]
     epsilon = {"epsilon": EPSILON} if name == BRANCH_NORM else {}
     for arrays, changes, message in PINNED_FAULTS:
         refuse(file, function, {**inputs, **arrays}, message, outputs, **FACTS | epsilon | changes)
 
 
 def test_malformed_norms_gates_and_routings_are_refused(file: Path) -> None:
-    for arrays, message in (({"stream": zeros(1, 3, 24)}, STREAM), ({"stream": zeros(1, 2, 23)}, STREAM),
-                            ({"gain": zeros(23)}, STREAM), ({"gain": zeros(24, kind=np.float64)}, FLOAT)):  # fmt: skip
+    for arrays, message in (
+        ({"stream": zeros(1, 3, 24)}, STREAM),
+        ({"stream": zeros(1, 2, 23)}, STREAM),
+        ({"gain": zeros(23)}, STREAM),
+        ({"gain": zeros(24, kind=np.float64)}, FLOAT),
+    ):
         refuse(file, make_branch_norm(BRANCH_NORM), NORM | arrays, message, 2, **FACTS, epsilon=EPSILON)
     refuse(file, make_swiglu(), {"x": zeros(1, 2, 17)}, "which is odd")
     refuse(file, make_swiglu(), {"x": zeros()}, DIMENSIONS)
@@ -210,10 +262,16 @@ def test_malformed_norms_gates_and_routings_are_refused(file: Path) -> None:
         refuse(file, make_routed(RoutingConfig(), 4), ROUTED | arrays, message, **ROUTING | changes)
 
 
-@pytest.mark.parametrize("change", [
-    {"expert": zeros(3)}, {"x": zeros(1, 1, 16)}, {"a": zeros(16, 0), "b": zeros(0, 24)},
-    {"a": zeros(9999, 8), "x": zeros(1, 3, 16), "y": zeros(1, 3, 24)},
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expert": zeros(3)},
+        {"x": zeros(1, 1, 16)},
+        {"a": zeros(16, 0), "b": zeros(0, 24)},
+        {"a": zeros(9999, 8), "x": zeros(1, 3, 16), "y": zeros(1, 3, 24)},
+    ],
+    ids=" ".join,
+)
 def test_tensors_that_shrink_between_calls_are_refused(change: Arrays, file: Path) -> None:
     """Shapes are not asked for at every call: another tensor and another number of rows are what tells."""
     write_call(file, make_branch(EXPERT_BRANCH), BRANCH, **FACTS)
@@ -235,8 +293,13 @@ def read_numbers() -> dict[str, int]:
 
 
 def test_names_and_limits_are_the_same_in_c() -> None:
-    functions = [make_branch(EXPERT_BRANCH), make_gapped_branch(GAPPED_BRANCH), make_branch_norm(BRANCH_NORM),
-                 make_routed(RoutingConfig(n_gram=2), 4), make_swiglu()]  # fmt: skip
+    functions = [
+        make_branch(EXPERT_BRANCH),
+        make_gapped_branch(GAPPED_BRANCH),
+        make_branch_norm(BRANCH_NORM),
+        make_routed(RoutingConfig(n_gram=2), 4),
+        make_swiglu(),
+    ]
     source = (SOURCES / "operators.c").read_text()
     entries = re.findall(r'^    \{OPERATOR\(.*\), "(\w+)", (\d+), (\d+), \w+\},$', source, re.M)
     wanted = {(f.name, len(f.input), len(f.output)) for f in functions}
@@ -254,9 +317,9 @@ def test_names_and_limits_are_the_same_in_c() -> None:
 
 @pytest.mark.parametrize("quant", ["none", "int4"])
 @pytest.mark.parametrize("name", BUNDLES)
-def test_bundle_computes_the_same_with_and_without(name: str, quant: str, monkeypatch: pytest.MonkeyPatch,
-                                                   tiny_model: Make, tiny_adapter: Make,
-                                                   tiny_bundle: Make) -> None:  # fmt: skip
+def test_bundle_computes_the_same_with_and_without(
+    name: str, quant: str, monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
     """A prompt, then greedy tokens. int4 products round their activations to int8, where a last digit may decide, so
     only their spread is held; with float32 activations test_quantized_logits_equal_the_oracle holds every logit."""
     model = tiny_model("llama", hidden_size=72, intermediate_size=100, head_dim=16)
@@ -284,9 +347,14 @@ def test_bundle_computes_the_same_with_and_without(name: str, quant: str, monkey
 
 
 @pytest.mark.parametrize("switch", ["1", "0"])
-def test_environment_leaves_the_operators_out(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                              tiny_model: Make, tiny_adapter: Make,
-                                              tiny_bundle: Make) -> None:  # fmt: skip
+def test_environment_leaves_the_operators_out(
+    switch: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Make,
+    tiny_adapter: Make,
+    tiny_bundle: Make,
+) -> None:
     """What ONNX Runtime made of a bundle's two graphs, written by itself."""
     make, written = ort.SessionOptions, []
 

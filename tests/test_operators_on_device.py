@@ -46,8 +46,9 @@ def test_the_library_is_there() -> None:
     assert find_library(), "installed without the operators: no C compiler, or no AVX2, FMA and F16C on x86-64"
 
 
-def test_logits_equal_those_of_the_functions(bundle: Path, request: pytest.FixtureRequest, tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_logits_equal_those_of_the_functions(
+    bundle: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt in one call, then token by token: pinned, blended, off and routed."""
     name = request.node.callspec.params["bundle"]
     monkeypatch.setattr(onnxruntime, "SessionOptions", partial(profile, onnxruntime.SessionOptions, tmp_path))

@@ -85,20 +85,49 @@ def test_prompt_graph(tools: Any, toy: tuple[CompiledModel, Path]) -> None:
     peer = methods.PromptGraph(SPEC | {"path": str(bundle), "files": [str(file)]})
     peer.start(IDS)
     oracle = DecoderModule(model)
-    compare(peer.peek(), oracle(torch.tensor([before + IDS]), None)[0, -1].numpy(),
-            oracle(torch.tensor([IDS]), None)[0, -1].numpy())  # fmt: skip
+    compare(
+        peer.peek(),
+        oracle(torch.tensor([before + IDS]), None)[0, -1].numpy(),
+        oracle(torch.tensor([IDS]), None)[0, -1].numpy(),
+    )
     token = peer.step()
-    compare(peer.peek(), oracle(torch.tensor([[*before, *IDS, token]]), None)[0, -1].numpy(),
-            oracle(torch.tensor([[*IDS, token]]), None)[0, -1].numpy())  # fmt: skip
+    compare(
+        peer.peek(),
+        oracle(torch.tensor([[*before, *IDS, token]]), None)[0, -1].numpy(),
+        oracle(torch.tensor([[*IDS, token]]), None)[0, -1].numpy(),
+    )
 
 
 def test_the_whole_tool(tmp_path: Path) -> None:
     """All parts on the toy model; what has no room is named; the page is made of the numbers."""
     command = [
-        sys.executable, str(PEERS), "--models", "toy", "--engines", "ours", "--threads", "1", "--rounds", "1",
-        "--prompt-tokens", "16", "--gen-tokens", "4", "--counts", "1,2", "--scaling-prompt", "16",
-        "--scaling-rounds", "1", "--disk-gb", "0.003", "--folder", str(tmp_path / "models"), "--output", str(tmp_path),
-    ]  # fmt: skip
+        sys.executable,
+        str(PEERS),
+        "--models",
+        "toy",
+        "--engines",
+        "ours",
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+        "--prompt-tokens",
+        "16",
+        "--gen-tokens",
+        "4",
+        "--counts",
+        "1,2",
+        "--scaling-prompt",
+        "16",
+        "--scaling-rounds",
+        "1",
+        "--disk-gb",
+        "0.003",
+        "--folder",
+        str(tmp_path / "models"),
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(next(tmp_path.glob("benchmarks-*.json")).read_text())

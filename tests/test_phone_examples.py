@@ -16,8 +16,9 @@ from test_examples import EXAMPLES, follow_recipe, read_vector
 import lime_edge
 
 
-def test_the_android_graph_has_no_optional_inputs(tiny_bundle: Make, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_android_graph_has_no_optional_inputs(
+    tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = Path(shutil.copytree(tiny_bundle(quant="int4"), tmp_path / "smollm2.lime"))
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (EXAMPLES / "android" / "README.md").read_text(), re.S)

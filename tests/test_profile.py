@@ -84,8 +84,9 @@ def test_profile_lands_in_the_bundle_and_is_compared(
     assert [row["selection"] for row in rows][:2] == ["routed", "task"]
     assert len(rows) == 1 + len(opened.manifest.experts)
     losses = {row["selection"]: row["loss"] for row in rows}
-    assert abs(losses["task"] - losses["routed"]) < np.mean([abs(losses[n] - losses["routed"]) for n in
-                                                             opened.manifest.experts[:-1]])  # fmt: skip
+    assert abs(losses["task"] - losses["routed"]) < np.mean(
+        [abs(losses[n] - losses["routed"]) for n in opened.manifest.experts[:-1]]
+    )
     with pytest.raises(LimeEdgeError, match="exists already"):
         add_profile(bundle, *pair, EXAMPLES, "task", False, lambda *_: None)
 

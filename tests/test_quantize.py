@@ -222,9 +222,7 @@ def test_grams_are_taken_with_the_expert_active(folded: CompiledModel) -> None:
 
 
 @pytest.mark.parametrize(("kinds", "share"), [(("head",), 0.95), (("head", "qkv", "down"), 0.8)])
-def test_gptq_model_is_nearer_to_float_than_search(
-    folded: CompiledModel, kinds: tuple[str, ...], share: float
-) -> None:
+def test_gptq_model_is_nearer_to_float_than_search(folded: CompiledModel, kinds: tuple[str, ...], share: float) -> None:
     """Logits on sequences that were not calibrated on; random q, k, v have nearly independent inputs."""
     probe = random_calibration(folded, 99, 6).samples
     calibration = random_calibration(folded, 7, 96)

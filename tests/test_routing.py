@@ -15,9 +15,17 @@ from lime_edge.errors import LimeEdgeError
 
 def configs(experts: int) -> st.SearchStrategy[RoutingConfig]:
     return st.builds(
-        RoutingConfig, top_k=st.integers(1, experts), temperature=st.floats(0.1, 2), soft_topk=st.booleans(),
-        gamma_routing=st.floats(0, 1), n_gram=st.integers(1, 5), soft_topk_temperature=st.floats(0.1, 1),
-        auto_topk=st.booleans(), auto_topk_threshold=st.floats(0.1, 1), sparse_mode=st.booleans())
+        RoutingConfig,
+        top_k=st.integers(1, experts),
+        temperature=st.floats(0.1, 2),
+        soft_topk=st.booleans(),
+        gamma_routing=st.floats(0, 1),
+        n_gram=st.integers(1, 5),
+        soft_topk_temperature=st.floats(0.1, 1),
+        auto_topk=st.booleans(),
+        auto_topk_threshold=st.floats(0.1, 1),
+        sparse_mode=st.booleans(),
+    )
 
 
 @st.composite
@@ -54,9 +62,11 @@ def route_plainly(frozen, delta, config: RoutingConfig) -> torch.Tensor:
     out = torch.zeros(batch, tokens, experts, dtype=torch.float64)
     for b in range(batch):
         for t, end in enumerate(ends):
-            logits = [(1 - gamma) * frozen[b, end, e].item() / h_scale
-                      + (gamma * delta[b, end, e].item() / d_scale if delta is not None else 0.0)
-                      for e in range(experts)]
+            logits = [
+                (1 - gamma) * frozen[b, end, e].item() / h_scale
+                + (gamma * delta[b, end, e].item() / d_scale if delta is not None else 0.0)
+                for e in range(experts)
+            ]
             powers = [math.exp((x - max(logits)) / config.temperature) for x in logits]
             weights = weigh_token([x / sum(powers) for x in powers], config)
             out[b, t] = torch.tensor(weights, dtype=torch.float64)
@@ -81,8 +91,12 @@ def test_padding_on_the_right_changes_nothing(call, padding):
     frozen, delta, config = call
     tokens = frozen.shape[1]
     noise = 100 * torch.ones(frozen.shape[0], padding, frozen.shape[2])
-    padded = route(torch.cat([frozen, noise], 1), None if delta is None else torch.cat([delta, noise], 1),
-                   config, torch.tensor(tokens))
+    padded = route(
+        torch.cat([frozen, noise], 1),
+        None if delta is None else torch.cat([delta, noise], 1),
+        config,
+        torch.tensor(tokens),
+    )
     expected = route(frozen, delta, config)
     assert torch.allclose(padded[:, :tokens], expected, atol=1e-6), config
 
@@ -92,7 +106,7 @@ def test_a_whole_prompt_and_its_tokens_route_differently():
     torch.manual_seed(0)
     frozen, delta, config = torch.randn(1, 6, 4), torch.randn(1, 6, 4), RoutingConfig()
     whole = route(frozen, delta, config)
-    single = torch.cat([route(frozen[:, t:t + 1], delta[:, t:t + 1], config) for t in range(6)], dim=1)
+    single = torch.cat([route(frozen[:, t : t + 1], delta[:, t : t + 1], config) for t in range(6)], dim=1)
     assert (whole - single).abs().max() > 0.01
 
 
@@ -101,19 +115,23 @@ def test_scale_is_one_number_for_the_call():
     assert logits.tolist() == [[[0.25, -1.0]], [[0.5, 0.0]]]
 
 
-@pytest.mark.parametrize("tokens, n_gram, expected", [
-    (6, 2, [1, 1, 3, 3, 5, 5]), (7, 3, [2, 2, 2, 5, 5, 5, 6]), (1, 3, [0]), (2, 5, [1, 1])])
+@pytest.mark.parametrize(
+    "tokens, n_gram, expected", [(6, 2, [1, 1, 3, 3, 5, 5]), (7, 3, [2, 2, 2, 5, 5, 5, 6]), (1, 3, [0]), (2, 5, [1, 1])]
+)
 def test_anchors(tokens, n_gram, expected):
     assert find_anchors(tokens, n_gram, None, torch.device("cpu")).tolist() == expected
 
 
-@pytest.mark.parametrize("mode, expected", [
-    ({"sparse_mode": True, "top_k": 1}, [0, 1, 0, 0]),
-    ({"sparse_mode": True, "top_k": 2}, [0, 5 / 8, 3 / 8, 0]),
-    ({"soft_topk": False, "top_k": 3}, [0.15 / 0.95, 0.5 / 0.95, 0.3 / 0.95, 0]),
-    ({"sparse_mode": True, "auto_topk": True, "top_k": 2, "auto_topk_threshold": 0.5}, [0, 5 / 8, 3 / 8, 0]),
-    ({"sparse_mode": True, "auto_topk": True, "top_k": 1, "auto_topk_threshold": 0.01}, [0, 5 / 8, 3 / 8, 0]),
-])
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ({"sparse_mode": True, "top_k": 1}, [0, 1, 0, 0]),
+        ({"sparse_mode": True, "top_k": 2}, [0, 5 / 8, 3 / 8, 0]),
+        ({"soft_topk": False, "top_k": 3}, [0.15 / 0.95, 0.5 / 0.95, 0.3 / 0.95, 0]),
+        ({"sparse_mode": True, "auto_topk": True, "top_k": 2, "auto_topk_threshold": 0.5}, [0, 5 / 8, 3 / 8, 0]),
+        ({"sparse_mode": True, "auto_topk": True, "top_k": 1, "auto_topk_threshold": 0.01}, [0, 5 / 8, 3 / 8, 0]),
+    ],
+)
 def test_selections_by_hand(mode, expected):
     found = select(torch.tensor([0.15, 0.5, 0.3, 0.05]), RoutingConfig(**mode))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float), atol=1e-6), found
@@ -138,17 +156,25 @@ def test_faults_are_named_together():
         route(torch.ones(1, 1, 2), None, RoutingConfig(top_k=3))
 
 
-@pytest.mark.parametrize("config", [
-    RoutingConfig(n_gram=3), RoutingConfig(auto_topk=True, n_gram=2), RoutingConfig(soft_topk=False),
-    RoutingConfig(sparse_mode=True, top_k=1), RoutingConfig(sparse_mode=True, auto_topk=True, n_gram=2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RoutingConfig(n_gram=3),
+        RoutingConfig(auto_topk=True, n_gram=2),
+        RoutingConfig(soft_topk=False),
+        RoutingConfig(sparse_mode=True, top_k=1),
+        RoutingConfig(sparse_mode=True, auto_topk=True, n_gram=2),
+    ],
+)
 def test_exports_with_symbolic_batch_and_time(config):
     class Routed(torch.nn.Module):
         def forward(self, frozen, delta):
             return route(frozen, delta, config)
 
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("time", max=4096)}
-    program = torch.export.export(Routed(), (torch.randn(2, 7, 4), torch.randn(2, 7, 4)),
-                                  dynamic_shapes=(sizes, sizes)).module()
+    program = torch.export.export(
+        Routed(), (torch.randn(2, 7, 4), torch.randn(2, 7, 4)), dynamic_shapes=(sizes, sizes)
+    ).module()
     for batch, tokens in ((3, 11), (1, 4)):
         frozen, delta = torch.randn(batch, tokens, 4), torch.randn(batch, tokens, 4)
         found, expected = program(frozen, delta), route(frozen, delta, config)

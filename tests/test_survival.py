@@ -71,8 +71,9 @@ def test_export_writes_it_down(tiny_bundle: Make) -> None:
     assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization["survival"] is None
 
 
-def test_export_shows_it_and_warns(lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_export_shows_it_and_warns(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--force")
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--sites")
     survival = Bundle.open(tmp_path / "x.lime").manifest.quantization["survival"]

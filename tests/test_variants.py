@@ -76,9 +76,7 @@ def check_session(session: Session, reference: UnfoldedModel, what: str) -> None
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_exported_variants(
-    variant: str, routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
-) -> None:
+def test_exported_variants(variant: str, routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS[routing])
     reference = unfold(model, adapter)
     check_session(lime_edge.open(tiny_bundle(model, adapter), threads=1), reference, f"{variant}, {routing}")
@@ -94,9 +92,7 @@ def test_folds_do_not_matter(variant: str, fold: str, tiny_model: Make, tiny_ada
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_embedding_sites(
-    variant: str, tied: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
-) -> None:
+def test_embedding_sites(variant: str, tied: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """The table folds; a tied head keeps the old one."""
     model = tiny_model("llama", tie_word_embeddings=tied)
     targets = ("embed_tokens", "q_proj", "o_proj")
@@ -243,13 +239,23 @@ def make_prompt_adapter(directory: Path, model: Path, **changes: Any) -> Path:
 
     width = json.loads((model / "config.json").read_text())["hidden_size"]
     tensors = {
-        "prompt_base": draw(5, width), "prompt_delta": draw(5, width), "LiMEs": 1 + 0.5 * draw(4, width),
-        "LiME_shared": draw(width), "gamma": torch.tensor([0.3]), "input_proj": draw(width, width) / width**0.5,
-    }  # fmt: skip
+        "prompt_base": draw(5, width),
+        "prompt_delta": draw(5, width),
+        "LiMEs": 1 + 0.5 * draw(4, width),
+        "LiME_shared": draw(width),
+        "gamma": torch.tensor([0.3]),
+        "input_proj": draw(width, width) / width**0.5,
+    }
     config = {
-        "peft_type": "LIME", "variant": "prompt_tuning", "target_modules": ["prompt"], "r": 5, "lora_alpha": 1.0,
-        "num_experts": 4, "expert_names": [f"expert{i}" for i in range(4)], "use_shared_lime": True,
-    } | changes  # fmt: skip
+        "peft_type": "LIME",
+        "variant": "prompt_tuning",
+        "target_modules": ["prompt"],
+        "r": 5,
+        "lora_alpha": 1.0,
+        "num_experts": 4,
+        "expert_names": [f"expert{i}" for i in range(4)],
+        "use_shared_lime": True,
+    } | changes
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config))
     save_file({f"prompt.{name}": tensor for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
@@ -278,9 +284,7 @@ def prompt_logits(model: Path, adapter: Path, mode: Mode) -> np.ndarray:
 
 @pytest.mark.parametrize("conditioning", ["static", "mean", "first", "last", "attention"])
 @pytest.mark.parametrize("routing", ["sparse-2", "auto", "soft", "windows"])
-def test_prompt_tuning(
-    conditioning: str, routing: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make
-) -> None:
+def test_prompt_tuning(conditioning: str, routing: str, tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
     model = tiny_model("llama")
     hyper = {"sparse_mode": False} | ROUTINGS[routing]
     name = name_selection(RoutingConfig(**hyper))

@@ -47,8 +47,9 @@ def make_folder(adapter: Path, folder: Path, bundle: Bundle, edit: Edit = lambda
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_it_answers_as_if_trained_jointly(shared: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make,
-                                          tmp_path: Path) -> None:  # fmt: skip
+def test_it_answers_as_if_trained_jointly(
+    shared: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
     """Installed while the session runs, it gives the logits of a bundle that had it from the start."""
     adapter = tiny_adapter(None, shared=shared)
     bundle = Bundle.open(tiny_bundle(None, adapter))

@@ -170,8 +170,14 @@ def test_virtual_tokens(tiny_bundle: Make, tiny_model: Make, tmp_path: Path) -> 
 
 
 def test_a_bundle_without_a_tokenizer(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
-    export_bundle(tiny_model(), tiny_adapter(), tmp_path / "x.lime", CompileOptions(quant="none"), find_device("cpu"),
-                  ExportOptions(tokenizer=False))  # fmt: skip
+    export_bundle(
+        tiny_model(),
+        tiny_adapter(),
+        tmp_path / "x.lime",
+        CompileOptions(quant="none"),
+        find_device("cpu"),
+        ExportOptions(tokenizer=False),
+    )
     assert not verify_bundle(tmp_path / "x.lime", threads=1).missed
 
 
@@ -207,8 +213,9 @@ def test_a_swapped_slice_is_missed(tiny_bundle: Make, quant: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("target", SESSION_TARGETS)
-def test_a_mixture_leans_towards_what_was_mixed_in(tiny_bundle: Make, target: str, tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_mixture_leans_towards_what_was_mixed_in(
+    tiny_bundle: Make, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """40% of an expert's slices are another's: the direction alone tells, whatever the size of the error."""
     options = {} if target == "onnx" else {"targets": ("onnx", target)}
     bundle = copy(tiny_bundle(quant="int4", **options), tmp_path)
@@ -364,8 +371,9 @@ def test_a_cache_too_short_for_the_prompts(tiny_bundle: Make, monkeypatch: pytes
     assert (error.value.exit_code, error.value.hint) == (EXIT_INPUT, "export with --max-seq-len 16 or more")
 
 
-def test_a_static_cache_too_short_for_the_prompts(tiny_model: Make, tiny_adapter: Make, tmp_path: Path,
-                                                  lime: Cli) -> None:  # fmt: skip
+def test_a_static_cache_too_short_for_the_prompts(
+    tiny_model: Make, tiny_adapter: Make, tmp_path: Path, lime: Cli
+) -> None:
     words = ("--target", "executorch", "--quant", "none", "--max-seq-len", 7, "-o", tmp_path / "x.lime")
     assert lime("export", tiny_model(), "--adapter", tiny_adapter(), *words).code == 0
     error = lime.refuse("verify", tmp_path / "x.lime", code=EXIT_INPUT)
@@ -475,8 +483,9 @@ def test_golden_outputs_are_small() -> None:
         assert rows * (len(columns) + 3) * 4 < most
 
 
-def test_the_weights_are_hashed_once(tiny_model: Make, tiny_adapter: Make, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_weights_are_hashed_once(
+    tiny_model: Make, tiny_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted: list[int] = []
     hashing = CompiledModel._weight_hash.func  # type: ignore[attr-defined]
 

@@ -91,8 +91,11 @@ def list_settings(adapter: str) -> list[Setting]:
     found += [Setting(adapter, "int8", fold, rounding=r) for fold in folds for r in ("search", "nearest")]
     for fold, group, keep in itertools.product(folds, (32, 64, 128), ("default", "none")):
         found += [Setting(adapter, "int4", fold, group, keep, rounding=r) for r in ("search", "nearest")]
-        found += [Setting(adapter, "int4", fold, group, keep, "gptq", c) for c in calibrations
-                  if c == calibrations[0] or group == 32]  # fmt: skip
+        found += [
+            Setting(adapter, "int4", fold, group, keep, "gptq", c)
+            for c in calibrations
+            if c == calibrations[0] or group == 32
+        ]
     return sorted(found, key=lambda setting: setting.distance)
 
 
@@ -173,9 +176,14 @@ class Grid:
     def _write(self, index: int) -> None:
         setting, bundle = self.settings[index], self._bundle(index)
         opened = Bundle.open(bundle)
-        record = {"setting": asdict(setting), "limit": self.limit, "environment": describe_environment(),
-                  "bundle_bytes": opened.total_bytes, "quantization": opened.manifest.quantization,
-                  **self.answers.pop(index)}  # fmt: skip
+        record = {
+            "setting": asdict(setting),
+            "limit": self.limit,
+            "environment": describe_environment(),
+            "bundle_bytes": opened.total_bytes,
+            "quantization": opened.manifest.quantization,
+            **self.answers.pop(index),
+        }
         write_file(ANSWERS / f"{setting.key}.json", json.dumps(record).encode())
         shutil.rmtree(bundle)
         print(f"{setting.key}: {time.time() - self.begun[index]:.0f} s", file=sys.stderr, flush=True)
@@ -188,8 +196,10 @@ def describe_environment() -> dict[str, str]:
     """The machine and the versions that a number was measured with."""
     modules = (lime_edge, onnxruntime, torch, transformers, numpy)
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
-    return {"machine": f"{read_processor()} ({platform.machine()}, {platform.system()})",
-            "versions": f"Python {platform.python_version()}, {versions}"}  # fmt: skip
+    return {
+        "machine": f"{read_processor()} ({platform.machine()}, {platform.system()})",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }
 
 
 def read_processor() -> str:

@@ -64,8 +64,12 @@ def unfold(model: LlamaForCausalLM, adapter: Path) -> UnfoldedModel:
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         site, _, part = name.rpartition(".")
         sites.setdefault(site, {})[part] = tensor.float()
-    hyper = {"variant": config["variant"], "rank": config["r"], "alpha": config["lora_alpha"],
-             "num_experts": config["num_experts"]}  # fmt: skip
+    hyper = {
+        "variant": config["variant"],
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "num_experts": config["num_experts"],
+    }
     return UnfoldedModel(model, sites, hyper)
 
 
@@ -124,15 +128,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         randomized = randomize(STARTER / "adapter", Path(folder) / "random")
         adapters = {"starter": STARTER / "adapter", "N(1, 0.5)": randomized}
-        examples = {task: read_examples(STARTER / "eval" / f"{task}.jsonl") for task in
-                    ("intent", "movie", "negate", "inflect")}  # fmt: skip
+        examples = {
+            task: read_examples(STARTER / "eval" / f"{task}.jsonl") for task in ("intent", "movie", "negate", "inflect")
+        }
         for label, adapter in adapters.items():
             reference = unfold(load_reference(model), adapter)
             for fold in arguments.folds:
                 path = Path(folder) / "x.lime"
                 with terminal.show_steps() as progress:
-                    export_bundle(model, adapter, path, CompileOptions(quant="none", fold=fold), find_device("cpu"),
-                                  ExportOptions(force=True), progress)  # fmt: skip
+                    export_bundle(
+                        model,
+                        adapter,
+                        path,
+                        CompileOptions(quant="none", fold=fold),
+                        find_device("cpu"),
+                        ExportOptions(force=True),
+                        progress,
+                    )
                 session = lime_edge.open(path, threads=2)
                 prompts = [examples[task][0].prompt for task in examples]
                 for selection, worst in compare_logits(session, reference, prompts):
@@ -145,8 +157,11 @@ def main() -> None:
                 if label != "starter":
                     failed |= not branch_matters(session, reference, prompts[0], rows, fold)
                 del session
-    terminal.print_table("error as a multiple of 1e-4 absolute + 1e-4 relative", {
-        "experts": "left", "fold": "left", "selection": "left", "worst": "right"}, rows)  # fmt: skip
+    terminal.print_table(
+        "error as a multiple of 1e-4 absolute + 1e-4 relative",
+        {"experts": "left", "fold": "left", "selection": "left", "worst": "right"},
+        rows,
+    )
     sys.exit(3 if failed else 0)
 
 

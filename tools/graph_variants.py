@@ -47,7 +47,7 @@ VARIANTS = {
     "plain nodes: branchless": Variant(NONE, "plain nodes: branchless", "a stock runtime's floor", plain=FUNCTIONS),
     "plain nodes: pinned": Variant(PINNED, "plain nodes: branchless", "four nodes a group and a cut", plain=FUNCTIONS),
     "plain nodes: routed": Variant(ROUTED, "plain nodes: branchless", "23 nodes a group", plain=FUNCTIONS),
-}  # fmt: skip
+}
 
 
 def write_variant(model: CompiledModel, variant: Variant, path: Path) -> int:

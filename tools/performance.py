@@ -88,8 +88,9 @@ class Decoding:
         return statistics.median(times)
 
 
-def compare(paths: dict[str, Path], model: CompiledModel, threads: int, rounds: int,
-            steps: int) -> list[dict[str, Any]]:  # fmt: skip
+def compare(
+    paths: dict[str, Path], model: CompiledModel, threads: int, rounds: int, steps: int
+) -> list[dict[str, Any]]:
     """Every variant in turn, round by round; a first round warms up."""
     loaded = {name: Decoding(path, model, threads) for name, path in paths.items()}
     times: dict[str, list[float]] = {name: [] for name in loaded}
@@ -105,8 +106,14 @@ def compare(paths: dict[str, Path], model: CompiledModel, threads: int, rounds: 
     for name, own in times.items():
         ratios = [a / b for a, b in zip(own, times[VARIANTS[name].base], strict=True)]
         spread = [float(np.percentile(ratios, q)) for q in (25, 75)]
-        rows.append({"variant": name, "decode_ms": statistics.median(own) * 1e3,
-                     "ratio": statistics.median(ratios), "quartiles": spread})  # fmt: skip
+        rows.append(
+            {
+                "variant": name,
+                "decode_ms": statistics.median(own) * 1e3,
+                "ratio": statistics.median(ratios),
+                "quartiles": spread,
+            }
+        )
     return rows
 
 
@@ -132,8 +139,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS),
-                        help="those and what they are compared with; no page then")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        help="those and what they are compared with; no page then",
+    )
     arguments = parser.parse_args()
     bases = {VARIANTS[name].base for name in arguments.variants if name in VARIANTS}
     variants = {name: variant for name, variant in VARIANTS.items() if name in (*arguments.variants, *bases)}
@@ -143,20 +155,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(variants)}
         nodes = {name: write_variant(model, variants[name], path) for name, path in paths.items()}
-        decoding = [{"threads": count, "rows": compare(paths, model, count, arguments.rounds, arguments.steps)}
-                    for count in arguments.threads]  # fmt: skip
+        decoding = [
+            {"threads": count, "rows": compare(paths, model, count, arguments.rounds, arguments.steps)}
+            for count in arguments.threads
+        ]
         if len(variants) < len(VARIANTS):
             print(json.dumps(decoding, indent=1))
             return
         profiles = {name: profile(paths[name], model, arguments.threads[0], arguments.steps) for name in PROFILED}
     results = {
-        "machine": describe_machine(), "rounds": arguments.rounds, "steps": arguments.steps, "prompt_tokens": PROMPT,
-        "operators": find_library() is not None, "model": "SmolLM2-135M, int4 with sensitive matrices at int8",
+        "machine": describe_machine(),
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
+        "prompt_tokens": PROMPT,
+        "operators": find_library() is not None,
+        "model": "SmolLM2-135M, int4 with sensitive matrices at int8",
         "versions": {name: importlib.metadata.version(name) for name in ("lime-edge", "onnxruntime", "numpy")},
-        "predicted": {name: variant.predicted for name, variant in VARIANTS.items()}, "nodes": nodes,
+        "predicted": {name: variant.predicted for name, variant in VARIANTS.items()},
+        "nodes": nodes,
         "bases": {name: variant.base for name, variant in VARIANTS.items()},
-        "decoding": decoding, "profile_threads": arguments.threads[0], "profiles": profiles,
-    }  # fmt: skip
+        "decoding": decoding,
+        "profile_threads": arguments.threads[0],
+        "profiles": profiles,
+    }
     write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     write_page(results)
 

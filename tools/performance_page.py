@@ -32,10 +32,11 @@ def describe(results: dict[str, Any]) -> str:
         "one process; a ratio is the median over the rounds of the ratio to the *branchless* graph of the same kind in "
         "the same round, in brackets its quartiles.",
         "" if results["operators"] else "\n**Measured without lime_edge's operators: they were not built.**\n",
-        "| variant | nodes, a call as one | predicted | " + " | ".join(
-            f"step, ratio: {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in results["decoding"]) + " |",
+        "| variant | nodes, a call as one | predicted | "
+        + " | ".join(f"step, ratio: {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in results["decoding"])
+        + " |",
         "|---" * (3 + len(results["decoding"])) + "|",
-    ]  # fmt: skip
+    ]
     for index, first in enumerate(results["decoding"][0]["rows"]):
         name = first["variant"]
         cells = []
@@ -48,9 +49,14 @@ def describe(results: dict[str, Any]) -> str:
     for name, rows in results["profiles"].items():
         total = sum(row["us"] for row in rows)
         threads = results["profile_threads"]
-        lines += ["", f"Profile of a decode step, *{name}*, {threads} thread{'s' * (threads > 1)}: {total:.0f} us in "
-                  "kernels (the profiler's own cost included).", "",
-                  "| operator | nodes | us | share |", "|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            f"Profile of a decode step, *{name}*, {threads} thread{'s' * (threads > 1)}: {total:.0f} us in "
+            "kernels (the profiler's own cost included).",
+            "",
+            "| operator | nodes | us | share |",
+            "|---|---|---|---|",
+        ]
         lines += [f"| {r['op']} | {r['nodes']:.0f} | {r['us']:.0f} | {r['us'] / total:.1%} |" for r in rows[:SHOWN]]
     return "\n".join(lines)
 

@@ -36,15 +36,22 @@ def main() -> None:
         for options in BUNDLES:
             name = name_of(options)
             compiling = CompileOptions(**({"quant": "none"} | options))
-            export_bundle(model, adapter, directory / f"{name}.lime", compiling, find_device("cpu"),
-                          ExportOptions(force=True))  # fmt: skip
+            export_bundle(
+                model, adapter, directory / f"{name}.lime", compiling, find_device("cpu"), ExportOptions(force=True)
+            )
             write_golden(directory / f"{name}.npz", model, adapter, options)
             print(f"{directory / name}.lime and .npz")
         model = make_model(Path(folder) / "odd", "llama", **ODD)
         for name, changes in ADAPTERS.items():
             adapter = make_adapter(Path(folder) / name, model, **changes)
-            export_bundle(model, adapter, directory / f"{name}.lime", CompileOptions("none"), find_device("cpu"),
-                          ExportOptions(force=True))  # fmt: skip
+            export_bundle(
+                model,
+                adapter,
+                directory / f"{name}.lime",
+                CompileOptions("none"),
+                find_device("cpu"),
+                ExportOptions(force=True),
+            )
             print(f"{directory / name}.lime")
 
 

@@ -41,9 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 HELD_OUT: dict[str, tuple[str, ...]] = {"word": ("perfect",), "sentence": ("future", "who"), "date": ()}
 TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
 
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-)
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
 # Determiners, auxiliaries and tails that any sentence may hold: no content words.
@@ -104,13 +102,10 @@ def build_splits(tokenizer, seed: int = SEED) -> dict[str, list[Item]]:
             chosen = _shuffle([w for w in chosen if w.common and w.complete], f"{seed}:{split}:words")[:count]
         clauses = draw_clauses(split, 2 * count, families, seed)
         items = [Item("word", w.lemma, answer_word(w)) for w in chosen]
-        sentences = [
-            Item("sentence", write_sentence(c), {t: f(c) for t, f in SENTENCE_TASKS.items()}) for c in clauses
-        ]
+        sentences = [Item("sentence", write_sentence(c), {t: f(c) for t, f in SENTENCE_TASKS.items()}) for c in clauses]
         items += [s for s in sentences if _fits(s, tokenizer)][:count]
         items += [
-            Item("date", d.isoformat(), {t: f(d) for t, f in DATE_TASKS.items()})
-            for d in _draw_dates(split, seed)
+            Item("date", d.isoformat(), {t: f(d) for t, f in DATE_TASKS.items()}) for d in _draw_dates(split, seed)
         ]
         splits[split] = items
     check_leaks(splits)
@@ -124,8 +119,7 @@ def _shuffle(items: list, key: str) -> list:
 
 def _fits(item: Item, tokenizer) -> bool:
     return all(
-        len(tokenizer(a, add_special_tokens=False)["input_ids"]) <= MAX_ANSWER_TOKENS
-        for a in item.answers.values()
+        len(tokenizer(a, add_special_tokens=False)["input_ids"]) <= MAX_ANSWER_TOKENS for a in item.answers.values()
     )
 
 

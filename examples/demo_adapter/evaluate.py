@@ -148,9 +148,7 @@ def _match(found: list[str], wanted: list[str]) -> float:
     return round(sum(f == w for f, w in zip(found, wanted, strict=True)) / len(wanted), 4)
 
 
-def measure_routed(
-    adapted: Adapted, tasks: list[str], folder: Path, limit: int | None = None
-) -> dict[str, float]:
+def measure_routed(adapted: Adapted, tasks: list[str], folder: Path, limit: int | None = None) -> dict[str, float]:
     """Measure a routed checkpoint: accuracy per task, the prompt naming the task."""
     accuracy = {}
     for task in tasks:
@@ -207,9 +205,7 @@ def plot_matrices(groups: dict[str, dict], path: Path) -> None:
         panel.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                panel.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black"
-                )
+                panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
         panel.set_xticks(range(len(g["tasks"])), g["tasks"], rotation=35, ha="right")
         panel.set_yticks(range(len(values)), [*g["experts"], "no adapter"])
         panel.set(title=f"one {name}", xlabel="task")
@@ -255,9 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--base", type=Path, default=None, help="backbone: folder or .gguf file")
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
-    parser.add_argument(
-        "--tests", type=Path, default=None, help="folder of TASK.jsonl (default: the adapter's own)"
-    )
+    parser.add_argument("--tests", type=Path, default=None, help="folder of TASK.jsonl (default: the adapter's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit", type=int, default=None, help="use the first N inputs only")
     parser.add_argument("--json", type=Path, default=None)

@@ -116,9 +116,7 @@ def _scale_per_call(values: Tensor, choice: Choice) -> Tensor:
     return values / torch.where(prompt, whole, largest).clamp_min(1e-6).unsqueeze(-1)
 
 
-def measure_balance(
-    probabilities: Tensor, selected: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def measure_balance(probabilities: Tensor, selected: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Measure how unevenly tokens use the experts; all three are 0 for uniform use.
 
     Args:
@@ -151,9 +149,7 @@ def add_lime(
     """Freeze a model and put a LimeLinear in the place of every target layer; returns their common choice."""
     model.requires_grad_(False)
     choice = Choice()
-    sites = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in targets
-    ]
+    sites = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in targets]
     for name in sites:
         parent, leaf = name.rsplit(".", 1)
         layer = LimeLinear(model.get_submodule(name), choice, num_experts, rank, alpha, routing)

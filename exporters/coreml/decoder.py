@@ -62,14 +62,24 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     graph.save(path, describe(model))
     progress("write coreml", 2 + routed, 2 + routed)
     return {
-        "file": f"coreml/{FILE}", "routed": ROUTED if routed else None, "providers": PROVIDERS,
-        "minimum": chosen.minimum, "compute_units": chosen.compute_units, "coremltools": ct.__version__,
-        "expert_input": model.swaps, "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
-        "layers": len(model.decoder.layers), "max_length": capacity, "lengths": list(lengths),
-        "operations": count_operations(graph), "compute": "float16", "peak": asdict(peak) | {"limit": LIMIT},
+        "file": f"coreml/{FILE}",
+        "routed": ROUTED if routed else None,
+        "providers": PROVIDERS,
+        "minimum": chosen.minimum,
+        "compute_units": chosen.compute_units,
+        "coremltools": ct.__version__,
+        "expert_input": model.swaps,
+        "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
+        "layers": len(model.decoder.layers),
+        "max_length": capacity,
+        "lengths": list(lengths),
+        "operations": count_operations(graph),
+        "compute": "float16",
+        "peak": asdict(peak) | {"limit": LIMIT},
         "weight_hash": model.weight_hash(),
-        "bytes": measure_package(path), "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
+        "bytes": measure_package(path),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
 
 
 def check_options(options: TargetOptions, quant: str, group: int) -> None:
@@ -83,8 +93,10 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
     chosen = options.coreml
     check_package_options(chosen)
     if chosen.max_length < 1:
-        raise LimeEdgeError(f"--max-seq-len: for Core ML expected at least 1, found {chosen.max_length}",
-                            "prompt and answer have to fit into it; 1024 is the default")  # fmt: skip
+        raise LimeEdgeError(
+            f"--max-seq-len: for Core ML expected at least 1, found {chosen.max_length}",
+            "prompt and answer have to fit into it; 1024 is the default",
+        )
 
 
 def check_package_options(options: CoremlOptions) -> None:
@@ -94,8 +106,10 @@ def check_package_options(options: CoremlOptions) -> None:
         LimeEdgeError: unknown compute units or oldest system, no positive length.
     """
     if options.compute_units not in COMPUTE_UNITS:
-        raise LimeEdgeError(f"--compute-units: expected {' or '.join(COMPUTE_UNITS)}, found {options.compute_units!r}",
-                            "all leaves the choice to Core ML")  # fmt: skip
+        raise LimeEdgeError(
+            f"--compute-units: expected {' or '.join(COMPUTE_UNITS)}, found {options.compute_units!r}",
+            "all leaves the choice to Core ML",
+        )
     read_minimum(options.minimum)
     if not options.prompt_lengths or min(options.prompt_lengths) < 1:
         found = ",".join(map(str, options.prompt_lengths))
@@ -126,31 +140,49 @@ def store_as_half(model: CompiledModel) -> CompiledModel:
         weights = {name: t if isinstance(t, QuantizedTensor) else half(name, t) for name, t in model.weights.items()}
         vectors = {name: half(name, tensor) for name, tensor in model.vectors.items()}
         branches = {
-            name: Branch(None if b.a is None else half(f"{name}.A", b.a),
-                         None if b.b is None else half(f"{name}.B", b.b), b.rows)
+            name: Branch(
+                None if b.a is None else half(f"{name}.A", b.a), None if b.b is None else half(f"{name}.B", b.b), b.rows
+            )
             for name, b in model.branches.items()
-        }  # fmt: skip
+        }
         for name, vector in model.experts.items():  # its residual is what the program is given
             half(f"expert {name}", vector.float() - model.reference)
         virtual = model.virtual
         if virtual is not None:
             projection = None if virtual.input_proj is None else half("input_proj", virtual.input_proj)
-            virtual = VirtualTokens(half("prompt base", virtual.base), half("prompt delta", virtual.delta),
-                                    half("prompt", virtual.original), virtual.conditioning, projection)  # fmt: skip
+            virtual = VirtualTokens(
+                half("prompt base", virtual.base),
+                half("prompt delta", virtual.delta),
+                half("prompt", virtual.original),
+                virtual.conditioning,
+                projection,
+            )
     return replace(model, weights=weights, vectors=vectors, branches=branches, virtual=virtual)
 
 
-def write_function(graph: Graph, name: str, model: CompiledModel, experts: PinnedExperts | RoutedExperts | None,
-                   capacity: int, lengths: Sequence[int]) -> None:  # fmt: skip
+def write_function(
+    graph: Graph,
+    name: str,
+    model: CompiledModel,
+    experts: PinnedExperts | RoutedExperts | None,
+    capacity: int,
+    lengths: Sequence[int],
+) -> None:
     """Write `main` or `routed`: input_ids (1, S), position (1,), length (1,), expert (sum_H,) where it is pinned."""
     c, pinned = model.decoder, isinstance(experts, PinnedExperts)
     single = len(lengths) == 1  # coremltools enumerates two shapes at least
-    inputs = {"input_ids": mb.TensorSpec((1, lengths[0] if single else get_new_symbol()), dtype=types.int32),
-              "position": mb.TensorSpec((1,), dtype=types.int32), "length": mb.TensorSpec((1,), dtype=types.int32)}
+    inputs = {
+        "input_ids": mb.TensorSpec((1, lengths[0] if single else get_new_symbol()), dtype=types.int32),
+        "position": mb.TensorSpec((1,), dtype=types.int32),
+        "length": mb.TensorSpec((1,), dtype=types.int32),
+    }
     first = (1, lengths[0])
     shape = first if single else ct.EnumeratedShapes([(1, length) for length in lengths], default=first)
-    shapes = [ct.TensorType("input_ids", shape, np.int32), ct.TensorType("position", (1,), np.int32),
-              ct.TensorType("length", (1,), np.int32)]  # fmt: skip
+    shapes = [
+        ct.TensorType("input_ids", shape, np.int32),
+        ct.TensorType("position", (1,), np.int32),
+        ct.TensorType("length", (1,), np.int32),
+    ]
     if pinned:
         inputs["expert"] = mb.TensorSpec((model.sites.total,), dtype=types.fp16)
         shapes.append(ct.TensorType("expert", (model.sites.total,), np.float16))
@@ -171,14 +203,22 @@ def describe(model: CompiledModel) -> dict[str, str]:
     """Metadata of the package."""
     kind = f"single expert {model.single}" if model.single else f"{len(model.experts)} experts"
     return {
-        "author": "lime_edge", "license": "that of the backbone and of the adapter", "version": __version__,
+        "author": "lime_edge",
+        "license": "that of the backbone and of the adapter",
+        "version": __version__,
         "description": f"{model.decoder.family} decoder with a LiME adapter ({kind}), {model.quant}",
-        "experts": ",".join(model.experts), "fingerprint": model.fingerprint, "sites": model.sites.hash,
-        "fold": model.fold, "quant": model.quant, "variant": model.variant,
-    }  # fmt: skip
+        "experts": ",".join(model.experts),
+        "fingerprint": model.fingerprint,
+        "sites": model.sites.hash,
+        "fold": model.fold,
+        "quant": model.quant,
+        "variant": model.variant,
+    }
 
 
 def count_operations(graph: Graph) -> int:
     """Operations of `main` that compute something."""
-    return sum(op.op_type != "const" and not op.op_type.startswith("constexpr")
-               for op in graph.program.functions[MAIN].operations)  # fmt: skip
+    return sum(
+        op.op_type != "const" and not op.op_type.startswith("constexpr")
+        for op in graph.program.functions[MAIN].operations
+    )

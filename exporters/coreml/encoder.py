@@ -68,13 +68,21 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         whole = ct.models.MLModel(str(Path(folder) / FILE), skip_model_load=True)
         save_package(whole, directory / FILE, describe(compiled))
     return {
-        "file": f"coreml/{FILE}", "routed": ROUTED if routed else None, "providers": PROVIDERS,
-        "minimum": chosen.minimum, "compute_units": chosen.compute_units, "coremltools": ct.__version__,
-        "expert_input": takes_expert, "lengths": list(lengths), "compute": "float16",
+        "file": f"coreml/{FILE}",
+        "routed": ROUTED if routed else None,
+        "providers": PROVIDERS,
+        "minimum": chosen.minimum,
+        "compute_units": chosen.compute_units,
+        "coremltools": ct.__version__,
+        "expert_input": takes_expert,
+        "lengths": list(lengths),
+        "compute": "float16",
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in module.inputs],
-        "outputs": list(module.outputs), "weight_hash": compiled.weight_hash(),
-        "bytes": measure_package(directory / FILE), "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
+        "outputs": list(module.outputs),
+        "weight_hash": compiled.weight_hash(),
+        "bytes": measure_package(directory / FILE),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
 
 
 def check_options(options: TargetOptions, quant: str, group: int) -> None:
@@ -226,8 +234,9 @@ class Traced(nn.Module):
         return tuple(found[name] for name in whole.outputs)
 
 
-def convert(module: EncoderModule, lengths: tuple[int, ...] | None, longest: int, takes_expert: bool,
-            minimum: Any) -> Any:  # fmt: skip
+def convert(
+    module: EncoderModule, lengths: tuple[int, ...] | None, longest: int, takes_expert: bool, minimum: Any
+) -> Any:
     """One function as a coremltools model.
 
     Args:
@@ -239,8 +248,10 @@ def convert(module: EncoderModule, lengths: tuple[int, ...] | None, longest: int
     _register()
     sample = [t.int() if t.dtype == torch.int64 else t for t in make_sample(module.inputs).values()]
     sample = sample if lengths is None else [tensor[:1] for tensor in sample]
-    sizes = {"batch": torch.export.Dim("batch", min=1, max=BATCH),
-             "sequence": torch.export.Dim("sequence", min=1, max=longest)}  # fmt: skip
+    sizes = {
+        "batch": torch.export.Dim("batch", min=1, max=BATCH),
+        "sequence": torch.export.Dim("sequence", min=1, max=longest),
+    }
     if lengths is not None:
         sizes.pop("batch")
     axes: list[Any] = [{i: sizes[n] for i, n in enumerate(entry.shape) if n in sizes} for entry in module.inputs]
@@ -251,13 +262,19 @@ def convert(module: EncoderModule, lengths: tuple[int, ...] | None, longest: int
     try:
         with torch.no_grad():
             program = torch.export.export(Traced(module, takes_expert), tuple(sample), dynamic_shapes=(tuple(axes),))
-        return ct.convert(program.run_decompositions({}), inputs=inputs, minimum_deployment_target=minimum,
-                          outputs=[ct.TensorType(name, dtype=np.float16) for name in module.outputs],
-                          skip_model_load=True)  # fmt: skip
+        return ct.convert(
+            program.run_decompositions({}),
+            inputs=inputs,
+            minimum_deployment_target=minimum,
+            outputs=[ct.TensorType(name, dtype=np.float16) for name in module.outputs],
+            skip_model_load=True,
+        )
     except (NotImplementedError, ValueError, RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LimeEdgeError(f"Core ML export: {type(module.model).__name__} cannot be converted: {first}",
-                            "--target onnx takes every encoder") from error  # fmt: skip
+        raise LimeEdgeError(
+            f"Core ML export: {type(module.model).__name__} cannot be converted: {first}",
+            "--target onnx takes every encoder",
+        ) from error
 
 
 def describe_input(entry: Input, lengths: tuple[int, ...] | None, longest: int) -> Any:
@@ -291,8 +308,14 @@ def describe(compiled: CompiledEncoder) -> dict[str, str]:
     backbone, options = compiled.checkpoint.backbone, compiled.options
     kind = f"single expert {compiled.single}" if compiled.single else f"{len(compiled.experts)} experts"
     return {
-        "author": "lime_edge", "license": "that of the backbone and of the adapter", "version": __version__,
+        "author": "lime_edge",
+        "license": "that of the backbone and of the adapter",
+        "version": __version__,
         "description": f"{type(backbone.model).__name__} with a LiME adapter ({kind}), {options.quant}",
-        "experts": ",".join(compiled.experts), "fingerprint": compiled.fingerprint, "sites": compiled.sites.hash,
-        "fold": options.fold, "quant": options.quant, "variant": compiled.checkpoint.adapter.variant,
-    }  # fmt: skip
+        "experts": ",".join(compiled.experts),
+        "fingerprint": compiled.fingerprint,
+        "sites": compiled.sites.hash,
+        "fold": options.fold,
+        "quant": options.quant,
+        "variant": compiled.checkpoint.adapter.variant,
+    }

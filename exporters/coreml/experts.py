@@ -105,8 +105,13 @@ class RoutedExperts:
         pieces, row = [], 0
         for part in branch.parts:
             if part.site is not None:
-                piece = mb.slice_by_index(x=x, begin=[0, 0, row], end=[0, 0, row + self.count],
-                                          begin_mask=[True, True, False], end_mask=[True, True, False])  # fmt: skip
+                piece = mb.slice_by_index(
+                    x=x,
+                    begin=[0, 0, row],
+                    end=[0, 0, row + self.count],
+                    begin_mask=[True, True, False],
+                    end_mask=[True, True, False],
+                )
                 pieces.append(mb.expand_dims(x=piece, axes=[2]))
             row += part.width
         return pieces[0] if len(pieces) == 1 else mb.concat(values=pieces, axis=2)

@@ -28,9 +28,20 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
     raise need((error.name or "coremltools").split(".")[0], "coreml") from error
 
 __all__ = [
-    "INT4", "Graph", "Var", "ct", "get_new_symbol", "mb", "measure_package", "read_minimum", "save_package", "scale",
-    "silent", "spell", "types",
-]  # fmt: skip
+    "INT4",
+    "Graph",
+    "Var",
+    "ct",
+    "get_new_symbol",
+    "mb",
+    "measure_package",
+    "read_minimum",
+    "save_package",
+    "scale",
+    "silent",
+    "spell",
+    "types",
+]
 MINIMUM = {"iOS18": "iOS18", "macOS15": "iOS18"}  # state and blockwise weights: nothing older holds them
 INT4 = types.nptype_from_builtin(types.int4)
 Var = Any  # coremltools' value in a program
@@ -43,9 +54,10 @@ def read_minimum(name: str) -> Any:
         LimeEdgeError: not one of MINIMUM.
     """
     if name not in MINIMUM:
-        raise LimeEdgeError(f"--minimum-os: expected {' or '.join(MINIMUM)}, found {name!r}",
-                            "newer systems run what is written for iOS18; older ones hold neither a cache as "
-                            "state nor int4 groups")  # fmt: skip
+        raise LimeEdgeError(
+            f"--minimum-os: expected {' or '.join(MINIMUM)}, found {name!r}",
+            "newer systems run what is written for iOS18; older ones hold neither a cache as state nor int4 groups",
+        )
     return getattr(ct.target, MINIMUM[name])
 
 
@@ -58,8 +70,13 @@ class Graph:
         self._made: dict[str, Var] = {}  # of the function being written
         self._path = ""
 
-    def write_function(self, name: str, inputs: Mapping[str, Any], shapes: Sequence[ct.TensorType],
-                       body: Callable[..., Sequence[tuple[str, Var]]]) -> None:  # fmt: skip
+    def write_function(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        shapes: Sequence[ct.TensorType],
+        body: Callable[..., Sequence[tuple[str, Var]]],
+    ) -> None:
         """Write one function.
 
         Args:
@@ -115,9 +132,14 @@ class Graph:
         self.program.skip_all_passes = True
         self.program.export_as_multifunction = len(self.program.functions) > 1
         with silent():
-            model = ct.convert(self.program, source="milinternal", convert_to="mlprogram",
-                               minimum_deployment_target=self.target, skip_model_load=True,
-                               pass_pipeline=ct.PassPipeline.EMPTY)  # fmt: skip
+            model = ct.convert(
+                self.program,
+                source="milinternal",
+                convert_to="mlprogram",
+                minimum_deployment_target=self.target,
+                skip_model_load=True,
+                pass_pipeline=ct.PassPipeline.EMPTY,
+            )
             save_package(model, path, facts)
 
 

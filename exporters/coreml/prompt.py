@@ -17,8 +17,16 @@ from lime_edge.exporters.coreml.graph import Graph, Var, mb
 UNSEEN = np.float16(-30000)
 
 
-def select_virtual(model: CompiledModel, graph: Graph, embeds: Var, ids: Var, index: Var, length: Var,
-                   expert: Var | None, routed: RoutedExperts | None) -> Var:  # fmt: skip
+def select_virtual(
+    model: CompiledModel,
+    graph: Graph,
+    embeds: Var,
+    ids: Var,
+    index: Var,
+    length: Var,
+    expert: Var | None,
+    routed: RoutedExperts | None,
+) -> Var:
     """Embeddings (1, S, H), the rows of virtual ids replaced by base + d * delta.
 
     Args:
@@ -39,8 +47,16 @@ def select_virtual(model: CompiledModel, graph: Graph, embeds: Var, ids: Var, in
     return mb.select(cond=is_virtual, a=rows, b=embeds)
 
 
-def _route(model: CompiledModel, tokens: VirtualTokens, graph: Graph, embeds: Var, ids: Var, index: Var, length: Var,
-           routed: RoutedExperts) -> Var:  # fmt: skip
+def _route(
+    model: CompiledModel,
+    tokens: VirtualTokens,
+    graph: Graph,
+    embeds: Var,
+    ids: Var,
+    index: Var,
+    length: Var,
+    routed: RoutedExperts,
+) -> Var:
     """(V, H): constant where the routing does not read the input. Later calls compute it too, and read none of it."""
     bank = model.bank(next(iter(model.sites)))
     if tokens.conditioning is None:
@@ -52,14 +68,16 @@ def _route(model: CompiledModel, tokens: VirtualTokens, graph: Graph, embeds: Va
         summary = mb.linear(x=summary, weight=graph.half("prompt.input_proj", tokens.input_proj))
     experts, count = bank.shape[0], len(tokens.base)
     ends = {"begin": [0, 0, 0], "end": [1, 1, experts]}
-    frozen = mb.add(x=graph.half("prompt.original", tokens.original[None, :, :experts]),
-                    y=mb.slice_by_index(x=summary, **ends))  # fmt: skip
+    frozen = mb.add(
+        x=graph.half("prompt.original", tokens.original[None, :, :experts]), y=mb.slice_by_index(x=summary, **ends)
+    )
     adapted = graph.half("prompt.adapted", tokens.delta[None, :, :experts])
     anchors = find_anchors(count, routed.config.n_gram, None, torch.device("cpu")).numpy()
     weights = mb.squeeze(x=routed.weigh(frozen, adapted, anchors), axes=[0])
     chosen = mb.linear(x=weights, weight=graph.half("prompt.bank", bank.T))
-    return mb.add(x=graph.half("prompt.base", tokens.base),
-                  y=mb.mul(x=chosen, y=graph.half("prompt.delta", tokens.delta)))  # fmt: skip
+    return mb.add(
+        x=graph.half("prompt.base", tokens.base), y=mb.mul(x=chosen, y=graph.half("prompt.delta", tokens.delta))
+    )
 
 
 def _summarize(conditioning: str, embeds: Var, ids: Var, index: Var, length: Var, vocab: int) -> Var:

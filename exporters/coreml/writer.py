@@ -55,8 +55,14 @@ class DecoderWriter:
         capacity: L, rows of the cache. longest: the longest enumerated prompt.
     """
 
-    def __init__(self, model: CompiledModel, graph: Graph, experts: PinnedExperts | RoutedExperts | None,
-                 capacity: int, longest: int):  # fmt: skip
+    def __init__(
+        self,
+        model: CompiledModel,
+        graph: Graph,
+        experts: PinnedExperts | RoutedExperts | None,
+        capacity: int,
+        longest: int,
+    ):
         self.model, self.graph, self.config, self.experts = model, graph, model.decoder, experts
         self.capacity, self.longest = capacity, longest
 

@@ -50,19 +50,27 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         methods["routed"] = make_method(model, sizes, routed=True)
     counts = lower(methods, chosen.backend, constants, directory / FILE, progress)
     facts: dict[str, Any] = {
-        "file": f"executorch/{FILE}", "executorch": version("executorch"), "providers": [provider],
-        "backend": chosen.backend, "expert_input": model.swaps, "max_length": sizes.cache - count_virtual(model),
-        "prompt_length": sizes.prompt, "rows": sizes.rows, "virtual_tokens": count_virtual(model),
-        "layers": len(model.decoder.layers), "weight_hash": model.weight_hash(),
+        "file": f"executorch/{FILE}",
+        "executorch": version("executorch"),
+        "providers": [provider],
+        "backend": chosen.backend,
+        "expert_input": model.swaps,
+        "max_length": sizes.cache - count_virtual(model),
+        "prompt_length": sizes.prompt,
+        "rows": sizes.rows,
+        "virtual_tokens": count_virtual(model),
+        "layers": len(model.decoder.layers),
+        "weight_hash": model.weight_hash(),
         "compute": "float32" if model.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
-    }  # fmt: skip
+    }
     if routes:
         facts["routed"] = f"executorch/{FILE}"
     if chosen.stock_runner:
         facts |= {"stock": f"executorch/{STOCK_FILE}"}
-        facts["delegation"]["stock"] = asdict(write_stock(model, sizes, chosen.backend, constants,
-                                                          directory / STOCK_FILE, progress))  # fmt: skip
+        facts["delegation"]["stock"] = asdict(
+            write_stock(model, sizes, chosen.backend, constants, directory / STOCK_FILE, progress)
+        )
     return facts
 
 
@@ -74,8 +82,10 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
     """
     check_lowering(options, quant, group)
     if options.executorch.max_length < 2:
-        raise LimeEdgeError(f"--max-seq-len: for ExecuTorch expected at least 2, found {options.executorch.max_length}",
-                            "prompt and answer have to fit into it; 1024 is the default")  # fmt: skip
+        raise LimeEdgeError(
+            f"--max-seq-len: for ExecuTorch expected at least 2, found {options.executorch.max_length}",
+            "prompt and answer have to fit into it; 1024 is the default",
+        )
 
 
 def count_virtual(model: CompiledModel) -> int:
@@ -97,8 +107,11 @@ def make_method(model: CompiledModel, sizes: Sizes, routed: bool) -> Method:
     length = torch.export.Dim("length", min=1, max=sizes.prompt)
     rows = torch.export.Dim("rows", min=1, max=sizes.rows)
     example = min(3, sizes.prompt)
-    inputs = [torch.zeros(1, example, dtype=torch.int64), torch.zeros(1, dtype=torch.int64),
-              torch.zeros(min(2, sizes.rows), dtype=torch.int64)]  # fmt: skip
+    inputs = [
+        torch.zeros(1, example, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(min(2, sizes.rows), dtype=torch.int64),
+    ]
     shapes: list[Any] = [{1: length}, None, {0: rows}]
     if module.takes_expert:
         inputs.append(torch.zeros(model.sites.total))
@@ -112,10 +125,14 @@ def describe_constants(model: CompiledModel, sizes: Sizes, tokenizer: Path) -> d
     Source: executorch 1.5.1, extension/llm/runner/constants.h and llm_runner_helper.cpp.
     """
     constants: dict[str, Any] = {
-        "get_vocab_size": model.decoder.vocab, "get_max_seq_len": sizes.prompt, "get_max_context_len": sizes.cache,
-        "get_n_layers": len(model.decoder.layers), "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
+        "get_vocab_size": model.decoder.vocab,
+        "get_max_seq_len": sizes.prompt,
+        "get_max_context_len": sizes.cache,
+        "get_n_layers": len(model.decoder.layers),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
-    }  # fmt: skip
+    }
     if (tokenizer / "tokenizer.json").is_file():
         constants |= read_special_ids(tokenizer)
     return constants
@@ -131,8 +148,9 @@ def read_special_ids(tokenizer: Path) -> dict[str, Any]:
     return found | ({"get_eos_ids": list(codec.eos)} if codec.eos else {})
 
 
-def write_stock(model: CompiledModel, sizes: Sizes, backend: str, constants: dict[str, Any], file: Path,
-                progress: Progress) -> Delegation:  # fmt: skip
+def write_stock(
+    model: CompiledModel, sizes: Sizes, backend: str, constants: dict[str, Any], file: Path, progress: Progress
+) -> Delegation:
     """Write stock.pte: `forward(tokens, pos)` as the stock text runner calls it, and `set_expert(d)`."""
     neutral = torch.full((model.sites.total,), float(model.variant == "slicefine"))
     length = torch.export.Dim("length", min=1, max=sizes.prompt)

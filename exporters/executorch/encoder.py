@@ -49,13 +49,18 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
             methods["routed"] = make_method(compiled.module, limits, False, routed=True)
         counts = lower(methods, options.executorch.backend, {}, directory / FILE, progress)
     facts = {
-        "file": f"executorch/{FILE}", "executorch": version("executorch"), "providers": [provider],
-        "backend": options.executorch.backend, "expert_input": takes_expert, "limits": limits,
+        "file": f"executorch/{FILE}",
+        "executorch": version("executorch"),
+        "providers": [provider],
+        "backend": options.executorch.backend,
+        "expert_input": takes_expert,
+        "limits": limits,
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
-        "outputs": list(compiled.module.outputs), "weight_hash": compiled.weight_hash(),
+        "outputs": list(compiled.module.outputs),
+        "weight_hash": compiled.weight_hash(),
         "compute": "float32" if compiled.options.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
-    }  # fmt: skip
+    }
     return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
 
 
@@ -80,7 +85,7 @@ def make_method(module: EncoderModule, limits: dict[str, int], takes_expert: boo
     shapes: list[Any] = [
         {index: axes[size] for index, size in enumerate(entry.shape) if isinstance(size, str)}
         for entry in module.inputs
-    ]  # fmt: skip
+    ]
     if takes_expert:
         inputs, shapes = [*inputs, torch.zeros(module.sites.total)], [*shapes, None]
     return Method(EncoderMethod(module, takes_expert, routed), tuple(inputs), (tuple(shapes),))

@@ -35,26 +35,42 @@ STEP = "executorch"
 HOT = ("linear", "addmm", "mul", "add", "sub", "rsqrt", "sigmoid", "gelu", "bmm", "_softmax", "affine")
 PROVIDERS = {"xnnpack": "XnnpackBackend", "portable": "portable"}
 MISSING = {
-    "qnn": "Qualcomm's QNN SDK", "qualcomm": "Qualcomm's QNN SDK", "openvino": "Intel's OpenVINO and nncf",
-    "mediatek": "MediaTek's NeuroPilot SDK", "ethos-u": "Arm's Vela and TOSA tools", "arm": "Arm's Vela and TOSA tools",
-    "cuda": "NVIDIA's CUDA toolkit", "mps": "Apple's macOS", "mlx": "Apple's MLX", "samsung": "Samsung's Exynos SDK",
-    "cadence": "Cadence's Xtensa tools", "nxp": "NXP's eIQ toolkit",
-}  # fmt: skip
+    "qnn": "Qualcomm's QNN SDK",
+    "qualcomm": "Qualcomm's QNN SDK",
+    "openvino": "Intel's OpenVINO and nncf",
+    "mediatek": "MediaTek's NeuroPilot SDK",
+    "ethos-u": "Arm's Vela and TOSA tools",
+    "arm": "Arm's Vela and TOSA tools",
+    "cuda": "NVIDIA's CUDA toolkit",
+    "mps": "Apple's macOS",
+    "mlx": "Apple's MLX",
+    "samsung": "Samsung's Exynos SDK",
+    "cadence": "Cadence's Xtensa tools",
+    "nxp": "NXP's eIQ toolkit",
+}
 
 
 # Each of XNNPACK's 17 passes traces its subgraph anew, which takes most of the time of delegating. Of these, each
 # changes nothing unless the subgraph has an operator whose name holds one of the words.
 IMAGES = ("convolution", "batch_norm", "pool", "upsample", "prelu", "pad")
 PASSES: dict[str, tuple[str, ...]] = {
-    "DimOrderOpsRevertPass": ("dim_order",), "ConvertToUpsampleBilinear2d": IMAGES,
-    "ConvertToSDPAPass": ("softmax", *IMAGES), "ConvertToLinearPass": ("addmm", ".mm.", "bmm"),
-    "PropagateCustomMetaPass": (), "FuseBatchNormPass": IMAGES,
+    "DimOrderOpsRevertPass": ("dim_order",),
+    "ConvertToUpsampleBilinear2d": IMAGES,
+    "ConvertToSDPAPass": ("softmax", *IMAGES),
+    "ConvertToLinearPass": ("addmm", ".mm.", "bmm"),
+    "PropagateCustomMetaPass": (),
+    "FuseBatchNormPass": IMAGES,
     "ConstPropPass": ("permute", "t_copy", "transpose", "_to_", *IMAGES),
-    "DecomposeBatchNorm": IMAGES, "FuseActivationPass": ("relu", "hardtanh", "clamp", *IMAGES),
-    "DecomposeConcatenate": ("cat",), "RemoveGetItemPass": ("max", *IMAGES), "InsertPadQDQPass": IMAGES,
-    "Conv1dUnsqueezePass": IMAGES, "PReLUReshapePass": IMAGES, "ChannelsLastTaggedReshapePass": IMAGES,
+    "DecomposeBatchNorm": IMAGES,
+    "FuseActivationPass": ("relu", "hardtanh", "clamp", *IMAGES),
+    "DecomposeConcatenate": ("cat",),
+    "RemoveGetItemPass": ("max", *IMAGES),
+    "InsertPadQDQPass": IMAGES,
+    "Conv1dUnsqueezePass": IMAGES,
+    "PReLUReshapePass": IMAGES,
+    "ChannelsLastTaggedReshapePass": IMAGES,
     "RemoveRedundantCopyPass": ("copy", *IMAGES),
-}  # fmt: skip
+}
 
 
 class NeededPasses(XNNPACKPassManager):
@@ -66,9 +82,10 @@ class NeededPasses(XNNPACKPassManager):
         calls = " ".join(str(node.target) for node in exported_program.graph.nodes if node.op == "call_function")
         calls = calls.replace("view_copy", "")
         self.passes = [
-            kept for kept in chosen
+            kept
+            for kept in chosen
             if kept.__name__ not in PASSES or any(word in calls for word in PASSES[kept.__name__])
-        ]  # fmt: skip
+        ]
 
 
 @contextmanager
@@ -122,20 +139,30 @@ def check_backend(name: str, quant: str) -> str:
         LimeEdgeError: its SDK is missing, its result could not be checked, or there is no such backend.
     """
     if name == "portable" and quant != "none":
-        raise LimeEdgeError(f"--backend portable: expected --quant none, found {quant}",
-                            "the portable kernels multiply float32 only")  # fmt: skip
+        raise LimeEdgeError(
+            f"--backend portable: expected --quant none, found {quant}", "the portable kernels multiply float32 only"
+        )
     if name in PROVIDERS:
         return PROVIDERS[name]
     known = " or ".join(PROVIDERS)
     if name in MISSING:
-        raise LimeEdgeError(f"--backend {name} needs {MISSING[name]}, which is not installed",
-                            f"backends that work here: {known}", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            f"--backend {name} needs {MISSING[name]}, which is not installed",
+            f"backends that work here: {known}",
+            EXIT_MISSING,
+        )
     if name == "coreml":
-        raise LimeEdgeError("--backend coreml: Core ML through ExecuTorch takes no dynamic prompt length",
-                            "lime-edge export --target coreml writes a Core ML package", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            "--backend coreml: Core ML through ExecuTorch takes no dynamic prompt length",
+            "lime-edge export --target coreml writes a Core ML package",
+            EXIT_MISSING,
+        )
     if name == "vulkan":
-        raise LimeEdgeError("--backend vulkan needs a device with Vulkan to check the result",
-                            f"backends that work here: {known}", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            "--backend vulkan needs a device with Vulkan to check the result",
+            f"backends that work here: {known}",
+            EXIT_MISSING,
+        )
     raise LimeEdgeError(f"--backend: expected {known}, found {name!r}", "xnnpack is what phones run; leave it out")
 
 
@@ -150,8 +177,14 @@ def check_lowering(options: TargetOptions, quant: str, group: int) -> None:
         check_group(group)
 
 
-def lower(methods: Mapping[str, Method], backend: str, constants: Mapping[str, Any], file: Path, progress: Progress,
-          initialised: tuple[str, ...] = ()) -> dict[str, Delegation]:  # fmt: skip
+def lower(
+    methods: Mapping[str, Method],
+    backend: str,
+    constants: Mapping[str, Any],
+    file: Path,
+    progress: Progress,
+    initialised: tuple[str, ...] = (),
+) -> dict[str, Delegation]:
     """Write one .pte with these methods; they share weights, and mutable buffers of the same name.
 
     Args:
@@ -171,16 +204,21 @@ def lower(methods: Mapping[str, Method], backend: str, constants: Mapping[str, A
             progress(name, 1, STEPS)
             partitioners: list[Any] = [DirectPartitioner()] if backend == "xnnpack" else []
             lowered = to_edge_transform_and_lower(
-                programs, partitioner={key: partitioners for key in programs}, constant_methods=dict(constants),
+                programs,
+                partitioner={key: partitioners for key in programs},
+                constant_methods=dict(constants),
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            )  # fmt: skip
+            )
             progress(name, 2, STEPS)
             counts = {key: count_delegation(lowered, key, backend) for key in methods}
-            program = lowered.to_executorch(ExecutorchBackendConfig(
-                passes=[InitializedMutableBufferPass(list(initialised))] if initialised else [],
-                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=shared),
-                emit_mutable_buffer_names=shared, do_quant_fusion_and_const_prop=False,
-            ))  # fmt: skip
+            program = lowered.to_executorch(
+                ExecutorchBackendConfig(
+                    passes=[InitializedMutableBufferPass(list(initialised))] if initialised else [],
+                    memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=shared),
+                    emit_mutable_buffer_names=shared,
+                    do_quant_fusion_and_const_prop=False,
+                )
+            )
             progress(name, 3, STEPS)
             with file.open("wb") as out:
                 program.write_to_file(out)

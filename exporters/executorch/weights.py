@@ -21,8 +21,10 @@ def check_group(group: int) -> None:
         LimeEdgeError: not a multiple of 32.
     """
     if group % BLOCK_MULTIPLE:
-        raise LimeEdgeError(f"--group-size: for ExecuTorch expected a multiple of {BLOCK_MULTIPLE}, found {group}",
-                            "XNNPACK's int4 blocks are multiples of 32")  # fmt: skip
+        raise LimeEdgeError(
+            f"--group-size: for ExecuTorch expected a multiple of {BLOCK_MULTIPLE}, found {group}",
+            "XNNPACK's int4 blocks are multiples of 32",
+        )
 
 
 class Product(nn.Module):
@@ -53,8 +55,9 @@ class Product(nn.Module):
         if not self.bits:
             return F.linear(x, self.weight, self.bias)
         low, high = LIMITS[self.bits]
-        weight = torch.ops.torchao.dequantize_affine(self.weight, [1, self.group], self.scales, self.zeros, torch.int8,
-                                                     low, high)  # fmt: skip
+        weight = torch.ops.torchao.dequantize_affine(
+            self.weight, [1, self.group], self.scales, self.zeros, torch.int8, low, high
+        )
         return F.linear(round_activations(x), weight, self.bias)
 
 
@@ -65,8 +68,7 @@ def round_activations(x: Tensor) -> Tensor:
     grows with the square of such switches (13 s for 12 layers, 1 s without).
     """
     ops, block, (low, high) = torch.ops.torchao, [*[1] * (x.dim() - 1), x.shape[-1]], LIMITS[8]
-    scale, zero = ops.choose_qparams_affine(x, "ASYMMETRIC", block, torch.int8, low, high,
-                                            zero_point_dtype=torch.int8)  # fmt: skip
+    scale, zero = ops.choose_qparams_affine(x, "ASYMMETRIC", block, torch.int8, low, high, zero_point_dtype=torch.int8)
     codes = ops.quantize_affine(x, block, scale, zero, torch.int8, low, high)
     return ops.dequantize_affine(codes, block, scale, zero, torch.int8, low, high)
 

@@ -47,12 +47,17 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
     facts = {
-        "file": f"onnx/{FILE}", "opset": OPSET, "onnx": onnx.__version__, "expert_input": model.swaps,
+        "file": f"onnx/{FILE}",
+        "opset": OPSET,
+        "onnx": onnx.__version__,
+        "expert_input": model.swaps,
         "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
-        "layers": len(model.decoder.layers), "nodes": len(graph.nodes), "functions": sorted(graph.used_functions()),
+        "layers": len(model.decoder.layers),
+        "nodes": len(graph.nodes),
+        "functions": sorted(graph.used_functions()),
         "weight_hash": model.weight_hash(),
         "genai": CONFIG if model.virtual is None else None,
-    }  # fmt: skip
+    }
     if model.routing is not None and model.swaps:
         routed = graph.share_data()
         DecoderWriter(model, routed, RoutedExperts(model, routed, model.routing)).write(progress)
@@ -149,14 +154,23 @@ class DecoderWriter:
         codes = g.constant(f"{name}.codes", packed.codes.reshape(-1, bytes_per_row))
         if stored.bits == 4:
             scales = g.constant(f"{name}.scales", packed.scales)
-            return g.node("GatherBlockQuantized", [codes, "input_ids", scales], "/model/embed_tokens/Gather",
-                          domain=MICROSOFT, block_size=packed.block, gather_axis=0, quantize_axis=1,
-                          bits=4)  # fmt: skip
+            return g.node(
+                "GatherBlockQuantized",
+                [codes, "input_ids", scales],
+                "/model/embed_tokens/Gather",
+                domain=MICROSOFT,
+                block_size=packed.block,
+                gather_axis=0,
+                quantize_axis=1,
+                bits=4,
+            )
         scales = g.constant(f"{name}.row_scales", stored.scales.numpy())
         rows = g.node("Gather", [codes, "input_ids"], "/model/embed_tokens/Gather")
         if bytes_per_row != columns:
-            limits = [g.constant(f"/model/embed_tokens/{k}", np.array([v], np.int64))
-                      for k, v in (("start", 0), ("end", columns), ("axis", 2))]  # fmt: skip
+            limits = [
+                g.constant(f"/model/embed_tokens/{k}", np.array([v], np.int64))
+                for k, v in (("start", 0), ("end", columns), ("axis", 2))
+            ]
             rows = g.node("Slice", [rows, *limits], "/model/embed_tokens/Slice")
         rows = g.node("Cast", [rows], "/model/embed_tokens/Cast", to=TensorProto.FLOAT)
         zero = g.constant("/model/embed_tokens/zero", np.array(128, np.float32))
@@ -186,8 +200,14 @@ class DecoderWriter:
         if self.joins_norms and (fused := fuse_norm(g, update, stream, weight, eps, path)):
             return fused
         outputs = [f"{path}/SkipNorm/output", "", "", f"{path}/SkipNorm/sum"]
-        g.node("SkipSimplifiedLayerNormalization", [stream, update, weight], f"{path}/SkipNorm", outputs,
-               domain=MICROSOFT, epsilon=eps)  # fmt: skip
+        g.node(
+            "SkipSimplifiedLayerNormalization",
+            [stream, update, weight],
+            f"{path}/SkipNorm",
+            outputs,
+            domain=MICROSOFT,
+            epsilon=eps,
+        )
         return outputs[0], outputs[3]
 
     def _gate(self, group: Group, x: str, path: str) -> str:
@@ -220,11 +240,19 @@ class DecoderWriter:
         inputs = [query, key, value, *past, "seqlens_k", "total_sequence_length_i32"]
         if attention.rope:
             inputs += ["cos_cache", "sin_cache"]
-        return g.node("GroupQueryAttention", inputs, f"{path}/GroupQueryAttention",
-                      [f"{path}/GroupQueryAttention/output", *present], domain=MICROSOFT,
-                      num_heads=c.heads, kv_num_heads=c.kv_heads, do_rotary=int(attention.rope),
-                      rotary_interleaved=0, scale=c.head_dim**-0.5,
-                      local_window_size=-1 if attention.window is None else attention.window)  # fmt: skip
+        return g.node(
+            "GroupQueryAttention",
+            inputs,
+            f"{path}/GroupQueryAttention",
+            [f"{path}/GroupQueryAttention/output", *present],
+            domain=MICROSOFT,
+            num_heads=c.heads,
+            kv_num_heads=c.kv_heads,
+            do_rotary=int(attention.rope),
+            rotary_interleaved=0,
+            scale=c.head_dim**-0.5,
+            local_window_size=-1 if attention.window is None else attention.window,
+        )
 
     def _head_norm(self, name: str, x: str, heads: int, path: str) -> str:
         """RMSNorm over each head's width: (B, S, heads * D) -> the same."""
@@ -270,8 +298,17 @@ class DecoderWriter:
             codes = g.constant(f"{path}.codes", np.concatenate([p.codes for p in packed]))
         scales = g.constant(f"{path}.scales", np.concatenate([p.scales for p in packed]))
         inputs = [x, codes, scales] + (["", "", bias_name] if bias_name else [])
-        return g.node("MatMulNBits", inputs, f"{path}/MatMulNBits", domain=MICROSOFT, K=quantized[0].codes.shape[1],
-                      N=shape[0], bits=packed[0].bits, block_size=packed[0].block, accuracy_level=4)  # fmt: skip
+        return g.node(
+            "MatMulNBits",
+            inputs,
+            f"{path}/MatMulNBits",
+            domain=MICROSOFT,
+            K=quantized[0].codes.shape[1],
+            N=shape[0],
+            bits=packed[0].bits,
+            block_size=packed[0].block,
+            accuracy_level=4,
+        )
 
     def _write_head(self, stream: str, update: str) -> None:
         """Final norm, the last `logits_to_keep` positions (0: all), logits."""

@@ -64,11 +64,16 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
                 compiled.module.use_routing(False)
             progress("write onnx", 2, 2)
     return {
-        "file": f"onnx/{FILE}", "routed": f"onnx/{ROUTED}" if routed else None, "opset": OPSET,
-        "onnx": onnx.__version__, "expert_input": takes_expert, "nodes": nodes,
+        "file": f"onnx/{FILE}",
+        "routed": f"onnx/{ROUTED}" if routed else None,
+        "opset": OPSET,
+        "onnx": onnx.__version__,
+        "expert_input": takes_expert,
+        "nodes": nodes,
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
-        "outputs": list(compiled.module.outputs), "weight_hash": compiled.weight_hash(),
-    }  # fmt: skip
+        "outputs": list(compiled.module.outputs),
+        "weight_hash": compiled.weight_hash(),
+    }
 
 
 class OnnxProduct(nn.Module):
@@ -87,8 +92,13 @@ class OnnxProduct(nn.Module):
         packed = pack_weight(stored)
         self.register_buffer("codes", torch.from_numpy(packed.codes))
         self.register_buffer("scales", torch.from_numpy(packed.scales.reshape(-1)))
-        self.attributes = {"K": stored.codes.shape[1], "N": stored.codes.shape[0], "bits": packed.bits,
-                           "block_size": packed.block, "accuracy_level": ACCURACY_LEVEL}  # fmt: skip
+        self.attributes = {
+            "K": stored.codes.shape[1],
+            "N": stored.codes.shape[0],
+            "bits": packed.bits,
+            "block_size": packed.block,
+            "accuracy_level": ACCURACY_LEVEL,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Only to be traced: the quantized form has no kernel in torch."""
@@ -97,8 +107,14 @@ class OnnxProduct(nn.Module):
             return y if self.bias is None else y + self.bias
         inputs: list[Tensor | None] = [x, self.get_buffer("codes"), self.get_buffer("scales")]
         inputs += [] if self.bias is None else [None, None, self.bias]
-        return torch.onnx.ops.symbolic(f"{MICROSOFT}::MatMulNBits", inputs, self.attributes, dtype=x.dtype,
-                                       shape=(*x.shape[:-1], self.attributes["N"]), version=1)  # fmt: skip
+        return torch.onnx.ops.symbolic(
+            f"{MICROSOFT}::MatMulNBits",
+            inputs,
+            self.attributes,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.attributes["N"]),
+            version=1,
+        )
 
 
 class OnnxTable(nn.Module):
@@ -127,9 +143,14 @@ class OnnxTable(nn.Module):
             rows = F.embedding(ids, self.get_buffer("codes")).float()
             return rows * F.embedding(ids, self.get_buffer("scales"))
         attributes: dict[str, Any] = {"block_size": self.block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
-        return torch.onnx.ops.symbolic(f"{MICROSOFT}::GatherBlockQuantized", [self.codes, ids, self.scales],
-                                       attributes, dtype=torch.float32, shape=(*ids.shape, self.width),
-                                       version=1)  # fmt: skip
+        return torch.onnx.ops.symbolic(
+            f"{MICROSOFT}::GatherBlockQuantized",
+            [self.codes, ids, self.scales],
+            attributes,
+            dtype=torch.float32,
+            shape=(*ids.shape, self.width),
+            version=1,
+        )
 
 
 def check_options(options: TargetOptions, quant: str, group: int) -> None:
@@ -162,8 +183,7 @@ class WeightFile:
         return self.places[key], len(data)
 
 
-def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool,
-           metadata: dict[str, str]) -> int:  # fmt: skip
+def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool, metadata: dict[str, str]) -> int:
     """Trace the module into one graph file; returns its number of nodes."""
     model = _trace(module, takes_expert)
     graph = model.graph
@@ -174,8 +194,15 @@ def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert:
         if array.nbytes > INLINE_BYTES:
             stored = array.numpy()
             offset, length = weights.add(stored)
-            value.const_value = ir.ExternalTensor(weights.path.name, offset, length, array.dtype, name=name,
-                                                  shape=ir.Shape(stored.shape), base_dir=path.parent)  # fmt: skip
+            value.const_value = ir.ExternalTensor(
+                weights.path.name,
+                offset,
+                length,
+                array.dtype,
+                name=name,
+                shape=ir.Shape(stored.shape),
+                base_dir=path.parent,
+            )
     nodes = 0
     for node in model.graph.all_nodes():  # the exporter notes the source lines of this machine
         node.metadata_props.clear()
@@ -213,9 +240,15 @@ def _trace(module: EncoderModule, takes_expert: bool) -> ir.Model:
     try:
         with silence(), torch.no_grad():
             program = torch.onnx.export(
-                _Traced(module, takes_expert), tuple(tensors), dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=names, output_names=list(module.outputs), dynamic_shapes=(tuple(shapes),),
-            )  # fmt: skip
+                _Traced(module, takes_expert),
+                tuple(tensors),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=names,
+                output_names=list(module.outputs),
+                dynamic_shapes=(tuple(shapes),),
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         first = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise LimeEdgeError(f"ONNX export: torch's exporter refused {type(module.model).__name__}: {first}") from error

@@ -25,7 +25,7 @@ from lime_edge.exporters.onnx.functions import (
     make_branch_norm,
     make_gapped_branch,
     make_routed_branch,
-)  # fmt: skip
+)
 from lime_edge.exporters.onnx.graph import LIME, Graph
 from lime_edge.exporters.onnx.routing import RoutingNodes, find_shares
 
@@ -58,8 +58,9 @@ class PinnedExperts:
             start = branch.find_runs()[0][0]
             span = {"start": [start], "end": [start + branch.width]}
             return call(self.graph, EXPERT_BRANCH, make_branch, branch, inputs, f"{path}/lime", **attributes, **span)
-        places = np.concatenate([np.arange(part.width) + part.site.offset if part.site else np.zeros(part.width)
-                                 for part in branch.parts]).astype(np.int64)  # fmt: skip
+        places = np.concatenate(
+            [np.arange(part.width) + part.site.offset if part.site else np.zeros(part.width) for part in branch.parts]
+        ).astype(np.int64)
         inputs.append(self.graph.constant(f"{path}.lime_places", places))
         return call(self.graph, GAPPED_BRANCH, make_gapped_branch, branch, inputs, f"{path}/lime", **attributes)
 
@@ -67,8 +68,10 @@ class PinnedExperts:
         """The group's multiplier (N,); it reads neither y nor hidden."""
         names: list[str] = []
         for index, (offset, width) in enumerate(branch.find_runs()):
-            limits = [self.graph.constant(f"{path}/lime/{kind}_{index}", np.array([value], np.int64))
-                      for kind, value in (("start", offset), ("end", offset + width), ("axis", 0))]  # fmt: skip
+            limits = [
+                self.graph.constant(f"{path}/lime/{kind}_{index}", np.array([value], np.int64))
+                for kind, value in (("start", offset), ("end", offset + width), ("axis", 0))
+            ]
             names.append(self.graph.node("Slice", ["expert", *limits], f"{path}/lime/Slice_{index}"))
         if not branch.gaps:
             return names[0]
@@ -104,8 +107,10 @@ class RoutedExperts:
     def _find_anchors(self, window: int) -> None:
         """min(floor(t / n) n + n - 1, T - 1) for every token t of the call. Source: routing.find_anchors."""
         graph = self.graph
-        names = {k: graph.constant(f"routing/{k}", np.array(v, np.int64))
-                 for k, v in (("zero", 0), ("step", 1), ("n", window), ("n_less_one", window - 1))}  # fmt: skip
+        names = {
+            k: graph.constant(f"routing/{k}", np.array(v, np.int64))
+            for k, v in (("zero", 0), ("step", 1), ("n", window), ("n_less_one", window - 1))
+        }
         shape = graph.node("Shape", ["input_ids"], "/routing/Shape", start=1, end=2)
         tokens = graph.node("Squeeze", [shape], "/routing/Tokens")
         position = graph.node("Range", [names["zero"], tokens, names["step"]], "/routing/Range")
@@ -128,10 +133,23 @@ class RoutedExperts:
         def make(name: str) -> onnx.FunctionProto:
             return make_routed_branch(name, self.model, config)
 
-        return call(graph, ROUTED_BRANCH, make, branch, inputs + self.anchors, f"{path}/lime", **find_parts(branch),
-                    experts=self.count, selection=find_selection(config), top_k=config.top_k, n_gram=config.n_gram,
-                    frozen_share=frozen_share, adapted_share=adapted_share, threshold=config.auto_topk_threshold,
-                    heat=config.soft_topk_temperature)  # fmt: skip
+        return call(
+            graph,
+            ROUTED_BRANCH,
+            make,
+            branch,
+            inputs + self.anchors,
+            f"{path}/lime",
+            **find_parts(branch),
+            experts=self.count,
+            selection=find_selection(config),
+            top_k=config.top_k,
+            n_gram=config.n_gram,
+            frozen_share=frozen_share,
+            adapted_share=adapted_share,
+            threshold=config.auto_topk_threshold,
+            heat=config.soft_topk_temperature,
+        )
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
         """The group's multiplier per token, (B, S, N), as nodes.
@@ -166,8 +184,11 @@ class RoutedExperts:
         stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
         return self.nodes.weigh(stack, anchors, path)
 
-    def _describe_reading(self, branch: GroupBranch, pad: Callable[[np.ndarray], np.ndarray],
-                          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    def _describe_reading(
+        self,
+        branch: GroupBranch,
+        pad: Callable[[np.ndarray], np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What routing reads: places in y (G E,), the matrix over [A x, those] (R + G E, 2 G E), recovery (G E,).
 
         Recovery is what of delta is added to y to get the output that routing reads: -p_ref, for DoRA 1 - p_ref.
@@ -213,8 +234,9 @@ def fuse_norm(graph: Graph, update: str, stream: str, gain: str, epsilon: float,
     return outputs[0], outputs[1]
 
 
-def call(graph: Graph, name: str, make: Make, branch: GroupBranch, inputs: list[str], path: str,
-         **attributes: object) -> str:  # fmt: skip
+def call(
+    graph: Graph, name: str, make: Make, branch: GroupBranch, inputs: list[str], path: str, **attributes: object
+) -> str:
     """Append a call of a function, whose body `make` gives where the graph lacks it."""
     assert branch.a is not None
     experts = attributes.get("experts", 1)

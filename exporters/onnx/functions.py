@@ -20,8 +20,18 @@ LARGE = "Large"  # before the name where a body is meant that no operator replac
 BRANCH_INPUTS = ["x", "y", "a", "b"]
 BRANCH_ATTRIBUTES = ["widths", "ranks", "offsets"]
 SPAN = ["start", "end"]  # where a group without gaps lies in the flat residual
-ROUTING_ATTRIBUTES = ["widths", "ranks", "experts", "selection", "top_k", "n_gram", "frozen_share", "adapted_share",
-                      "threshold", "heat"]  # fmt: skip
+ROUTING_ATTRIBUTES = [
+    "widths",
+    "ranks",
+    "experts",
+    "selection",
+    "top_k",
+    "n_gram",
+    "frozen_share",
+    "adapted_share",
+    "threshold",
+    "heat",
+]
 
 
 def make_branch(name: str) -> onnx.FunctionProto:
@@ -45,8 +55,9 @@ def make_branch_norm(name: str) -> onnx.FunctionProto:
     outputs = ["out", "", "", "sum"]
     body.node("SkipSimplifiedLayerNormalization", ["stream", "update", "gain"], "norm", outputs, domain=MICROSOFT)
     body.refer("epsilon", onnx.AttributeProto.FLOAT, "epsilon")
-    return body.make_function(name, [*BRANCH_INPUTS, "expert", "stream", "gain"], ["out", "sum"],
-                              [*BRANCH_ATTRIBUTES, *SPAN, "epsilon"])  # fmt: skip
+    return body.make_function(
+        name, [*BRANCH_INPUTS, "expert", "stream", "gain"], ["out", "sum"], [*BRANCH_ATTRIBUTES, *SPAN, "epsilon"]
+    )
 
 
 def make_routed_branch(name: str, model: CompiledModel, config: RoutingConfig) -> onnx.FunctionProto:

@@ -49,8 +49,15 @@ class Graph:
         external = {t.name: t for t in self.initializers if t.data_location == TensorProto.EXTERNAL}
         return Graph(self.data_path, shared=external, _end=self._end)
 
-    def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None,
-             domain: str = "", **attributes: object) -> str:  # fmt: skip
+    def node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        outputs: list[str] | None = None,
+        domain: str = "",
+        **attributes: object,
+    ) -> str:
         """Append a node; its first output is named after it unless `outputs` says otherwise."""
         outputs = outputs or [f"{name}/output"]
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
@@ -99,9 +106,13 @@ class Graph:
         functions = self.used_functions()
         opsets = [*OPSETS, helper.make_opsetid(LIME, 1)] if functions else OPSETS
         model = helper.make_model(
-            graph, ir_version=IR_VERSION, producer_name="lime_edge", producer_version=producer,
-            opset_imports=opsets, functions=[self.functions[name] for name in functions],
-        )  # fmt: skip
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="lime_edge",
+            producer_version=producer,
+            opset_imports=opsets,
+            functions=[self.functions[name] for name in functions],
+        )
         helper.set_model_props(model, metadata)
         path.write_bytes(model.SerializeToString())
 
@@ -135,14 +146,16 @@ class FunctionBody(Graph):
         """Give the last node the attribute `name`, whose value a call of the function gives as its attribute `of`."""
         self.nodes[-1].attribute.append(onnx.AttributeProto(name=name, type=kind, ref_attr_name=of))
 
-    def make_function(self, name: str, inputs: list[str], outputs: list[str],
-                      attributes: list[str]) -> onnx.FunctionProto:  # fmt: skip
+    def make_function(
+        self, name: str, inputs: list[str], outputs: list[str], attributes: list[str]
+    ) -> onnx.FunctionProto:
         """The function of these nodes, in the domain `lime_edge`."""
         return helper.make_function(LIME, name, inputs, outputs, self.nodes, OPSETS, attributes)
 
 
-def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], location: str, offset: int,
-              length: int) -> TensorProto:  # fmt: skip
+def _external(
+    name: str, dtype: np.dtype, shape: tuple[int, ...], location: str, offset: int, length: int
+) -> TensorProto:
     tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))

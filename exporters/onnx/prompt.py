@@ -42,8 +42,9 @@ def prepend_virtual(model: CompiledModel, graph: Graph, embeds: str, routed: Rou
     return graph.node("Concat", [virtual, embeds], f"{PATH}/Concat", axis=1)
 
 
-def _routed_prompt(model: CompiledModel, tokens: VirtualTokens, graph: Graph, embeds: str,
-                   routed: RoutedExperts) -> str:  # fmt: skip
+def _routed_prompt(
+    model: CompiledModel, tokens: VirtualTokens, graph: Graph, embeds: str, routed: RoutedExperts
+) -> str:
     """(1, V, H): constant where the routing does not read the input."""
     bank = model.bank(next(iter(model.sites)))
     base = graph.constant(f"{PATH}/base", tokens.base.numpy()[None])

@@ -16,13 +16,20 @@ FEWEST = 5  # rounds below which a spread says nothing
 LOWER, HIGHER = "lower", "higher"
 # key -> which way is better, and where its spread over the rounds lies ("" for what is counted, not timed)
 METRICS: dict[str, tuple[str, str]] = {
-    "load_ms": (LOWER, "load_ms"), "load_cold_ms": (LOWER, "load_cold_ms"), "ttft_ms": (LOWER, "ttft_ms"),
-    "prefill_tokens_per_s": (HIGHER, "prefill_tokens_per_s"), "decode_tokens_per_s": (HIGHER, "decode_tokens_per_s"),
-    "run_ms.p50": (LOWER, "run_ms"), "switch_us.p50": (LOWER, "switch_us"),
+    "load_ms": (LOWER, "load_ms"),
+    "load_cold_ms": (LOWER, "load_cold_ms"),
+    "ttft_ms": (LOWER, "ttft_ms"),
+    "prefill_tokens_per_s": (HIGHER, "prefill_tokens_per_s"),
+    "decode_tokens_per_s": (HIGHER, "decode_tokens_per_s"),
+    "run_ms.p50": (LOWER, "run_ms"),
+    "switch_us.p50": (LOWER, "switch_us"),
     "switch_to_first_token_ms.p50": (LOWER, "switch_to_first_token_ms"),
-    "peak_rss_bytes": (LOWER, ""), "memory.net_peak_bytes": (LOWER, ""), "memory.artifact_bytes": (LOWER, ""),
-    "expert_bytes.file": (LOWER, ""), "bundle_bytes": (LOWER, ""),
-}  # fmt: skip
+    "peak_rss_bytes": (LOWER, ""),
+    "memory.net_peak_bytes": (LOWER, ""),
+    "memory.artifact_bytes": (LOWER, ""),
+    "expert_bytes.file": (LOWER, ""),
+    "bundle_bytes": (LOWER, ""),
+}
 ROUNDS = {"prefill_tokens_per_s": "ttft_ms", "decode_tokens_per_s": "decode_ms"}  # whose rounds a rate comes from
 MATCHED = ("kind", "target", "prompt_tokens", "depth")  # runs of two documents belong together when these agree
 SAME_RUN = ("kind", "target", "provider", "expert", "quant", "threads", "prompt_tokens", "gen_tokens", "depth")
@@ -51,8 +58,10 @@ def read_document(path: Path) -> Document:
     if not isinstance(facts, dict) or "schema" not in facts or "switch_us" not in facts:
         raise LimeEdgeError(f"{path}: not a document of lime-edge bench", hint)
     if facts["schema"] != SCHEMA:
-        raise LimeEdgeError(f"{path}: schema: expected {SCHEMA}, found {facts['schema']}",
-                            "measure again with this lime-edge: different schemas are not compared")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: schema: expected {SCHEMA}, found {facts['schema']}",
+            "measure again with this lime-edge: different schemas are not compared",
+        )
     with Faults(str(path), hint) as faults:
         for key in ("runs", "machine", "fingerprint"):
             if not facts.get(key):
@@ -120,8 +129,16 @@ def judge(metric: str, mine: Facts, other: Facts) -> dict[str, Any] | None:
         return None
     ratio, spreads = b / a, [pick(run, f"spread.{key}") if key else None for run in (mine, other)]
     rounds = [len(run["rounds"].get(ROUNDS.get(key, key), ())) if key else FEWEST for run in (mine, other)]
-    return {"metric": metric, "better": better, "a": a, "b": b, "ratio": ratio, "a_spread": spreads[0],
-            "b_spread": spreads[1], "verdict": _decide(ratio, better, spreads, min(rounds))}  # fmt: skip
+    return {
+        "metric": metric,
+        "better": better,
+        "a": a,
+        "b": b,
+        "ratio": ratio,
+        "a_spread": spreads[0],
+        "b_spread": spreads[1],
+        "verdict": _decide(ratio, better, spreads, min(rounds)),
+    }
 
 
 def _decide(ratio: float, better: str, spreads: list[Any], rounds: int) -> str:
@@ -138,12 +155,22 @@ def tabulate_comparison(comparison: dict[str, Any]) -> list[Table]:
     """A table per run."""
     headers = ["metric", "A", "B", "B / A", "verdict"]
     return [
-        Table(f"A {comparison['a']}, B {comparison['b']}: {entry['run']}", headers, [
-            [m["metric"], _show(m["a"], m["a_spread"]), _show(m["b"], m["b_spread"]), f"{m['ratio']:.3f}", m["verdict"]]
-            for m in entry["metrics"]
-        ])
+        Table(
+            f"A {comparison['a']}, B {comparison['b']}: {entry['run']}",
+            headers,
+            [
+                [
+                    m["metric"],
+                    _show(m["a"], m["a_spread"]),
+                    _show(m["b"], m["b_spread"]),
+                    f"{m['ratio']:.3f}",
+                    m["verdict"],
+                ]
+                for m in entry["metrics"]
+            ],
+        )
         for entry in comparison["runs"]
-    ]  # fmt: skip
+    ]
 
 
 def _show(value: float, spread: dict[str, float] | None) -> str:

@@ -103,8 +103,9 @@ class RailMeter:
 
     def read_watts(self) -> float:
         """The power of the counted rails now."""
-        return sum((read_number(volts) or 0.0) * (read_number(amperes) or 0.0) / 1e6
-                   for volts, amperes in self._rails.values())  # fmt: skip
+        return sum(
+            (read_number(volts) or 0.0) * (read_number(amperes) or 0.0) / 1e6 for volts, amperes in self._rails.values()
+        )
 
     def measure(self, work: Callable[[], object]) -> tuple[float, float]:
         """Run `work` beside a thread that reads the sensors; joules, and seconds."""
@@ -126,8 +127,9 @@ class RailMeter:
         return joules, samples[-1][0] - samples[0][0]
 
 
-def spend_energy(meter: Meter, session: Session | EncoderSession, length: int, depth: int | None,
-                 count: int) -> dict[str, Any]:  # fmt: skip
+def spend_energy(
+    meter: Meter, session: Session | EncoderSession, length: int, depth: int | None, count: int
+) -> dict[str, Any]:
     """Joules per token of a prompt and of an answer, or per call of an encoder; in work of its own, untimed.
 
     Decoding is what a prompt with an answer takes beyond the prompt alone.
@@ -136,9 +138,14 @@ def spend_energy(meter: Meter, session: Session | EncoderSession, length: int, d
         length: tokens of the prompt. depth: in the cache before decoding, None: the prompt's. count: decoded.
     """
     idle, seconds = meter.measure(lambda: time.sleep(LONG))
-    facts: dict[str, Any] = {"source": meter.source, "counted": list(meter.counted), "idle_watts": idle / seconds,
-                             "prefill_joules_per_token": None, "decode_joules_per_token": None,
-                             "joules_per_run": None}  # fmt: skip
+    facts: dict[str, Any] = {
+        "source": meter.source,
+        "counted": list(meter.counted),
+        "idle_watts": idle / seconds,
+        "prefill_joules_per_token": None,
+        "decode_joules_per_token": None,
+        "joules_per_run": None,
+    }
     if isinstance(session, EncoderSession):
         inputs = draw_inputs(session, length)
         return facts | {"joules_per_run": _average(meter, lambda: session.run(**inputs))}

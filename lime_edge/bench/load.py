@@ -79,8 +79,9 @@ def find_resident(file: Path) -> float | None:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
             view = np.frombuffer(mapped, np.uint8)
-            failed = mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(mapped)),
-                             ctypes.c_void_p(pages.ctypes.data))  # fmt: skip
+            failed = mincore(
+                ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(pages.ctypes.data)
+            )
             del view  # or the map cannot be closed
     except (OSError, AttributeError, ValueError, TypeError):
         return None

@@ -49,19 +49,24 @@ def describe_machine(root: Path = SYS) -> dict[str, Any]:
     """
     installed = {dist: _find_version(dist) for dist in ENGINES}
     return {
-        "cpu": _name_processor(), "cores": count_cores(), "arch": platform.machine(),
-        "board": read_text(Path("/proc/device-tree/model")), "memory_bytes": _count_memory(),
-        "governor": read_governor(root), "max_mhz": read_clock(root),
+        "cpu": _name_processor(),
+        "cores": count_cores(),
+        "arch": platform.machine(),
+        "board": read_text(Path("/proc/device-tree/model")),
+        "memory_bytes": _count_memory(),
+        "governor": read_governor(root),
+        "max_mhz": read_clock(root),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(), "python": platform.python_version(), "lime_edge": lime_edge.__version__,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "lime_edge": lime_edge.__version__,
         "packages": [f"{name} {version}" for name, version in installed.items() if version],
-    }  # fmt: skip
+    }
 
 
 def _name_processor() -> str:
     info = read_text(Path("/proc/cpuinfo")) or ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines()
-             if line.startswith(("model name", "Model"))]  # fmt: skip
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith(("model name", "Model"))]
     return names[0] if names else platform.processor() or platform.machine()
 
 

@@ -28,8 +28,16 @@ from lime_edge.session.encoder import open_encoder_session
 from lime_edge.session.switching import ROUTED
 from lime_edge.targets.registry import load_runtime, open_session
 
-__all__ = ["FIRST", "SCHEMA", "BenchOptions", "bench_bundle", "describe_machine", "percentiles", "time_round",
-           "time_switches"]  # fmt: skip
+__all__ = [
+    "FIRST",
+    "SCHEMA",
+    "BenchOptions",
+    "bench_bundle",
+    "describe_machine",
+    "percentiles",
+    "time_round",
+    "time_switches",
+]
 
 SCHEMA = 2
 LOADS = 5  # loads timed cold and warm, at most
@@ -56,8 +64,12 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         with Faults("bench") as faults:
-            numbers = {"prompt tokens": min(self.lengths, default=0), "generated tokens": self.gen_tokens,
-                       "repeat": self.repeat, "depth": 1 if self.depth is None else self.depth}  # fmt: skip
+            numbers = {
+                "prompt tokens": min(self.lengths, default=0),
+                "generated tokens": self.gen_tokens,
+                "repeat": self.repeat,
+                "depth": 1 if self.depth is None else self.depth,
+            }
             for name, number in numbers.items():
                 if number < 1:
                     faults.add(name, "at least 1", number)
@@ -111,9 +123,11 @@ class Job:
         else:
             session = open_session(bundle, self.target, SessionOptions(self.threads, self.options.capacity))
         if session.provider.startswith(INTERPRETER):
-            raise LimeEdgeError(f"{self.target} runs in an interpreter here: its times say nothing about a device",
-                                f"leave out --target {self.target}, or run lime-edge bench where the engine itself "
-                                "runs", EXIT_MISSING)  # fmt: skip
+            raise LimeEdgeError(
+                f"{self.target} runs in an interpreter here: its times say nothing about a device",
+                f"leave out --target {self.target}, or run lime-edge bench where the engine itself runs",
+                EXIT_MISSING,
+            )
         return session
 
     def use(self, session: Any) -> None:
@@ -122,8 +136,14 @@ class Job:
             session.use(self.selection)
 
 
-def bench_bundle(path: Path, target: str | Sequence[str] | None, selection: Selection, threads: int | None,
-                 options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:  # fmt: skip
+def bench_bundle(
+    path: Path,
+    target: str | Sequence[str] | None,
+    selection: Selection,
+    threads: int | None,
+    options: BenchOptions,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
     """Measure a bundle with one selection (FIRST: the bundle's first expert).
 
     Args:
@@ -145,11 +165,16 @@ def bench_bundle(path: Path, target: str | Sequence[str] | None, selection: Sele
     speeds = _measure_copies(jobs)
     runs = [run for job in jobs for run in _bench_target(job, speeds.get(job.used_threads))]
     return {
-        "schema": SCHEMA, "lime_edge": lime_edge.__version__,
+        "schema": SCHEMA,
+        "lime_edge": lime_edge.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bundle": str(path), "model": bundle.manifest.model["name"], "fingerprint": bundle.manifest.fingerprint,
-        **runs[0], "machine": machine, "runs": runs,
-    }  # fmt: skip
+        "bundle": str(path),
+        "model": bundle.manifest.model["name"],
+        "fingerprint": bundle.manifest.fingerprint,
+        **runs[0],
+        "machine": machine,
+        "runs": runs,
+    }
 
 
 def _runtime_kind(bundle: Bundle) -> str:
@@ -204,17 +229,24 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
     found = _time_rounds(job, session, baseline)
     heat_after = read_temperature(options.sysfs)
     facts = {
-        "kind": "encoder" if job.encoder else "decoder", "target": job.target, "provider": session.provider,
-        "operators": session.operators, "expert": describe_selection(session.selection),
+        "kind": "encoder" if job.encoder else "decoder",
+        "target": job.target,
+        "provider": session.provider,
+        "operators": session.operators,
+        "expert": describe_selection(session.selection),
         "quant": job.bundle.manifest.quantization["quant"],
-        "threads": job.threads or target.get("threads"), "repeat": options.repeat, "warmup": options.warmup,
-        "cache_dropped": loads.dropped, "bundle_bytes": job.bundle.total_bytes,
+        "threads": job.threads or target.get("threads"),
+        "repeat": options.repeat,
+        "warmup": options.warmup,
+        "cache_dropped": loads.dropped,
+        "bundle_bytes": job.bundle.total_bytes,
         "temperature_c": None if heat is None else {"before": heat, "after": heat_after},
         "expert_bytes": _size_experts(job.bundle),
-    }  # fmt: skip
+    }
     meter = find_meter(options.sysfs)
-    energy = {length: meter and spend_energy(meter, session, length, options.depth, options.gen_tokens)
-              for length in found}  # fmt: skip
+    energy = {
+        length: meter and spend_energy(meter, session, length, options.depth, options.gen_tokens) for length in found
+    }
     text = not job.encoder or takes_text(session)
     del session, baseline  # the memory of the machine belongs to the fresh process now
     tell = job.tell("memory")
@@ -228,12 +260,18 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
         series.rounds |= {"load_ms": [t * 1e3 for t in loads.warm], "load_cold_ms": [t * 1e3 for t in loads.cold]}
         summary = summarize(series, length)
         ratios = summary.pop("ratios")
-        runs.append({
-            **facts, "prompt_tokens": length if text else None, **_describe_decoding(job, length), **summary,
-            **_measure_stages(job, length, modules, experts), "energy": energy[length],
-            "bandwidth": _compare_bandwidth(job, copy, summary["decode_tokens_per_s"]),
-            "baseline": ratios and {"bundle": str(options.baseline), **ratios},
-        })  # fmt: skip
+        runs.append(
+            {
+                **facts,
+                "prompt_tokens": length if text else None,
+                **_describe_decoding(job, length),
+                **summary,
+                **_measure_stages(job, length, modules, experts),
+                "energy": energy[length],
+                "bandwidth": _compare_bandwidth(job, copy, summary["decode_tokens_per_s"]),
+                "baseline": ratios and {"bundle": str(options.baseline), **ratios},
+            }
+        )
     tell(len(found) + 2, len(found) + 2)
     return runs
 
@@ -276,8 +314,16 @@ def _time_rounds(job: Job, session: Any, baseline: Any) -> dict[int, Series]:
     if job.encoder:
         lengths = options.lengths if takes_text(session) else options.lengths[:1]
         return time_encoder(session, baseline, lengths, options.warmup, options.repeat, job.tell("rounds"))
-    return time_decoder(session, baseline, options.lengths, options.gen_tokens, options.depth, options.warmup,
-                        options.repeat, job.tell("rounds"))  # fmt: skip
+    return time_decoder(
+        session,
+        baseline,
+        options.lengths,
+        options.gen_tokens,
+        options.depth,
+        options.warmup,
+        options.repeat,
+        job.tell("rounds"),
+    )
 
 
 def _size_experts(bundle: Bundle) -> dict[str, int] | None:
@@ -287,8 +333,11 @@ def _size_experts(bundle: Bundle) -> dict[str, int] | None:
         return None
     wide = manifest.adapter["expert_dtype"] == "float32"
     total = manifest.sites.total
-    return {"file": manifest.files[expert_file(manifest.experts[0])].size, "vector": total * (4 if wide else 2),
-            "ready": total * 4}  # fmt: skip
+    return {
+        "file": manifest.files[expert_file(manifest.experts[0])].size,
+        "vector": total * (4 if wide else 2),
+        "ready": total * 4,
+    }
 
 
 def _count_experts(job: Job) -> dict[str, Any] | None:
@@ -300,12 +349,21 @@ def _count_experts(job: Job) -> dict[str, Any] | None:
     return measure_experts(MemoryRequest(str(job.bundle.path), job.target, FIRST, job.threads, tokens, None, 1))
 
 
-def _measure_stages(job: Job, length: int, modules: tuple[str, ...],
-                    experts: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+def _measure_stages(job: Job, length: int, modules: tuple[str, ...], experts: dict[str, Any] | None) -> dict[str, Any]:
     """Memory by stage in a fresh process; the routed graph counts when it is what runs."""
     options = job.options
-    stages = measure_stages(MemoryRequest(str(job.bundle.path), job.target, job.selection, job.threads, length,
-                                          options.depth, options.gen_tokens, modules))  # fmt: skip
+    stages = measure_stages(
+        MemoryRequest(
+            str(job.bundle.path),
+            job.target,
+            job.selection,
+            job.threads,
+            length,
+            options.depth,
+            options.gen_tokens,
+            modules,
+        )
+    )
     peak, imports = stages["switches"]["peak_bytes"], stages["imports"]["rss_bytes"]
     net = None if peak is None or imports is None else peak - imports
     return {
@@ -329,5 +387,10 @@ def _compare_bandwidth(job: Job, copy: float | None, rate: float | None) -> dict
     if copy is None or rate is None:
         return None
     size = size_artifact(job)
-    return {"threads": job.used_threads, "copy_bytes_per_s": copy, "weight_bytes_per_token": size,
-            "read_bytes_per_s": size * rate, "fraction": size * rate / copy}  # fmt: skip
+    return {
+        "threads": job.used_threads,
+        "copy_bytes_per_s": copy,
+        "weight_bytes_per_token": size,
+        "read_bytes_per_s": size * rate,
+        "fraction": size * rate / copy,
+    }

@@ -76,8 +76,10 @@ def _run(task: str, request: MemoryRequest) -> Any:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise LimeEdgeError(f"{request.path}: the process that measures memory failed: {lines[-1]}",
-                            "is there memory for another session?")  # fmt: skip
+        raise LimeEdgeError(
+            f"{request.path}: the process that measures memory failed: {lines[-1]}",
+            "is there memory for another session?",
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -138,8 +140,12 @@ def _count_experts(request: MemoryRequest) -> dict[str, Stage]:
                 file = Path(folder) / "synthetic.safetensors"
                 vector = random.normal(1.0, 0.1, bundle.manifest.sites.total)
                 dtype = bundle.manifest.adapter["expert_dtype"]
-                expert = Expert(f"bench-{len(session.experts)}", vector.astype(dtype), bundle.manifest.fingerprint,
-                                bundle.manifest.sites.hash)  # fmt: skip
+                expert = Expert(
+                    f"bench-{len(session.experts)}",
+                    vector.astype(dtype),
+                    bundle.manifest.fingerprint,
+                    bundle.manifest.sites.hash,
+                )
                 file.write_bytes(expert.to_bytes())
                 session.install(file)
             for name in session.experts:

@@ -69,16 +69,28 @@ def write_page(document: Facts, plots: dict[str, bytes]) -> str:
         f"<figcaption>{html.escape(PLOTS[name][0])}</figcaption></figure>"
         for name, png in plots.items()
     ]
-    machine = Table("Machine", ["", "value"], [
-        [key, "-" if value is None else ", ".join(value) if isinstance(value, list) else str(value)]
-        for key, value in document["machine"].items()
-    ])  # fmt: skip
+    machine = Table(
+        "Machine",
+        ["", "value"],
+        [
+            [key, "-" if value is None else ", ".join(value) if isinstance(value, list) else str(value)]
+            for key, value in document["machine"].items()
+        ],
+    )
     title = f"{document['model']}: lime-edge bench"
-    parts = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f"<title>{html.escape(title)}</title>",
-             f"<style>{STYLE}</style></head><body>", f"<h1>{html.escape(title)}</h1>",
-             f"<p>{html.escape(document['created'])}, lime-edge {html.escape(document['lime_edge'])}. In parentheses: "
-             "5th to 95th percentile of the rounds.</p>",
-             _write_table(tabulate(document)), *figures, _write_table(machine), "</body></html>"]  # fmt: skip
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(document['created'])}, lime-edge {html.escape(document['lime_edge'])}. In parentheses: "
+        "5th to 95th percentile of the rounds.</p>",
+        _write_table(tabulate(document)),
+        *figures,
+        _write_table(machine),
+        "</body></html>",
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -134,8 +146,13 @@ def _from_zero(axes: Any) -> tuple[float, float]:
 def _draw_metric(metric: str, unit: str) -> Callable[[Any, list[Facts]], bool]:
     def draw(axes: Any, runs: list[Facts]) -> bool:
         kept = [run for run in runs if run[metric] is not None]
-        _bars(axes, [name_run(run, runs) for run in kept], [run[metric] for run in kept],
-              [run["spread"][metric] for run in kept], unit)  # fmt: skip
+        _bars(
+            axes,
+            [name_run(run, runs) for run in kept],
+            [run[metric] for run in kept],
+            [run["spread"][metric] for run in kept],
+            unit,
+        )
         return bool(kept)
 
     return draw
@@ -196,8 +213,13 @@ def _draw_stages(axes: Any, runs: list[Facts]) -> bool:
         stages = run["memory"]["stages"]
         if all(stage["rss_bytes"] is not None for stage in stages.values()):
             (line,) = axes.plot(list(stages), [s["rss_bytes"] / 1e6 for s in stages.values()], marker="o", label=name)
-            axes.plot(list(stages), [s["peak_bytes"] / 1e6 for s in stages.values()], linestyle=":",
-                      color=line.get_color(), label=f"{name}, peak so far")  # fmt: skip
+            axes.plot(
+                list(stages),
+                [s["peak_bytes"] / 1e6 for s in stages.values()],
+                linestyle=":",
+                color=line.get_color(),
+                label=f"{name}, peak so far",
+            )
             drawn = True
     axes.set(ylabel="MB", ylim=_from_zero(axes))
     if drawn:
@@ -220,8 +242,10 @@ def _draw_experts(axes: Any, runs: list[Facts]) -> bool:
 
 
 PLOTS: dict[str, tuple[str, Callable[[Any, list[Facts]], bool]]] = {
-    "decode": ("Decoding, tokens per second: median of the rounds, 5th to 95th percentile.",
-               _draw_metric("decode_tokens_per_s", "tokens/s")),
+    "decode": (
+        "Decoding, tokens per second: median of the rounds, 5th to 95th percentile.",
+        _draw_metric("decode_tokens_per_s", "tokens/s"),
+    ),
     "prefill": ("Reading the prompt, tokens per second.", _draw_metric("prefill_tokens_per_s", "tokens/s")),
     "first_token": ("Time to the first token.", _draw_metric("ttft_ms", "ms")),
     "token_latency": ("Every decode step of every round.", _draw_percentiles("token_ms", "ms per token")),
@@ -229,9 +253,11 @@ PLOTS: dict[str, tuple[str, Callable[[Any, list[Facts]], bool]]] = {
     "rounds": ("The median of each round: drift and disturbance show here.", _draw_rounds),
     "overhead": ("What the expert costs beside the branchless bundle: the ratio inside a round.", _draw_overhead),
     "switch": ("Switching the expert, the bare swap.", _draw_percentiles("switch_us", "us")),
-    "switch_to_first_token": ("Switching the expert, up to the first token under it.",
-                              _draw_percentiles("switch_to_first_token_ms", "ms")),
+    "switch_to_first_token": (
+        "Switching the expert, up to the first token under it.",
+        _draw_percentiles("switch_to_first_token_ms", "ms"),
+    ),
     "memory": ("Resident memory by stage, in a fresh process.", _draw_stages),
     "experts": ("Resident memory by number of experts, in a fresh process.", _draw_experts),
     "load": ("Loading, files in the page cache.", _draw_metric("load_ms", "ms")),
-}  # fmt: skip
+}

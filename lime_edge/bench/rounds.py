@@ -50,8 +50,16 @@ class Series:
             self.switches += times.tolist()
 
 
-def time_decoder(session: Session, baseline: Session | None, lengths: Sequence[int], count: int, depth: int | None,
-                 warmup: int, repeat: int, progress: Count) -> dict[int, Series]:  # fmt: skip
+def time_decoder(
+    session: Session,
+    baseline: Session | None,
+    lengths: Sequence[int],
+    count: int,
+    depth: int | None,
+    warmup: int,
+    repeat: int,
+    progress: Count,
+) -> dict[int, Series]:
     """Time prompts of several lengths and `count` tokens after each; who goes first changes every round.
 
     Args:
@@ -78,8 +86,14 @@ def time_decoder(session: Session, baseline: Session | None, lengths: Sequence[i
     return found
 
 
-def time_encoder(session: EncoderSession, baseline: EncoderSession | None, lengths: Sequence[int], warmup: int,
-                 repeat: int, progress: Count) -> dict[int, Series]:  # fmt: skip
+def time_encoder(
+    session: EncoderSession,
+    baseline: EncoderSession | None,
+    lengths: Sequence[int],
+    warmup: int,
+    repeat: int,
+    progress: Count,
+) -> dict[int, Series]:
     """Time calls on inputs of several lengths; who goes first changes every round."""
     found = {length: Series() for length in lengths}
     for index in range(warmup + repeat):
@@ -117,12 +131,14 @@ def summarize(series: Series, length: int) -> dict[str, Any]:
         for name, key in RATIOS.items()
     }
     return {name: _median(values) for name, values in plain.items()} | {
-        "token_ms": _percentiles(series.tokens), "run_ms": _percentiles(series.calls),
+        "token_ms": _percentiles(series.tokens),
+        "run_ms": _percentiles(series.calls),
         "switch_us": _percentiles(series.switches),
         "switch_to_first_token_ms": _percentiles(rounds["switch_to_first_token_ms"]),
         "spread": {name: find_spread(values) for name, values in spread.items()},
-        "ratios": ratios if any(ratios.values()) else None, "rounds": rounds,
-    }  # fmt: skip
+        "ratios": ratios if any(ratios.values()) else None,
+        "rounds": rounds,
+    }
 
 
 def _median(values: Sequence[float]) -> float | None:

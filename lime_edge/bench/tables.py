@@ -50,15 +50,21 @@ def describe(document: Facts) -> str:
     if any(run.get("operators") is False for run in document["runs"]):
         engines += ", without compiled operators"
     threads = "the engine's own threads" if count is None else f"{count} thread{'s' if count > 1 else ''}"
-    return (f"{document['bundle']} ({first['quant']}, {engines}, expert {first['expert']}, "
-            f"{rounds} round{'s' if rounds > 1 else ''}, {threads}; {machine['cpu']}, {machine['cores']} cores, "
-            f"load {machine['load_1min']})")  # fmt: skip
+    return (
+        f"{document['bundle']} ({first['quant']}, {engines}, expert {first['expert']}, "
+        f"{rounds} round{'s' if rounds > 1 else ''}, {threads}; {machine['cpu']}, {machine['cores']} cores, "
+        f"load {machine['load_1min']})"
+    )
 
 
 def write_markdown(table: Table) -> str:
     """A Markdown table under its title."""
-    lines = [f"**{_escape(table.title)}**", "", _join(table.headers),
-             _join(["---"] + ["---:"] * (len(table.headers) - 1))]  # fmt: skip
+    lines = [
+        f"**{_escape(table.title)}**",
+        "",
+        _join(table.headers),
+        _join(["---"] + ["---:"] * (len(table.headers) - 1)),
+    ]
     return "\n".join([*lines, *map(_join, table.rows)])
 
 

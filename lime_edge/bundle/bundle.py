@@ -58,13 +58,20 @@ class Manifest:
     def to_json(self) -> str:
         """The text of lime.json."""
         body = {
-            "format": FORMAT, "schema": SCHEMA, "fingerprint": self.fingerprint, "model": self.model,
-            "adapter": self.adapter, "quantization": self.quantization, "device": self.device,
-            "experts": list(self.experts), "added": list(self.added), "targets": self.targets,
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "adapter": self.adapter,
+            "quantization": self.quantization,
+            "device": self.device,
+            "experts": list(self.experts),
+            "added": list(self.added),
+            "targets": self.targets,
             "versions": self.versions,
             "sites": [asdict(site) for site in self.sites],
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
-        }  # fmt: skip
+        }
         return json.dumps(body, indent=1) + "\n"
 
 
@@ -91,17 +98,24 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise LimeEdgeError(f"{file}: not a lime-edge bundle", "write one with lime-edge export")
     if not isinstance(body.get("schema"), int) or body["schema"] > SCHEMA:
-        raise LimeEdgeError(f"{file}: schema: expected at most {SCHEMA}, found {body.get('schema')}",
-                            "upgrade lime-edge on this device")  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: schema: expected at most {SCHEMA}, found {body.get('schema')}", "upgrade lime-edge on this device"
+        )
     try:
         widths = [(site["name"], site["width"]) for site in body["sites"]]
         return Manifest(
-            fingerprint=body["fingerprint"], model=body["model"], adapter=body["adapter"],
-            quantization=body["quantization"], device=body["device"], versions=body["versions"],
-            sites=SiteTable.from_widths(widths), experts=tuple(body["experts"]), targets=body["targets"],
+            fingerprint=body["fingerprint"],
+            model=body["model"],
+            adapter=body["adapter"],
+            quantization=body["quantization"],
+            device=body["device"],
+            versions=body["versions"],
+            sites=SiteTable.from_widths(widths),
+            experts=tuple(body["experts"]),
+            targets=body["targets"],
             files={name: FileEntry(**entry) for name, entry in body["files"].items()},
             added=tuple(body.get("added", ())),
-        )  # fmt: skip
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise LimeEdgeError(f"{file}: damaged: {error!r}", "copy the bundle again") from None
 
@@ -161,8 +175,10 @@ class Bundle:
         except (SafetensorError, OSError, KeyError) as error:
             raise LimeEdgeError(f"{file}: damaged: {error}", "copy the bundle again") from None
         if reference.shape != (self.manifest.sites.total,):
-            raise LimeEdgeError(f"{file}: length: expected {self.manifest.sites.total}, found {reference.shape}",
-                                "copy the bundle again")  # fmt: skip
+            raise LimeEdgeError(
+                f"{file}: length: expected {self.manifest.sites.total}, found {reference.shape}",
+                "copy the bundle again",
+            )
         return reference
 
     def open_bank(self) -> ExpertBank:
@@ -172,8 +188,10 @@ class Bundle:
             file = self.path / expert_file(name)
             expert = read_expert(file)
             if expert.name != name:
-                raise LimeEdgeError(f"{file}: name: expected {name!r}, found {expert.name!r}",
-                                    "the file was renamed: add it with lime-edge experts add --name")  # fmt: skip
+                raise LimeEdgeError(
+                    f"{file}: name: expected {name!r}, found {expert.name!r}",
+                    "the file was renamed: add it with lime-edge experts add --name",
+                )
             bank.install(expert, str(file))
         return bank
 
@@ -204,8 +222,10 @@ class Bundle:
         if name in self.manifest.experts and not replace_existing:
             raise LimeEdgeError(f"{self.path}: expert {name!r} exists already", "pass --force or --name OTHER")
         if single := self.manifest.adapter.get("single"):
-            raise LimeEdgeError(f"{self.path} was exported with --single {single}: it holds one expert only",
-                                "export it without --single")  # fmt: skip
+            raise LimeEdgeError(
+                f"{self.path} was exported with --single {single}: it holds one expert only",
+                "export it without --single",
+            )
         bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, self.read_reference())
         bank.check(expert, f"expert {name!r}")
 
@@ -243,9 +263,7 @@ def write_bundle(stage: Path, manifest: Manifest, experts: Iterable[Expert], ref
     (stage / REFERENCE).write_bytes(save({"reference": np.ascontiguousarray(reference, np.float32)}))
     write_genai(stage, manifest, vectors, reference)
     files = {
-        str(file.relative_to(stage).as_posix()): hash_file(file)
-        for file in sorted(stage.rglob("*"))
-        if file.is_file()
+        str(file.relative_to(stage).as_posix()): hash_file(file) for file in sorted(stage.rglob("*")) if file.is_file()
     }
     complete = replace(manifest, experts=tuple(vectors), files=files)
     (stage / MANIFEST).write_text(complete.to_json(), encoding="utf-8")

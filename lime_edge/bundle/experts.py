@@ -72,9 +72,13 @@ class Expert:
     def to_bytes(self) -> bytes:
         """The expert file: safetensors with tensor `expert` and a header that says what it fits."""
         header = {
-            "format": FORMAT, "schema": str(SCHEMA), "name": self.name,
-            "fingerprint": self.fingerprint, "sites": self.sites_hash, "note": self.note,
-        }  # fmt: skip
+            "format": FORMAT,
+            "schema": str(SCHEMA),
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "sites": self.sites_hash,
+            "note": self.note,
+        }
         return save({"expert": np.ascontiguousarray(self.vector)}, metadata=header)
 
 

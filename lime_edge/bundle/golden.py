@@ -86,8 +86,12 @@ class Golden:
             tensors[f"{name}/rows"] = output.rows.astype(np.int32)
             tensors[f"{name}/columns"] = output.columns.astype(np.int32)
             tensors |= {f"{name}/{entry.name}": getattr(output.expected, entry.name) for entry in fields(Rows)}
-        header = {"format": FORMAT, "schema": str(SCHEMA), "steps": str(self.steps),
-                  "selections": json.dumps(self.selections)}  # fmt: skip
+        header = {
+            "format": FORMAT,
+            "schema": str(SCHEMA),
+            "steps": str(self.steps),
+            "selections": json.dumps(self.selections),
+        }
         return save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata=header)
 
 
@@ -114,8 +118,9 @@ def read_golden(bundle: Bundle) -> Golden | None:
     if header.get("format") != FORMAT or not header.get("schema", "").isdigit():
         raise LimeEdgeError(f"{file}: holds no golden outputs", DAMAGED)
     if int(header["schema"]) > SCHEMA:
-        raise LimeEdgeError(f"{file}: schema: expected at most {SCHEMA}, found {header['schema']}",
-                            "upgrade lime-edge on this device")  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: schema: expected at most {SCHEMA}, found {header['schema']}", "upgrade lime-edge on this device"
+        )
     try:
         return _build(header, tensors)
     except (KeyError, ValueError, TypeError) as error:
@@ -130,10 +135,13 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Golden:
             calls[name.removeprefix("inputs/")] = array * np.float32(PIXEL) if pixels else array.astype(np.int64)
     names = [name.rpartition("/")[0] for name in tensors if name.endswith("/columns")]
     outputs = {
-        name: Output(tensors[f"{name}/rows"], tensors[f"{name}/columns"],
-                     Rows(*(tensors[f"{name}/{entry.name}"] for entry in fields(Rows))))
+        name: Output(
+            tensors[f"{name}/rows"],
+            tensors[f"{name}/columns"],
+            Rows(*(tensors[f"{name}/{entry.name}"] for entry in fields(Rows))),
+        )
         for name in names
-    }  # fmt: skip
+    }
     selections = tuple(json.loads(header["selections"]))
     if not calls or not outputs or any(len(o.expected.values) != len(selections) for o in outputs.values()):
         raise ValueError("inputs, outputs or selections are missing")

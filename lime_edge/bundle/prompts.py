@@ -85,8 +85,9 @@ class TextCodec:
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=open_turn, **names)
         except jinja2.TemplateError as error:
-            raise LimeEdgeError(f"the chat template failed: {error}",
-                                "pass a complete prompt instead (--raw)") from None  # fmt: skip
+            raise LimeEdgeError(
+                f"the chat template failed: {error}", "pass a complete prompt instead (--raw)"
+            ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -113,5 +114,6 @@ def _compile_template(text: str) -> jinja2.Template:
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:
-        raise LimeEdgeError(f"the chat template cannot be compiled: {error}",
-                            "pass complete prompts instead (--raw)") from None  # fmt: skip
+        raise LimeEdgeError(
+            f"the chat template cannot be compiled: {error}", "pass complete prompts instead (--raw)"
+        ) from None

@@ -43,8 +43,10 @@ def read_vectors(directory: Path, bundle: Bundle) -> list[Expert]:
     with np.errstate(over="ignore"):
         flat = np.concatenate([_join(tensors, site.name) for site in bundle.manifest.sites], axis=1).astype(dtype)
     if not np.isfinite(flat).all():
-        raise LimeEdgeError(f"{directory}: a vector holds values beyond {np.dtype(dtype)}'s range",
-                            "export the bundle with --quant none: it stores float32")  # fmt: skip
+        raise LimeEdgeError(
+            f"{directory}: a vector holds values beyond {np.dtype(dtype)}'s range",
+            "export the bundle with --quant none: it stores float32",
+        )
     fingerprint, sites = bundle.manifest.fingerprint, bundle.manifest.sites.hash
     return [Expert(name, flat[index], fingerprint, sites) for index, name in enumerate(names)]
 
@@ -60,8 +62,9 @@ def _check_names(config: dict[str, Any], faults: Faults) -> list[str]:
     return names
 
 
-def _check_adapter(config: dict[str, Any], tensors: dict[str, np.ndarray], directory: Path, bundle: Bundle,
-                   faults: Faults) -> None:  # fmt: skip
+def _check_adapter(
+    config: dict[str, Any], tensors: dict[str, np.ndarray], directory: Path, bundle: Bundle, faults: Faults
+) -> None:
     """Backbone and shared adapter: the same as the bundle's, as far as the folder names them."""
     manifest = bundle.manifest
     base = config.get("base_fingerprint")
@@ -85,8 +88,9 @@ def _check_adapter(config: dict[str, Any], tensors: dict[str, np.ndarray], direc
         faults.add("LiME_shared and gamma", "those of the bundle's adapter", "none")
 
 
-def _check_tensors(config: dict[str, Any], tensors: dict[str, np.ndarray], bundle: Bundle, count: int,
-                   faults: Faults) -> None:  # fmt: skip
+def _check_tensors(
+    config: dict[str, Any], tensors: dict[str, np.ndarray], bundle: Bundle, count: int, faults: Faults
+) -> None:
     sites = bundle.manifest.sites
     for site in sites:
         wanted = {"LiMEs": (count, site.width)}

@@ -67,8 +67,7 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
-def evaluate(session: Session, examples: list[Example],
-             progress: Callable[[int], None] = lambda _: None) -> Result:  # fmt: skip
+def evaluate(session: Session, examples: list[Example], progress: Callable[[int], None] = lambda _: None) -> Result:
     """Answer every example with the session's current expert.
 
     A choice is scored on the first token of each label; anything else is generated greedily, 16
@@ -94,8 +93,10 @@ def choose(session: Session, example: Example) -> str:
     codec = session.codec
     first = [codec.encode(label)[0] for label in example.labels]
     if len(set(first)) != len(first):
-        raise LimeEdgeError(f"labels {list(example.labels)} do not differ in their first token",
-                            "use labels that do, or leave them out and the answer is generated")  # fmt: skip
+        raise LimeEdgeError(
+            f"labels {list(example.labels)} do not differ in their first token",
+            "use labels that do, or leave them out and the answer is generated",
+        )
     logits = session.logits(codec.encode(example.prompt), keep=1)[-1]
     return example.labels[int(logits[first].argmax())].strip()
 
@@ -109,8 +110,11 @@ def report(results: list[Result], expert: str, data: str) -> dict[str, str | flo
     """What `lime-edge eval` prints: accuracy and count; with a second result also the agreement."""
     first = results[0]
     facts: dict[str, str | float | int] = {
-        "accuracy": first.accuracy, "count": len(first.answers), "expert": expert, "data": data
-    }  # fmt: skip
+        "accuracy": first.accuracy,
+        "count": len(first.answers),
+        "expert": expert,
+        "data": data,
+    }
     if len(results) > 1:
         other = results[1]
         same = sum(a == b for a, b in zip(first.answers, other.answers, strict=True))

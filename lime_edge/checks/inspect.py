@@ -30,14 +30,21 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """Everything `lime-edge inspect --json` prints."""
     m = bundle.manifest
     return {
-        "path": str(bundle.path), "fingerprint": m.fingerprint, "model": m.model, "adapter": m.adapter,
-        "quantization": m.quantization, "device": m.device, "versions": m.versions,
-        "total_bytes": bundle.total_bytes, "sum_h": m.sites.total, "sites_hash": m.sites.hash,
+        "path": str(bundle.path),
+        "fingerprint": m.fingerprint,
+        "model": m.model,
+        "adapter": m.adapter,
+        "quantization": m.quantization,
+        "device": m.device,
+        "versions": m.versions,
+        "total_bytes": bundle.total_bytes,
+        "sum_h": m.sites.total,
+        "sites_hash": m.sites.hash,
         "sites": [{"name": s.name, "width": s.width, "offset": s.offset} for s in m.sites],
         "experts": [{"name": n, "bytes": m.files[expert_file(n)].size} for n in m.experts],
         "targets": {name: facts | {"bytes": target_bytes(bundle, name)} for name, facts in m.targets.items()},
         "files": {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in m.files.items()},
-    }  # fmt: skip
+    }
 
 
 def target_bytes(bundle: Bundle, target: str) -> int:
@@ -73,12 +80,24 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         facts.append(["operators here", explain_absence() or "yes: the ONNX graph's functions run compiled"])
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
-        [name, size(target_bytes(bundle, name)), ", ".join(f["providers"]), describe_making(f),
-         "yes" if f.get("routed") else "no", f["weight_hash"][:16]]
+        [
+            name,
+            size(target_bytes(bundle, name)),
+            ", ".join(f["providers"]),
+            describe_making(f),
+            "yes" if f.get("routed") else "no",
+            f["weight_hash"][:16],
+        ]
         for name, f in m.targets.items()
     ]
-    columns = {"target": "left", "size": "right", "providers": "left", "made for": "left", "routed": "left",
-               "weight hash": "left"}  # fmt: skip
+    columns = {
+        "target": "left",
+        "size": "right",
+        "providers": "left",
+        "made for": "left",
+        "routed": "left",
+        "weight hash": "left",
+    }
     terminal.print_table("targets", columns, rows)
     rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
     terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)
@@ -88,20 +107,40 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     if sites:
         found = survival["sites"] if survival else {}
         rows = [[s.name, str(s.width), str(s.offset), *_site_survival(found.get(s.name))] for s in m.sites]
-        columns = {"site": "left", "H": "right", "offset": "right", "worst error": "right", "of": "left",
-                   "least kept": "right"}  # fmt: skip
+        columns = {
+            "site": "left",
+            "H": "right",
+            "offset": "right",
+            "worst error": "right",
+            "of": "left",
+            "least kept": "right",
+        }
         terminal.print_table("sites", columns, rows)
 
 
 def print_survival(survival: dict[str, Any]) -> None:
     """How much of the experts' effect the rounded weights hold, per kind of layer (docs/folding.md)."""
-    columns = {"layers": "left", "bits": "left", "sites": "right", "error": "right", "worst": "right", "kept": "right",
-               "least": "right"}  # fmt: skip
+    columns = {
+        "layers": "left",
+        "bits": "left",
+        "sites": "right",
+        "error": "right",
+        "worst": "right",
+        "kept": "right",
+        "least": "right",
+    }
     rows = [
-        [kind, ", ".join(f"int{b}" for b in f["bits"]), str(f["sites"]), f"{f['error']:.2f}", f"{f['worst_error']:.2f}",
-         f"{f['kept']:.1%}", f"{f['worst_kept']:.1%}"]
+        [
+            kind,
+            ", ".join(f"int{b}" for b in f["bits"]),
+            str(f["sites"]),
+            f"{f['error']:.2f}",
+            f"{f['worst_error']:.2f}",
+            f"{f['kept']:.1%}",
+            f"{f['worst_kept']:.1%}",
+        ]
         for kind, f in survival["kinds"].items()
-    ]  # fmt: skip
+    ]
     over = f"inputs of the {survival['inputs']} text" if survival["inputs"] else "all inputs alike"
     terminal.print_table(f"the experts' effect after rounding ({over}; medians over sites and experts)", columns, rows)
 

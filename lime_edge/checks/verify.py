@@ -88,12 +88,22 @@ class Report:
             target: {"compute": name, "provider": self.providers[target]} | asdict(TOLERANCES[name])
             for target, name in self.computes.items()
         }
-        return {"path": self.path, "passed": not self.missed, "files": self.files, "targets": limits,
-                "checks": [asdict(check) for check in self.checks]}  # fmt: skip
+        return {
+            "path": self.path,
+            "passed": not self.missed,
+            "files": self.files,
+            "targets": limits,
+            "checks": [asdict(check) for check in self.checks],
+        }
 
 
-def verify_bundle(path: Path, targets: Sequence[str] = (), selections: Sequence[str] = (),
-                  threads: int | None = None, progress: Progress = lambda *_: None) -> Report:  # fmt: skip
+def verify_bundle(
+    path: Path,
+    targets: Sequence[str] = (),
+    selections: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
+) -> Report:
     """Compare every file's sha256, then every target with the golden outputs that its export stored.
 
     Args:
@@ -105,8 +115,10 @@ def verify_bundle(path: Path, targets: Sequence[str] = (), selections: Sequence[
     bundle = Bundle.open(path, verify=True)
     golden = read_golden(bundle)
     if golden is None:
-        raise LimeEdgeError(f"{path}: holds no golden outputs to compare with",
-                            "export the bundle again: lime-edge export of this version stores them")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: holds no golden outputs to compare with",
+            "export the bundle again: lime-edge export of this version stores them",
+        )
     present = bundle.manifest.targets
     for name in targets:
         check_target(name)
@@ -170,13 +182,22 @@ def find_compute(bundle: Bundle, target: str) -> str:
     default = "float32" if bundle.manifest.quantization["quant"] == "none" else "int8-dynamic"
     compute = bundle.manifest.targets[target].get("compute", default)
     if compute not in TOLERANCES:
-        raise LimeEdgeError(f"{bundle.path}: target {target}: compute: expected {' or '.join(TOLERANCES)}, "
-                            f"found {compute!r}", "upgrade lime-edge on this device")  # fmt: skip
+        raise LimeEdgeError(
+            f"{bundle.path}: target {target}: compute: expected {' or '.join(TOLERANCES)}, found {compute!r}",
+            "upgrade lime-edge on this device",
+        )
     return compute
 
 
-def verify_target(bundle: Bundle, golden: Golden, target: str, wanted: Sequence[str], threads: int | None,
-                  insist: bool, progress: Progress) -> tuple[str, list[Check]]:  # fmt: skip
+def verify_target(
+    bundle: Bundle,
+    golden: Golden,
+    target: str,
+    wanted: Sequence[str],
+    threads: int | None,
+    insist: bool,
+    progress: Progress,
+) -> tuple[str, list[Check]]:
     """Every selection on one target; insist: a missing engine is an error, not a target left unchecked.
 
     Returns:
@@ -285,13 +306,15 @@ def judge(golden: Golden, target: str, label: str, found: dict[str, np.ndarray],
             if (~same & (expected.margin > tolerance.decisive * output.scale)).any():
                 faults.append("another choice where PyTorch was sure")
         shared = 1 if golden.steps else len(output.rows)  # after its first token every selection reads another text
-        other = find_likeness(mine.values[:, :shared], output.expected.values[:, :, :shared], index,
-                              tolerance.mean * output.scale)  # fmt: skip
+        other = find_likeness(
+            mine.values[:, :shared], output.expected.values[:, :, :shared], index, tolerance.mean * output.scale
+        )
         if other is not None:
             faults.append(f"answers like {golden.selections[other]}")
         elif not faults and may_lean(compute, label, output.columns.size):  # gross damage leans anywhere
-            leaning = find_lean(mine.values[:, :shared], output.expected.values[:, :, :shared], index,
-                                tolerance.mean * output.scale)  # fmt: skip
+            leaning = find_lean(
+                mine.values[:, :shared], output.expected.values[:, :, :shared], index, tolerance.mean * output.scale
+            )
             if leaning is not None:
                 faults.append(f"leans towards {golden.selections[leaning]}")
     faults, error = list(dict.fromkeys(faults)), float(np.max(means))
@@ -350,21 +373,38 @@ def find_lean(found: np.ndarray, expected: np.ndarray, index: int, limit: float)
 
 def show_report(report: Report) -> None:
     """Print the table of `lime-edge verify`."""
-    columns = {"target": "left", "selection": "left", "error": "right", "worst": "right", "decisions": "right",
-               "result": "left"}  # fmt: skip
+    columns = {
+        "target": "left",
+        "selection": "left",
+        "error": "right",
+        "worst": "right",
+        "decisions": "right",
+        "result": "left",
+    }
     rows = [
-        [c.target, c.selection, _number(c.error), _number(c.worst),
-         f"{c.agreed} of {c.decisions}" if c.decisions else "", f"{c.result}: {c.why}" if c.why else c.result]
+        [
+            c.target,
+            c.selection,
+            _number(c.error),
+            _number(c.worst),
+            f"{c.agreed} of {c.decisions}" if c.decisions else "",
+            f"{c.result}: {c.why}" if c.why else c.result,
+        ]
         for c in report.checks
-    ]  # fmt: skip
-    terminal.print_table(f"{report.path}: {report.files} files as they were written; errors in standard deviations "
-                         "of the output", columns, rows)  # fmt: skip
+    ]
+    terminal.print_table(
+        f"{report.path}: {report.files} files as they were written; errors in standard deviations of the output",
+        columns,
+        rows,
+    )
     for target, compute in report.computes.items():
         limit = TOLERANCES[compute]
         own = [check for check in report.checks if check.target == target]
         engine = f" on {report.providers[target]}" if report.providers[target] else ""
-        terminal.out.print(f"{target}{engine}: {count_results(own)} ({compute}: error at most {limit.mean:g}, worst "
-                           f"{limit.worst:g})", soft_wrap=True)  # fmt: skip
+        terminal.out.print(
+            f"{target}{engine}: {count_results(own)} ({compute}: error at most {limit.mean:g}, worst {limit.worst:g})",
+            soft_wrap=True,
+        )
 
 
 def count_results(checks: Sequence[Check]) -> str:
@@ -385,9 +425,11 @@ def refuse_misses(report: Report) -> None:
     """
     if report.missed:
         lines = "\n".join(f"  - {check.target}, {check.selection}: {check.why}" for check in report.missed)
-        raise LimeEdgeError(f"{report.path}: {len(report.missed)} of {len(report.checks)} checks missed\n{lines}",
-                            "the artifact does not compute here what it should: try --target with another one, or "
-                            "export it again", EXIT_MISMATCH)  # fmt: skip
+        raise LimeEdgeError(
+            f"{report.path}: {len(report.missed)} of {len(report.checks)} checks missed\n{lines}",
+            "the artifact does not compute here what it should: try --target with another one, or export it again",
+            EXIT_MISMATCH,
+        )
 
 
 def _number(value: float | None) -> str:

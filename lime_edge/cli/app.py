@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from lime_edge.session.decoder import Session
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""LiME models on devices: one quantized backbone, many experts, switched without reloading.
 
     Exit codes: 0 done, 2 bad command line or bad input, 3 a check missed, 4 a package, engine or
     device is missing, 5 nothing could be written, 1 a bug.""",
-)  # fmt: skip
+)
 app.add_typer(experts_app, name="experts")
 cli_export.register(app)
 cli_bench.register(app)
@@ -38,6 +41,7 @@ cli_import.register(app)
 cli_verify.register(app)
 cli_interchange.register(experts_app)
 cli_profile.register(experts_app)
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -129,9 +133,7 @@ def evaluate(
     target: Target = None,
     threads: Threads = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Another bundle: report how often both answer the same.")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another bundle: report how often both answer the same.")] = None,
     answers: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:

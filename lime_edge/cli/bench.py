@@ -79,8 +79,17 @@ def bench(
         terminal.err.print(f"wrote {terminal.escape(str(report))}/index.html")
 
 
-def _measure(bundle: Path, expert: str | None, targets: list[str] | None, threads: int | None, lengths: tuple[int, ...],
-             gen_tokens: int, repeat: int, depth: int | None, baseline: Path | None) -> dict[str, Any]:  # fmt: skip
+def _measure(
+    bundle: Path,
+    expert: str | None,
+    targets: list[str] | None,
+    threads: int | None,
+    lengths: tuple[int, ...],
+    gen_tokens: int,
+    repeat: int,
+    depth: int | None,
+    baseline: Path | None,
+) -> dict[str, Any]:
     from lime_edge.bench.measure import FIRST, BenchOptions, bench_bundle
     from lime_edge.bundle.experts import parse_selection
 

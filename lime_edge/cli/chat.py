@@ -23,9 +23,7 @@ COMMANDS = {
 }
 
 
-def answer_once(
-    session: Session, prompt: str, options: GenerationOptions, system: str | None, raw: bool
-) -> None:
+def answer_once(session: Session, prompt: str, options: GenerationOptions, system: str | None, raw: bool) -> None:
     """Print the answer to one prompt as it comes."""
     text = prompt if raw else session.codec.render_chat(_messages(system, [("user", prompt)]))
     for piece in session.generate(text, options):

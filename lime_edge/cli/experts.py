@@ -41,16 +41,19 @@ def list_experts(
     if as_json:
         terminal.print_json(rows)
         return
-    cells = [[str(r["name"]), terminal.show_size(float(str(r["bytes"]))), str(r["dtype"]), f"{r['residual_rms']:.4f}"]
-             for r in rows]  # fmt: skip
+    cells = [
+        [str(r["name"]), terminal.show_size(float(str(r["bytes"]))), str(r["dtype"]), f"{r['residual_rms']:.4f}"]
+        for r in rows
+    ]
     columns = {"expert": "left", "size": "right", "dtype": "left", "rms of d = p - p_ref": "right"}
     terminal.print_table(f"{len(rows)} experts in {bundle}", columns, cells)
 
 
 @experts_app.command(
-    "add", epilog="\n[bold]Examples[/bold]\n\n lime-edge experts add my.lime new-skill.safetensors\n\n"
-    " lime-edge experts add my.lime examples/demo_adapter/new_expert"
-)  # fmt: skip
+    "add",
+    epilog="\n[bold]Examples[/bold]\n\n lime-edge experts add my.lime new-skill.safetensors\n\n"
+    " lime-edge experts add my.lime examples/demo_adapter/new_expert",
+)
 def add(
     bundle: BundlePath,
     file: Annotated[

@@ -122,18 +122,22 @@ def refuse_idle_options(targets: list[str], static: TargetOptions) -> None:
     Raises:
         LimeEdgeError: naming the target to add.
     """
-    for target, told, default in (("executorch", static.executorch, ExecutorchOptions()),
-                                  ("coreml", static.coreml, CoremlOptions())):  # fmt: skip
+    for target, told, default in (
+        ("executorch", static.executorch, ExecutorchOptions()),
+        ("coreml", static.coreml, CoremlOptions()),
+    ):
         own = [field.name for field in fields(told) if field.name != "max_length"]
         changed = [name for name in own if getattr(told, name) != getattr(default, name)]
         if changed and target not in targets:
             flag = FLAGS.get(changed[0], changed[0]).replace("_", "-")
-            raise LimeEdgeError(f"--{flag}: only --target {target} reads it, found --target {', '.join(targets)}",
-                                f"add --target {target}, or leave the option out")  # fmt: skip
+            raise LimeEdgeError(
+                f"--{flag}: only --target {target} reads it, found --target {', '.join(targets)}",
+                f"add --target {target}, or leave the option out",
+            )
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """"32,128" to (32, 128).
+    """ "32,128" to (32, 128).
 
     Raises:
         LimeEdgeError: not positive integers.
@@ -164,9 +168,11 @@ def warn_of_overflow(path: Path) -> None:
     for target, facts in Bundle.open(path).manifest.targets.items():
         peak = facts.get("peak")
         if peak and not peak["value"] < peak["limit"] / 2:
-            text = (f"[bold yellow]warning:[/bold yellow] {target}: {terminal.escape(peak['site'])} reaches "
-                    f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
-                    "or take a target that computes in float32 (--target onnx)")  # fmt: skip
+            text = (
+                f"[bold yellow]warning:[/bold yellow] {target}: {terminal.escape(peak['site'])} reaches "
+                f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
+                "or take a target that computes in float32 (--target onnx)"
+            )
             terminal.err.print(text, soft_wrap=True)
 
 
@@ -181,6 +187,9 @@ def report_delegation(path: Path, as_json: bool) -> None:
             terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
         if count["fallen"]:
             fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
-            terminal.err.print(f"[bold yellow]warning:[/bold yellow] executorch {name}: not taken by "
-                               f"{facts['providers'][0]}: {terminal.escape(fallen)}\n  hint: these run on the slow "
-                               "portable kernels; please report the model", soft_wrap=True)  # fmt: skip
+            terminal.err.print(
+                f"[bold yellow]warning:[/bold yellow] executorch {name}: not taken by "
+                f"{facts['providers'][0]}: {terminal.escape(fallen)}\n  hint: these run on the slow "
+                "portable kernels; please report the model",
+                soft_wrap=True,
+            )

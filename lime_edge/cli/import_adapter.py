@@ -67,9 +67,13 @@ def import_checkpoint(
 
         raise need(error.name or "torch", "export") from None
     options = importing.ImportOptions(
-        hyper=given, hyper_file=hyper, names=tuple(names.split(",")) if names else (), model=model,
-        experts=tuple(experts or ()), force=force,
-    )  # fmt: skip
+        hyper=given,
+        hyper_file=hyper,
+        names=tuple(names.split(",")) if names else (),
+        model=model,
+        experts=tuple(experts or ()),
+        force=force,
+    )
     report = importing.import_checkpoint(checkpoint, output, options)
     if as_json:
         terminal.print_json(report)

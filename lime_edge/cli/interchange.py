@@ -31,9 +31,7 @@ def export(
     name: Annotated[str, typer.Argument(help="An expert, or a blend NAME=WEIGHT,NAME=WEIGHT.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory (peft) or file (gguf) to write.")],
     form: Annotated[str, typer.Option("--format", help="peft or gguf.")] = "peft",
-    model: Annotated[
-        Path | None, typer.Option(help="The base model: checked with peft, needed with gguf.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The base model: checked with peft, needed with gguf.")] = None,
     force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -53,9 +51,14 @@ def export(
     files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     report = {
-        "expert": lora.name, "format": form, "output": str(output), "sites": len(lora.sites), "rank": lora.rank,
-        "alpha": lora.alpha, "bytes": size,
-    }  # fmt: skip
+        "expert": lora.name,
+        "format": form,
+        "output": str(output),
+        "sites": len(lora.sites),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "bytes": size,
+    }
     if as_json:
         terminal.print_json(report)
     else:

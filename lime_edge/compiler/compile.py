@@ -41,20 +41,30 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.quant not in QUANTS:
-            raise LimeEdgeError(f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}",
-                                "int4 is the smallest, int8 more exact, none keeps float32")  # fmt: skip
+            raise LimeEdgeError(
+                f"--quant: expected {', '.join(QUANTS)}, found {self.quant!r}",
+                "int4 is the smallest, int8 more exact, none keeps float32",
+            )
         if self.rounding not in ROUNDINGS:
-            raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {self.rounding!r}",
-                                "gptq (calibrated) is the most exact for int4")  # fmt: skip
+            raise LimeEdgeError(
+                f"--rounding: expected {', '.join(ROUNDINGS)}, found {self.rounding!r}",
+                "gptq (calibrated) is the most exact for int4",
+            )
         if unknown := [kind for kind in self.int8_kinds if kind not in KINDS]:
-            raise LimeEdgeError(f"--keep-int8: expected none or some of {', '.join(KINDS)}, found {', '.join(unknown)}",
-                                "for example --keep-int8 head,qkv,down; none makes the smallest bundle")  # fmt: skip
+            raise LimeEdgeError(
+                f"--keep-int8: expected none or some of {', '.join(KINDS)}, found {', '.join(unknown)}",
+                "for example --keep-int8 head,qkv,down; none makes the smallest bundle",
+            )
         if not 16 <= self.group <= 256 or self.group & (self.group - 1):
-            raise LimeEdgeError(f"--group-size: expected a power of two from 16 to 256, found {self.group}",
-                                "32 suits every target; larger groups are smaller and less exact")  # fmt: skip
+            raise LimeEdgeError(
+                f"--group-size: expected a power of two from 16 to 256, found {self.group}",
+                "32 suits every target; larger groups are smaller and less exact",
+            )
         if self.single and self.fold in ("shared", "none"):
-            raise LimeEdgeError("--single needs --fold NAME: one expert is folded and no other can be used",
-                                "for example --fold movie --single; without --single all experts stay")  # fmt: skip
+            raise LimeEdgeError(
+                "--single needs --fold NAME: one expert is folded and no other can be used",
+                "for example --fold movie --single; without --single all experts stay",
+            )
 
 
 def compile_checkpoint(
@@ -91,11 +101,16 @@ def choose_rounding(options: CompileOptions, calibration: Calibration | None) ->
 def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: Progress) -> CompiledModel:
     """The folded model with all its experts and branches, weights still float32."""
     adapter, backbone = checkpoint.adapter, checkpoint.backbone
-    if EMBEDDING in adapter.sites and adapter.pad_token_id is not None and (
-        adapter.variant == "slicefine" or adapter.routing != "pinned"
+    if (
+        EMBEDDING in adapter.sites
+        and adapter.pad_token_id is not None
+        and (adapter.variant == "slicefine" or adapter.routing != "pinned")
     ):
-        raise LimeEdgeError(f"{adapter.path}: an embedding site that leaves pad_token_id alone cannot be exported "
-                            "with SliceFine or with routing", "remove pad_token_id from the adapter")  # fmt: skip
+        raise LimeEdgeError(
+            f"{adapter.path}: an embedding site that leaves pad_token_id alone cannot be exported "
+            "with SliceFine or with routing",
+            "remove pad_token_id from the adapter",
+        )
     stored = torch.float32 if options.quant == "none" else torch.float16
     experts = stored_experts(checkpoint, stored)
     reference = fold_reference(adapter.variant, reference_vector(options.fold, experts))
@@ -109,11 +124,22 @@ def fold_checkpoint(checkpoint: Checkpoint, options: CompileOptions, progress: P
         if options.single:
             scale_rows(weights, branches, checkpoint.sites, experts[options.fold].float())
     return CompiledModel(
-        decoder=backbone.decoder, weights=dict(weights), vectors=vectors, branches=branches,
-        sites=checkpoint.sites, reference=reference, experts=experts, fingerprint=checkpoint.fingerprint,
-        fold=fold, single=None, quant=options.quant, group=options.group, variant=adapter.variant,
-        routing=None if adapter.routing == "pinned" else adapter.routing_config, virtual=virtual,
-    )  # fmt: skip
+        decoder=backbone.decoder,
+        weights=dict(weights),
+        vectors=vectors,
+        branches=branches,
+        sites=checkpoint.sites,
+        reference=reference,
+        experts=experts,
+        fingerprint=checkpoint.fingerprint,
+        fold=fold,
+        single=None,
+        quant=options.quant,
+        group=options.group,
+        variant=adapter.variant,
+        routing=None if adapter.routing == "pinned" else adapter.routing_config,
+        virtual=virtual,
+    )
 
 
 def fold_prompt(checkpoint: Checkpoint, reference: torch.Tensor) -> VirtualTokens:
@@ -124,8 +150,9 @@ def fold_prompt(checkpoint: Checkpoint, reference: torch.Tensor) -> VirtualToken
     return VirtualTokens(base, site.prompt_delta, site.prompt_base, checkpoint.adapter.conditioning, site.input_proj)
 
 
-def scale_rows(weights: dict[str, torch.Tensor], branches: dict[str, Branch], sites: SiteTable,
-               vector: torch.Tensor) -> None:  # fmt: skip
+def scale_rows(
+    weights: dict[str, torch.Tensor], branches: dict[str, Branch], sites: SiteTable, vector: torch.Tensor
+) -> None:
     """Multiply SliceFine's rows by one expert, in place: that expert needs no multiplication at run time."""
     for site in sites:
         rows, key = branches[site.name].rows, f"{site.name}.weight"
@@ -146,8 +173,10 @@ def stored_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torc
     per_site = [adapter.sites[site.name].vectors() for site in checkpoint.sites]
     flat = torch.cat(per_site, dim=1).to(dtype)
     if not torch.isfinite(flat).all():
-        raise LimeEdgeError(f"{adapter.path}: an expert holds values beyond float16's range (65504)",
-                            "export with --quant none, which stores experts in float32")  # fmt: skip
+        raise LimeEdgeError(
+            f"{adapter.path}: an expert holds values beyond float16's range (65504)",
+            "export with --quant none, which stores experts in float32",
+        )
     return {name: flat[index].clone() for index, name in enumerate(adapter.expert_names)}
 
 
@@ -173,8 +202,10 @@ def check_fold(fold: str, names: Sequence[str]) -> None:
         LimeEdgeError: neither a policy nor one of the experts.
     """
     if fold not in ("shared", "none", *names):
-        raise LimeEdgeError(f"--fold: expected shared, none or an expert's name, found {fold!r}",
-                            f"experts of this adapter: {', '.join(names)}")  # fmt: skip
+        raise LimeEdgeError(
+            f"--fold: expected shared, none or an expert's name, found {fold!r}",
+            f"experts of this adapter: {', '.join(names)}",
+        )
 
 
 def reference_vector(fold: str, experts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -188,9 +219,9 @@ def reference_vector(fold: str, experts: dict[str, torch.Tensor]) -> torch.Tenso
     return experts[fold].float()
 
 
-def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -> tuple[
-    dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Branch]
-]:  # fmt: skip
+def _fold(
+    checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Branch]]:
     adapter = checkpoint.adapter
     weights: dict[str, torch.Tensor] = {}
     vectors: dict[str, torch.Tensor] = {}
@@ -206,9 +237,7 @@ def _fold(checkpoint: Checkpoint, reference: torch.Tensor, progress: Progress) -
         if part.embedding:
             if checkpoint.backbone.decoder.tied:  # the head keeps the old table
                 weights["lm_head.weight"] = weights[key]
-            table = fold_embedding(
-                adapter.variant, part.join(weights[key]), p_ref, adapter.scale, adapter.pad_token_id
-            )
+            table = fold_embedding(adapter.variant, part.join(weights[key]), p_ref, adapter.scale, adapter.pad_token_id)
             weights[key] = table.table
             branches[site.name] = Branch(table.branch_table, table.branch_b, table.modulated_columns)
             continue

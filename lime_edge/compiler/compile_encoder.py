@@ -147,9 +147,12 @@ class CompiledEncoder:
 
 
 @torch.no_grad()
-def compile_encoder(checkpoint: EncoderCheckpoint, options: CompileOptions,
-                    calibration: EncoderCalibration | None = None,
-                    progress: Progress = lambda *_: None) -> CompiledEncoder:  # fmt: skip
+def compile_encoder(
+    checkpoint: EncoderCheckpoint,
+    options: CompileOptions,
+    calibration: EncoderCalibration | None = None,
+    progress: Progress = lambda *_: None,
+) -> CompiledEncoder:
     """Fold every site and quantize every matrix that the model multiplies by or looks up in.
 
     Args:
@@ -300,9 +303,14 @@ def choose_bits(layers: Mapping[str, Layer], options: CompileOptions) -> dict[st
     return bits
 
 
-def _quantize_layers(checkpoint: EncoderCheckpoint, module: EncoderModule, residuals: Mapping[str, Tensor],
-                     options: CompileOptions, calibration: EncoderCalibration | None,
-                     progress: Progress) -> dict[str, Stored]:  # fmt: skip
+def _quantize_layers(
+    checkpoint: EncoderCheckpoint,
+    module: EncoderModule,
+    residuals: Mapping[str, Tensor],
+    options: CompileOptions,
+    calibration: EncoderCalibration | None,
+    progress: Progress,
+) -> dict[str, Stored]:
     """Put codes into every product and table of the float module; returns what they hold, by layer name."""
     layers, compiled = checkpoint.backbone.layers, module.layers
     bits = choose_bits(layers, options)
@@ -328,8 +336,13 @@ def _quantize_layers(checkpoint: EncoderCheckpoint, module: EncoderModule, resid
     return weights
 
 
-def collect_encoder_grams(module: EncoderModule, wanted: Mapping[int, str], residuals: Mapping[str, Tensor],
-                          calibration: EncoderCalibration, progress: Progress) -> dict[int, Tensor]:  # fmt: skip
+def collect_encoder_grams(
+    module: EncoderModule,
+    wanted: Mapping[int, str],
+    residuals: Mapping[str, Tensor],
+    calibration: EncoderCalibration,
+    progress: Progress,
+) -> dict[int, Tensor]:
     """Run the float model over the samples, experts active; sum x x^T of the inputs wanted.
 
     Args:

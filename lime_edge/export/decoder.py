@@ -43,9 +43,13 @@ from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporters
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-    "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime")
 Progress = Callable[[str, int, int], None]
 
@@ -65,8 +69,15 @@ class ExportOptions:
     target_options: TargetOptions = field(default_factory=TargetOptions)
 
 
-def export_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOptions, device: Device,
-                  options: ExportOptions, progress: Progress = lambda *_: None) -> Manifest:  # fmt: skip
+def export_bundle(
+    model: Path,
+    adapter: Path,
+    output: Path,
+    compiling: CompileOptions,
+    device: Device,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
     """Compile a checkpoint and write its bundle, or write nothing.
 
     Args:
@@ -99,8 +110,14 @@ def check_fold_early(adapter: Path, fold: str) -> None:
     check_fold(fold, names)
 
 
-def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, device: Device,
-                options: ExportOptions, progress: Progress = lambda *_: None) -> Manifest:  # fmt: skip
+def fill_bundle(
+    checkpoint: Checkpoint,
+    stage: Path,
+    compiling: CompileOptions,
+    device: Device,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
     """Compile a checkpoint that is already read and complete its staged bundle.
 
     Args:
@@ -117,8 +134,11 @@ def fill_bundle(checkpoint: Checkpoint, stage: Path, compiling: CompileOptions, 
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     write_golden(stage, ask_decoder(compiled, find_encoder(stage / "tokenizer"), progress))
     progress("hash", 0, 1)
-    rounding = {"rounding": choose_rounding(compiling, calibration),
-                "calibration": calibration.source if calibration else None, "survival": survival}  # fmt: skip
+    rounding = {
+        "rounding": choose_rounding(compiling, calibration),
+        "calibration": calibration.source if calibration else None,
+        "survival": survival,
+    }
     manifest = describe(checkpoint, compiled, targets, device.name, rounding)
     manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
     progress("hash", 1, 1)
@@ -130,8 +150,9 @@ def find_encoder(tokenizer: Path) -> Callable[[str], list[int]] | None:
     return partial(TextCodec(tokenizer).encode, add_special_tokens=True) if tokenizer.is_dir() else None
 
 
-def complete_bundle(stage: Path, manifest: Manifest, experts: Mapping[str, torch.Tensor],
-                    reference: torch.Tensor) -> Manifest:  # fmt: skip
+def complete_bundle(
+    stage: Path, manifest: Manifest, experts: Mapping[str, torch.Tensor], reference: torch.Tensor
+) -> Manifest:
     """Write a staged bundle's experts, reference vector and lime.json.
 
     Args:
@@ -142,8 +163,9 @@ def complete_bundle(stage: Path, manifest: Manifest, experts: Mapping[str, torch
     return write_bundle(stage, manifest, files, reference.numpy())
 
 
-def find_calibration(checkpoint: Checkpoint, compiling: CompileOptions, options: ExportOptions,
-                     tokenizer: Path) -> Calibration | None:  # fmt: skip
+def find_calibration(
+    checkpoint: Checkpoint, compiling: CompileOptions, options: ExportOptions, tokenizer: Path
+) -> Calibration | None:
     """The sequences that gptq looks at: the user's file, else the built-in text; None where not needed.
 
     Raises:
@@ -168,9 +190,14 @@ def write_calibration(tokenizer: Path) -> Calibration:
     return built_in_calibration(codec.encode, render_exchange(template), words)
 
 
-def check_survival(checkpoint: Checkpoint, compiled: CompiledModel, compiling: CompileOptions,
-                   calibration: Calibration | None, tokenizer: Path,
-                   progress: Progress) -> dict[str, Any] | None:  # fmt: skip
+def check_survival(
+    checkpoint: Checkpoint,
+    compiled: CompiledModel,
+    compiling: CompileOptions,
+    calibration: Calibration | None,
+    tokenizer: Path,
+    progress: Progress,
+) -> dict[str, Any] | None:
     """How much of the experts' effect the rounded weights still hold, for the manifest; None in float32."""
     wanted = list_groups(compiled)
     if compiled.quant == "none" or not wanted:
@@ -186,39 +213,64 @@ def check_survival(checkpoint: Checkpoint, compiled: CompiledModel, compiling: C
     return summarize(sites, shown.source if shown else None) if sites else None
 
 
-def describe(checkpoint: Checkpoint, compiled: CompiledModel, targets: dict[str, dict[str, Any]],
-             device: str, rounding: dict[str, Any]) -> Manifest:  # fmt: skip
+def describe(
+    checkpoint: Checkpoint,
+    compiled: CompiledModel,
+    targets: dict[str, dict[str, Any]],
+    device: str,
+    rounding: dict[str, Any],
+) -> Manifest:
     """The manifest of a compiled model, experts and files still missing."""
     decoder, adapter = compiled.decoder, checkpoint.adapter
     quantized = [t for t in compiled.weights.values() if isinstance(t, QuantizedTensor)]
     fallbacks = [
-        name for name, t in compiled.weights.items()
+        name
+        for name, t in compiled.weights.items()
         if isinstance(t, QuantizedTensor) and compiled.quant == "int4" and t.codes.shape[1] % compiled.group
-    ]  # fmt: skip
+    ]
     first = next(iter(compiled.experts.values()))
     return Manifest(
         fingerprint=compiled.fingerprint,
         model={
-            "name": checkpoint.backbone.name, "family": decoder.family, "context": decoder.context,
-            "vocab": decoder.vocab, "hidden": decoder.hidden, "layers": len(decoder.layers),
-            "heads": decoder.heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim,
+            "name": checkpoint.backbone.name,
+            "family": decoder.family,
+            "context": decoder.context,
+            "vocab": decoder.vocab,
+            "hidden": decoder.hidden,
+            "layers": len(decoder.layers),
+            "heads": decoder.heads,
+            "kv_heads": decoder.kv_heads,
+            "head_dim": decoder.head_dim,
             "eos": list(checkpoint.backbone.eos),
         },
         adapter={
-            "variant": adapter.variant, "rank": adapter.rank, "alpha": adapter.alpha, "fold": compiled.fold,
-            "single": compiled.single, "expert_dtype": str(np.dtype(first.numpy().dtype)),
-            "base": adapter.base_name, "sha256": hash_file(Path(adapter.path) / WEIGHTS).sha256,
+            "variant": adapter.variant,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "fold": compiled.fold,
+            "single": compiled.single,
+            "expert_dtype": str(np.dtype(first.numpy().dtype)),
+            "base": adapter.base_name,
+            "sha256": hash_file(Path(adapter.path) / WEIGHTS).sha256,
             "shared_vector": any(site.shared is not None for site in adapter.sites.values()),
         },
         quantization={
-            "quant": compiled.quant, "group": compiled.group, "scheme": "symmetric", **rounding,
+            "quant": compiled.quant,
+            "group": compiled.group,
+            "scheme": "symmetric",
+            **rounding,
             "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized) for bits in (4, 8)},
-            "weight_bytes": sum(t.nbytes() for t in quantized), "fallback_int8": fallbacks,
+            "weight_bytes": sum(t.nbytes() for t in quantized),
+            "fallback_int8": fallbacks,
             "weight_hash": compiled.weight_hash(),
         },
-        sites=compiled.sites, experts=(), targets=targets, files={}, device=device,
+        sites=compiled.sites,
+        experts=(),
+        targets=targets,
+        files={},
+        device=device,
         versions={"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in VERSIONED},
-    )  # fmt: skip
+    )
 
 
 def copy_tokenizer(model: Path, directory: Path) -> None:

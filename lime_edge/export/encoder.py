@@ -44,8 +44,15 @@ __all__ = ["export_encoder_bundle", "is_encoder"]
 PREPROCESSOR = "preprocessor_config.json"
 
 
-def export_encoder_bundle(model: Path, adapter: Path, output: Path, compiling: CompileOptions, device: Device,
-                          options: ExportOptions, progress: Progress = lambda *_: None) -> Manifest:  # fmt: skip
+def export_encoder_bundle(
+    model: Path,
+    adapter: Path,
+    output: Path,
+    compiling: CompileOptions,
+    device: Device,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
     """Compile an encoder checkpoint and write its bundle, or write nothing.
 
     Args:
@@ -88,8 +95,9 @@ def _copy_beside(backbone: EncoderBackbone, model: Path, stage: Path, options: E
         shutil.copyfile(model / PREPROCESSOR, stage / "preprocessor" / PREPROCESSOR)
 
 
-def _find_calibration(checkpoint: EncoderCheckpoint, compiling: CompileOptions, options: ExportOptions,
-                      tokenizer: Path) -> EncoderCalibration | None:  # fmt: skip
+def _find_calibration(
+    checkpoint: EncoderCheckpoint, compiling: CompileOptions, options: ExportOptions, tokenizer: Path
+) -> EncoderCalibration | None:
     """Text for gptq, special tokens added; None where gptq is not asked for or there is no text to show.
 
     Raises:
@@ -133,40 +141,62 @@ def _find_context(backbone: EncoderBackbone) -> int:
     return context
 
 
-def _describe(compiled: CompiledEncoder, targets: dict[str, dict[str, Any]], device: str,
-              calibration: str | None) -> Manifest:  # fmt: skip
+def _describe(
+    compiled: CompiledEncoder, targets: dict[str, dict[str, Any]], device: str, calibration: str | None
+) -> Manifest:
     """The manifest of a compiled encoder, experts and files still missing."""
     backbone, adapter, options = compiled.checkpoint.backbone, compiled.checkpoint.adapter, compiled.options
     config = backbone.config
     quantized = [t for t in compiled.weights.values() if isinstance(t, QuantizedTensor)]
     fallbacks = [
-        f"{name}.weight" for name, t in compiled.weights.items()
+        f"{name}.weight"
+        for name, t in compiled.weights.items()
         if isinstance(t, QuantizedTensor) and options.quant == "int4" and t.codes.shape[1] % options.group
-    ]  # fmt: skip
+    ]
     versions = {package: importlib.metadata.version(package) for package in (*VERSIONED, "optimum")}
     labels = config.id2label if backbone.task.endswith("classification") else {}
     first = next(iter(compiled.experts.values()))
     return Manifest(
         fingerprint=compiled.fingerprint,
         model={
-            "name": backbone.name, "kind": KIND, "task": backbone.task, "family": config.model_type,
-            "architecture": type(backbone.model).__name__, "context": _find_context(backbone),
-            "vocab": getattr(config, "vocab_size", 0), "hidden": config.hidden_size,
-            "layers": config.num_hidden_layers, "labels": [labels[index] for index in sorted(labels)],
-            "inputs": [entry.name for entry in backbone.inputs], "outputs": list(compiled.module.outputs),
+            "name": backbone.name,
+            "kind": KIND,
+            "task": backbone.task,
+            "family": config.model_type,
+            "architecture": type(backbone.model).__name__,
+            "context": _find_context(backbone),
+            "vocab": getattr(config, "vocab_size", 0),
+            "hidden": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "labels": [labels[index] for index in sorted(labels)],
+            "inputs": [entry.name for entry in backbone.inputs],
+            "outputs": list(compiled.module.outputs),
         },
         adapter={
-            "variant": adapter.variant, "rank": adapter.rank, "alpha": adapter.alpha, "fold": options.fold,
-            "single": compiled.single, "expert_dtype": str(np.dtype(first.numpy().dtype)), "base": adapter.base_name,
+            "variant": adapter.variant,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "fold": options.fold,
+            "single": compiled.single,
+            "expert_dtype": str(np.dtype(first.numpy().dtype)),
+            "base": adapter.base_name,
             "routing": adapter.routing,
         },
         quantization={
-            "quant": options.quant, "group": options.group, "scheme": "symmetric", "rounding": compiled.rounding,
+            "quant": options.quant,
+            "group": options.group,
+            "scheme": "symmetric",
+            "rounding": compiled.rounding,
             "calibration": calibration,
             "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized) for bits in (4, 8)},
-            "weight_bytes": sum(t.nbytes() for t in quantized), "fallback_int8": fallbacks,
+            "weight_bytes": sum(t.nbytes() for t in quantized),
+            "fallback_int8": fallbacks,
             "weight_hash": compiled.weight_hash(),
         },
-        sites=compiled.sites, experts=(), targets=targets, files={}, device=device,
+        sites=compiled.sites,
+        experts=(),
+        targets=targets,
+        files={},
+        device=device,
         versions={"lime_edge": __version__} | versions,
-    )  # fmt: skip
+    )

@@ -23,8 +23,9 @@ from lime_edge.targets.registry import open_session
 Progress = Callable[[str, int, int], None]
 
 
-def add_profile(bundle: Path, model: Path, adapter: Path, examples: list[Example], name: str, force: bool,
-                progress: Progress) -> float:  # fmt: skip
+def add_profile(
+    bundle: Path, model: Path, adapter: Path, examples: list[Example], name: str, force: bool, progress: Progress
+) -> float:
     """Average the routing over the examples (prompt and answer) and write the mixture into the bundle.
 
     Returns:
@@ -35,8 +36,9 @@ def add_profile(bundle: Path, model: Path, adapter: Path, examples: list[Example
     opened = Bundle.open(bundle)
     checkpoint = read_checkpoint(model, adapter)
     if (checkpoint.fingerprint, checkpoint.sites.hash) != (opened.manifest.fingerprint, opened.manifest.sites.hash):
-        raise LimeEdgeError(f"{bundle} was not exported from {model} with {adapter}",
-                            "name the model and the adapter of the export")  # fmt: skip
+        raise LimeEdgeError(
+            f"{bundle} was not exported from {model} with {adapter}", "name the model and the adapter of the export"
+        )
     compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
     codec = TextCodec(bundle / "tokenizer")
     sequences = [(codec.encode(e.prompt), codec.encode(e.answer)) for e in examples]

@@ -15,8 +15,10 @@ from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.session.switching import ROUTED, ExpertSwitch, SwitchableEngine
 
-ROOM = ("shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
-        "coreml), export with a larger --max-seq-len")  # fmt: skip
+ROOM = (
+    "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
+    "coreml), export with a larger --max-seq-len"
+)
 STOP, LENGTH, FULL = "stop", "length", "cache"  # why a generation ended
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
@@ -131,13 +133,14 @@ class Session(ExpertSwitch):
         room = self._engine.capacity - self._engine.length
         if len(ids) > room:
             total = len(ids) + self._engine.length
-            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed",
-                                ROOM)  # fmt: skip
+            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed", ROOM)
         chunk = CHUNK
         if self._selection == ROUTED:
             if self._engine.length and array.size > 1:
-                raise LimeEdgeError(f"routed: {array.size} tokens after a cache of {self._engine.length}",
-                                    "a routed prompt is run in one call, then token by token")  # fmt: skip
+                raise LimeEdgeError(
+                    f"routed: {array.size} tokens after a cache of {self._engine.length}",
+                    "a routed prompt is run in one call, then token by token",
+                )
             chunk = array.size
         first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
         parts = []
@@ -155,12 +158,15 @@ class Session(ExpertSwitch):
         vocab = self.bundle.manifest.model["vocab"]
         array = np.asarray(ids)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-            raise LimeEdgeError("token ids: expected a non-empty list of integers, found "
-                                f"shape {array.shape} {array.dtype}",
-                                "give at least one token id, in a flat list")  # fmt: skip
+            raise LimeEdgeError(
+                f"token ids: expected a non-empty list of integers, found shape {array.shape} {array.dtype}",
+                "give at least one token id, in a flat list",
+            )
         if array.min() < 0 or array.max() >= vocab:
-            raise LimeEdgeError(f"token ids: expected 0..{vocab - 1}, found {array.min()}..{array.max()}",
-                                "they come from another tokenizer?")  # fmt: skip
+            raise LimeEdgeError(
+                f"token ids: expected 0..{vocab - 1}, found {array.min()}..{array.max()}",
+                "they come from another tokenizer?",
+            )
         return array.astype(np.int64, copy=False)
 
     def _note(self, tokens: int) -> None:
@@ -189,8 +195,13 @@ class Session(ExpertSwitch):
         """
         return self._feed(input_ids, keep)
 
-    def generate(self, prompt: str | Sequence[int], options: GenerationOptions | None = None,
-                 keep_cache: bool = False, **changes: Any) -> Iterator[str]:  # fmt: skip
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        options: GenerationOptions | None = None,
+        keep_cache: bool = False,
+        **changes: Any,
+    ) -> Iterator[str]:
         """Stream the answer, piece by piece.
 
         Args:
@@ -210,8 +221,9 @@ class Session(ExpertSwitch):
         if piece := stream.finish():
             yield piece
 
-    def generate_ids(self, prompt: str | Sequence[int], options: GenerationOptions | None = None,
-                     keep_cache: bool = False) -> Iterator[int]:  # fmt: skip
+    def generate_ids(
+        self, prompt: str | Sequence[int], options: GenerationOptions | None = None, keep_cache: bool = False
+    ) -> Iterator[int]:
         """Stream token ids; as `generate`, without a tokenizer when the prompt is ids."""
         options = options or GenerationOptions()
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -222,8 +234,7 @@ class Session(ExpertSwitch):
         eos = self.bundle.manifest.model.get("eos", ())
         room = self._engine.capacity - len(ids)
         if room < 1:
-            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}",
-                                ROOM)  # fmt: skip
+            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}", ROOM)
         self.finish_reason, count = None, 0
         limit = min(options.max_new_tokens, room)
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731

@@ -23,8 +23,9 @@ class EncoderEngine(SwitchableEngine, Protocol):
         """All outputs by name, for checked and complete inputs."""
 
 
-def open_encoder_session(bundle: Bundle, target: str | None = None,
-                         options: SessionOptions | None = None) -> EncoderSession:  # fmt: skip
+def open_encoder_session(
+    bundle: Bundle, target: str | None = None, options: SessionOptions | None = None
+) -> EncoderSession:
     """Load an encoder bundle's artifact for one target.
 
     Args:

@@ -80,21 +80,27 @@ class ExpertSwitch:
         if selection == NONE:
             selection = None  # as the command line has it; no expert can have that name
         if not (selection is None or isinstance(selection, (str, Mapping))):
-            raise LimeEdgeError(f"expert: expected a name, a blend or None, found {selection!r}",
-                                f"the names are {', '.join(self._bank.names)}")  # fmt: skip
+            raise LimeEdgeError(
+                f"expert: expected a name, a blend or None, found {selection!r}",
+                f"the names are {', '.join(self._bank.names)}",
+            )
         if self._single is not None:
             if selection != self._single:
                 asked = describe_selection(selection)
-                raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
-                                    "export it without --single")  # fmt: skip
+                raise LimeEdgeError(
+                    f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
+                    "export it without --single",
+                )
         elif selection == ROUTED:
             if not self._facts.get("routed"):
                 hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
                 raise LimeEdgeError("this bundle has no routed graph", hint)
             self._switchable.set_routed()
         elif selection is None and self._variant in ALWAYS_ON:
-            raise LimeEdgeError(f"a {self._variant} adapter cannot be switched off: no expert vector gives the "
-                                "original model", "pick an expert or a blend, or use the original model")  # fmt: skip
+            raise LimeEdgeError(
+                f"a {self._variant} adapter cannot be switched off: no expert vector gives the original model",
+                "pick an expert or a blend, or use the original model",
+            )
         else:
             self._switchable.set_expert(self._bank.residual(selection))
         self._selection = dict(selection) if isinstance(selection, Mapping) else selection

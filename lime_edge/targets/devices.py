@@ -29,12 +29,22 @@ DEVICES = {
     for device in (
         Device("cpu", "any x86-64 or arm64 computer", None, 32, (CPU,)),
         Device("raspberry-pi", "Raspberry Pi 4 and 5: four cores, no accelerator", 4, 32, (CPU,)),
-        Device("jetson", "NVIDIA Jetson: CUDA, then TensorRT, where its onnxruntime has them", None, 32,
-               ("CUDAExecutionProvider", "TensorrtExecutionProvider", CPU)),
-        Device("android", "phones: XNNPACK, then NNAPI, on the big cores", 4, 32,
-               ("XnnpackExecutionProvider", "NnapiExecutionProvider", CPU)),
+        Device(
+            "jetson",
+            "NVIDIA Jetson: CUDA, then TensorRT, where its onnxruntime has them",
+            None,
+            32,
+            ("CUDAExecutionProvider", "TensorrtExecutionProvider", CPU),
+        ),
+        Device(
+            "android",
+            "phones: XNNPACK, then NNAPI, on the big cores",
+            4,
+            32,
+            ("XnnpackExecutionProvider", "NnapiExecutionProvider", CPU),
+        ),
     )
-}  # fmt: skip
+}
 
 
 def find_device(name: str) -> Device:
@@ -44,6 +54,8 @@ def find_device(name: str) -> Device:
         LimeEdgeError: unknown.
     """
     if name not in DEVICES:
-        raise LimeEdgeError(f"--device: expected {', '.join(DEVICES)}, found {name!r}",
-                            "cpu suits any computer; the device only sets defaults")  # fmt: skip
+        raise LimeEdgeError(
+            f"--device: expected {', '.join(DEVICES)}, found {name!r}",
+            "cpu suits any computer; the device only sets defaults",
+        )
     return DEVICES[name]

@@ -86,23 +86,39 @@ def describe_config(model: dict[str, Any], threads: int | None, has_tokenizer: b
     if threads:
         session["intra_op_num_threads"] = threads
     decoder = {
-        "filename": "model.onnx", "hidden_size": model["hidden"], "head_size": model["head_dim"],
-        "num_attention_heads": model["heads"], "num_key_value_heads": model["kv_heads"],
-        "num_hidden_layers": model["layers"], "session_options": session,
+        "filename": "model.onnx",
+        "hidden_size": model["hidden"],
+        "head_size": model["head_dim"],
+        "num_attention_heads": model["heads"],
+        "num_key_value_heads": model["kv_heads"],
+        "num_hidden_layers": model["layers"],
+        "session_options": session,
         "inputs": {
-            "input_ids": "input_ids", "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
         },
         "outputs": {
-            "logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value",
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
         },
-    }  # fmt: skip
+    }
     facts = {
-        "type": model["family"], "vocab_size": model["vocab"], "context_length": model["context"],
-        "eos_token_id": list(model["eos"]), "pad_token_id": next(iter(model["eos"]), 0), "decoder": decoder,
-    }  # fmt: skip
+        "type": model["family"],
+        "vocab_size": model["vocab"],
+        "context_length": model["context"],
+        "eos_token_id": list(model["eos"]),
+        "pad_token_id": next(iter(model["eos"]), 0),
+        "decoder": decoder,
+    }
     if has_tokenizer:
         facts["tokenizer_dir"] = f"../{TOKENIZER}"
-    search = {"do_sample": False, "num_beams": 1, "max_length": min(model["context"], MOST_TOKENS),
-              "past_present_share_buffer": True}  # fmt: skip
+    search = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_length": min(model["context"], MOST_TOKENS),
+        "past_present_share_buffer": True,
+    }
     return {"model": facts, "search": search}

@@ -25,8 +25,9 @@ def check_target(target: str) -> str:
         LimeEdgeError: no such target.
     """
     if target not in TARGETS:
-        raise LimeEdgeError(f"target: expected {', '.join(TARGETS)}, found {target!r}",
-                            "--target may be repeated; onnx runs everywhere")  # fmt: skip
+        raise LimeEdgeError(
+            f"target: expected {', '.join(TARGETS)}, found {target!r}", "--target may be repeated; onnx runs everywhere"
+        )
     return TARGETS[target]
 
 
@@ -41,8 +42,9 @@ def load_exporter(target: str, kind: str = "decoder") -> ModuleType:
     return importlib.import_module(f"lime_edge.exporters.{check_target(target)}.{kind}")
 
 
-def load_exporters(targets: Sequence[str], options: TargetOptions, quant: str, group: int,
-                   kind: str = "decoder") -> dict[str, ModuleType]:  # fmt: skip
+def load_exporters(
+    targets: Sequence[str], options: TargetOptions, quant: str, group: int, kind: str = "decoder"
+) -> dict[str, ModuleType]:
     """The exporters of the wanted targets, each once, after they have looked at what they are told.
 
     Called before anything is read or compiled: a wrong option is said in the first second.
@@ -56,9 +58,7 @@ def load_exporters(targets: Sequence[str], options: TargetOptions, quant: str, g
     return exporters
 
 
-def open_session(
-    bundle: Bundle, target: str | None = None, options: SessionOptions | None = None
-) -> Session:
+def open_session(bundle: Bundle, target: str | None = None, options: SessionOptions | None = None) -> Session:
     """Load a language model's artifact for one target.
 
     Args:
@@ -67,8 +67,9 @@ def open_session(
         LimeEdgeError: the bundle was not exported for it, or its engine is missing.
     """
     if bundle.manifest.model.get("kind") == "encoder":
-        raise LimeEdgeError(f"{bundle.path} holds an encoder: it answers no prompts",
-                            "call lime_edge.open(BUNDLE).run(**inputs)")  # fmt: skip
+        raise LimeEdgeError(
+            f"{bundle.path} holds an encoder: it answers no prompts", "call lime_edge.open(BUNDLE).run(**inputs)"
+        )
     target, runtime = load_runtime(bundle, target)
     bank = bundle.open_bank()
     return Session(bundle, runtime.open_engine(bundle, options or SessionOptions()), bank, target)

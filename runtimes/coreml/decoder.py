@@ -70,8 +70,10 @@ class CoremlEngine(SwitchedPackage):
         most = min(facts["max_length"], model["context"]) - self._virtual
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
-                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
+            raise LimeEdgeError(
+                f"max_length: expected 1..{most}, found {self.capacity}",
+                "--max-seq-len at export sets the cache of this target",
+            )
         self.length = 0
         self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
         super().__init__(bundle, options)
@@ -106,9 +108,11 @@ class CoremlEngine(SwitchedPackage):
         fitting = [length for length in self._lengths if length >= count]
         if not fitting:
             longest = max(0, self._lengths[-1] - self._virtual)
-            raise LimeEdgeError(f"routed: this package takes prompts of up to {longest} tokens in one call, "
-                                f"found {count - self._virtual}",
-                                "export it with a longer --prompt-lengths")  # fmt: skip
+            raise LimeEdgeError(
+                f"routed: this package takes prompts of up to {longest} tokens in one call, "
+                f"found {count - self._virtual}",
+                "export it with a longer --prompt-lengths",
+            )
         return [fitting[0]]
 
     def _call(self, piece: np.ndarray, length: int, position: int) -> np.ndarray:
@@ -154,8 +158,9 @@ def choose_provider(wanted: tuple[str, ...]) -> str:
             return name
     if sys.platform == "darwin" and not here and any(name.startswith(COREML) for name in wanted):
         raise need("coremltools", "coreml")
-    raise LimeEdgeError(f"none of the providers {', '.join(wanted)} is available",
-                        f"this machine has {', '.join(known)}", EXIT_MISSING)  # fmt: skip
+    raise LimeEdgeError(
+        f"none of the providers {', '.join(wanted)} is available", f"this machine has {', '.join(known)}", EXIT_MISSING
+    )
 
 
 def load_package(bundle: Bundle, provider: str) -> Model:
@@ -213,8 +218,10 @@ class MacModel:  # pragma: no cover - needs a Mac
         try:
             model = self._load_model(self._path, compute_units=self._units, function_name=name)
         except Exception as error:  # coremltools' exceptions share no public base
-            raise LimeEdgeError(f"{self._path}: Core ML cannot load it: {str(error).splitlines()[0]}",
-                                "lime-edge inspect BUNDLE --verify compares the hashes") from None  # fmt: skip
+            raise LimeEdgeError(
+                f"{self._path}: Core ML cannot load it: {str(error).splitlines()[0]}",
+                "lime-edge inspect BUNDLE --verify compares the hashes",
+            ) from None
         self._models[function], self._states[function] = model, model.make_state() if self._names else None
 
     def run(self, function: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -52,5 +52,7 @@ class CoremlEncoderEngine(SwitchedPackage):
             inputs = inputs | {EXPERT: self._residual}
         found = self._model.run("main", inputs)
         padded = {name: length > tokens and found[name].ndim == 3 for name in self._outputs}
-        return {name: np.asarray(found[name][:, :tokens] if padded[name] else found[name], np.float32)
-                for name in self._outputs}  # fmt: skip
+        return {
+            name: np.asarray(found[name][:, :tokens] if padded[name] else found[name], np.float32)
+            for name in self._outputs
+        }

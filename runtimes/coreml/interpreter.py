@@ -128,8 +128,7 @@ class Interpreter:
 
     def make_state(self) -> State:
         """An empty state: zeros."""
-        return {name: np.zeros([n or 0 for n in kind.shape], np.float32)
-                for name, kind in self.function.states.items()}  # fmt: skip
+        return {name: np.zeros([n or 0 for n in kind.shape], np.float32) for name, kind in self.function.states.items()}
 
     def _compute(self, step: Step, values: Values) -> None:
         operation, inputs = step.operation, step.gather(values)
@@ -166,9 +165,11 @@ class Interpreter:
                 if not fits:
                     shown = " or ".join(map(str, sorted(allowed))) if allowed else str(kind.shape)
                     faults.add(f"input {name!r}", shown, array.shape)
-                found[name] = array.astype(np.float16).astype(np.float32) if kind.name == "fp16" else array.astype(
-                    {"int32": np.int32, "fp32": np.float32}.get(kind.name, array.dtype), copy=False
-                )  # fmt: skip
+                found[name] = (
+                    array.astype(np.float16).astype(np.float32)
+                    if kind.name == "fp16"
+                    else array.astype({"int32": np.int32, "fp32": np.float32}.get(kind.name, array.dtype), copy=False)
+                )
         return found
 
 

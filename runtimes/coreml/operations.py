@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
-CASTS = {"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "int16": np.int32, "uint16": np.int32,
-         "bool": np.bool_}  # fmt: skip
+CASTS = {
+    "fp16": np.float32,
+    "fp32": np.float32,
+    "int32": np.int32,
+    "int16": np.int32,
+    "uint16": np.int32,
+    "bool": np.bool_,
+}
 _erf = np.frompyfunc(erf, 1, 1)
 
 
@@ -63,8 +69,9 @@ def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices:
     return np.take_along_axis(x, indices.astype(np.int64), int(axis))
 
 
-def scatter_along_axis(data: Array, indices: Array, updates: Array, axis: int = 0, mode: str = "add",
-                       validate_indices: bool = False) -> Array:  # fmt: skip
+def scatter_along_axis(
+    data: Array, indices: Array, updates: Array, axis: int = 0, mode: str = "add", validate_indices: bool = False
+) -> Array:
     """data with updates put at their indices along an axis."""
     if mode != "update":
         raise ValueError(f"scatter_along_axis: mode {mode}")
@@ -73,9 +80,17 @@ def scatter_along_axis(data: Array, indices: Array, updates: Array, axis: int = 
     return found
 
 
-def slice_by_index(x: Array, begin: Array, end: Array, stride: Array | None = None, begin_mask: Array | None = None,
-                   end_mask: Array | None = None, squeeze_mask: Array | None = None) -> Array:  # fmt: skip
+def slice_by_index(
+    x: Array,
+    begin: Array,
+    end: Array,
+    stride: Array | None = None,
+    begin_mask: Array | None = None,
+    end_mask: Array | None = None,
+    squeeze_mask: Array | None = None,
+) -> Array:
     """x[begin:end:stride] on every axis; a mask leaves an end open, or takes one element and drops the axis."""
+
     def masked(mask: Array | None, axis: int) -> bool:
         return mask is not None and bool(mask[axis])
 
@@ -158,8 +173,9 @@ def gelu(x: Array, mode: str = "EXACT") -> Array:
     raise ValueError(f"gelu: mode {mode}")
 
 
-def layer_norm(x: Array, axes: Array, gamma: Array | None = None, beta: Array | None = None,
-               epsilon: Array | float = 1e-5) -> Array:  # fmt: skip
+def layer_norm(
+    x: Array, axes: Array, gamma: Array | None = None, beta: Array | None = None, epsilon: Array | float = 1e-5
+) -> Array:
     """(x - mean) / sqrt(variance + epsilon) * gamma + beta over some axes."""
     over = tuple(int(axis) for axis in axes)
     centred = x - x.mean(over, keepdims=True)
@@ -169,8 +185,16 @@ def layer_norm(x: Array, axes: Array, gamma: Array | None = None, beta: Array | 
     return y if beta is None else y + beta.reshape(shape)
 
 
-def conv(x: Array, weight: Array, strides: Array, pad_type: str = "valid", pad: Array | None = None,
-         dilations: Array | None = None, groups: int = 1, bias: Array | None = None) -> Array:  # fmt: skip
+def conv(
+    x: Array,
+    weight: Array,
+    strides: Array,
+    pad_type: str = "valid",
+    pad: Array | None = None,
+    dilations: Array | None = None,
+    groups: int = 1,
+    bias: Array | None = None,
+) -> Array:
     """2-D convolution of patches that do not overlap, as vision transformers embed them: (B, C, H, W)."""
     height, width = weight.shape[2:]
     padded = pad is not None and pad.any() and pad_type == "custom"
@@ -183,8 +207,15 @@ def conv(x: Array, weight: Array, strides: Array, pad_type: str = "valid", pad: 
     return y.transpose(0, 3, 1, 2)
 
 
-def topk(x: Array, k: int, axis: int = -1, ascending: bool = False, sort: bool = True, return_indices: bool = True,
-         output_indices_dtype: str = "int32") -> list[Array]:  # fmt: skip
+def topk(
+    x: Array,
+    k: int,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,
+    return_indices: bool = True,
+    output_indices_dtype: str = "int32",
+) -> list[Array]:
     """The k largest (or smallest) along an axis, in order, and where they are."""
     order = np.argsort(x if ascending else -x, int(axis), kind="stable")
     places = np.take(order, range(int(k)), int(axis))
@@ -250,27 +281,70 @@ def _epsilon(function: Callable[[Array, np.float32], Array], default: float) -> 
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "constexpr_blockwise_shift_scale": dequantize, "cast": cast, "linear": linear, "matmul": matmul,
-    "gather": gather, "gather_along_axis": gather_along_axis, "scatter_along_axis": scatter_along_axis,
-    "slice_by_index": slice_by_index, "slice_by_size": slice_by_size, "split": split, "concat": concat, "stack": stack,
-    "reshape": reshape, "expand_dims": expand_dims, "squeeze": squeeze, "softmax": softmax, "sigmoid": sigmoid,
-    "gelu": gelu, "layer_norm": layer_norm, "conv": conv, "topk": topk, "cumsum": cumsum, "fill": fill, "tile": tile,
-    "range_1d": range_1d, "select": select, "clip": clip, "real_div": divide,
-    "silu": lambda x: x * sigmoid(x), "relu": lambda x: np.maximum(x, 0), "erf": error_function,
-    "tanh": _alone(np.tanh), "exp": _alone(np.exp), "abs": _alone(np.abs), "sqrt": _alone(np.sqrt),
+    "constexpr_blockwise_shift_scale": dequantize,
+    "cast": cast,
+    "linear": linear,
+    "matmul": matmul,
+    "gather": gather,
+    "gather_along_axis": gather_along_axis,
+    "scatter_along_axis": scatter_along_axis,
+    "slice_by_index": slice_by_index,
+    "slice_by_size": slice_by_size,
+    "split": split,
+    "concat": concat,
+    "stack": stack,
+    "reshape": reshape,
+    "expand_dims": expand_dims,
+    "squeeze": squeeze,
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "gelu": gelu,
+    "layer_norm": layer_norm,
+    "conv": conv,
+    "topk": topk,
+    "cumsum": cumsum,
+    "fill": fill,
+    "tile": tile,
+    "range_1d": range_1d,
+    "select": select,
+    "clip": clip,
+    "real_div": divide,
+    "silu": lambda x: x * sigmoid(x),
+    "relu": lambda x: np.maximum(x, 0),
+    "erf": error_function,
+    "tanh": _alone(np.tanh),
+    "exp": _alone(np.exp),
+    "abs": _alone(np.abs),
+    "sqrt": _alone(np.sqrt),
     "square": _alone(np.square),
-    "sin": _alone(np.sin), "cos": _alone(np.cos), "identity": lambda x: x, "logical_not": _alone(np.logical_not),
+    "sin": _alone(np.sin),
+    "cos": _alone(np.cos),
+    "identity": lambda x: x,
+    "logical_not": _alone(np.logical_not),
     "shape": lambda x: np.array(x.shape, np.int32),
     "transpose": lambda x, perm: np.transpose(x, [int(axis) for axis in perm]),
     "rsqrt": _epsilon(lambda x, epsilon: 1 / np.sqrt(x + epsilon), 1e-12),
     "inverse": _epsilon(lambda x, epsilon: 1 / (x + epsilon), 1e-4),
-    "add": _pairwise(np.add), "sub": _pairwise(np.subtract), "mul": _pairwise(np.multiply),
-    "maximum": _pairwise(np.maximum), "minimum": _pairwise(np.minimum), "floor_div": _pairwise(np.floor_divide),
-    "pow": _pairwise(np.power), "mod": _pairwise(np.mod), "equal": _pairwise(np.equal),
-    "not_equal": _pairwise(np.not_equal), "less": _pairwise(np.less), "less_equal": _pairwise(np.less_equal),
-    "greater": _pairwise(np.greater), "greater_equal": _pairwise(np.greater_equal),
-    "logical_and": _pairwise(np.logical_and), "logical_or": _pairwise(np.logical_or),
-    "reduce_sum": _reduce(np.sum), "reduce_mean": _reduce(np.mean), "reduce_max": _reduce(np.max),
-    "reduce_min": _reduce(np.min), "reduce_l2_norm": _reduce(lambda x, **how: np.sqrt(np.square(x).sum(**how))),
+    "add": _pairwise(np.add),
+    "sub": _pairwise(np.subtract),
+    "mul": _pairwise(np.multiply),
+    "maximum": _pairwise(np.maximum),
+    "minimum": _pairwise(np.minimum),
+    "floor_div": _pairwise(np.floor_divide),
+    "pow": _pairwise(np.power),
+    "mod": _pairwise(np.mod),
+    "equal": _pairwise(np.equal),
+    "not_equal": _pairwise(np.not_equal),
+    "less": _pairwise(np.less),
+    "less_equal": _pairwise(np.less_equal),
+    "greater": _pairwise(np.greater),
+    "greater_equal": _pairwise(np.greater_equal),
+    "logical_and": _pairwise(np.logical_and),
+    "logical_or": _pairwise(np.logical_or),
+    "reduce_sum": _reduce(np.sum),
+    "reduce_mean": _reduce(np.mean),
+    "reduce_max": _reduce(np.max),
+    "reduce_min": _reduce(np.min),
+    "reduce_l2_norm": _reduce(lambda x, **how: np.sqrt(np.square(x).sum(**how))),
     "reduce_sum_square": _reduce(lambda x, **how: np.square(x).sum(**how)),
-}  # fmt: skip
+}

@@ -20,13 +20,43 @@ from lime_edge.errors import LimeEdgeError
 
 MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 TYPES = {  # MIL.proto DataType -> name
-    1: "bool", 2: "string", 10: "fp16", 11: "fp32", 21: "int8", 22: "int16", 23: "int32", 24: "int64", 25: "int4",
-    31: "uint8", 32: "uint16", 33: "uint32",
-}  # fmt: skip
-BLOB_TYPES = {1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 6: "int16", 7: "uint16", 8: "int4", 14: "int32",
-              15: "uint32"}  # fmt: skip
-STORED = {"bool": "?", "fp16": "<f2", "fp32": "<f4", "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
-          "int4": "u1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4"}  # fmt: skip
+    1: "bool",
+    2: "string",
+    10: "fp16",
+    11: "fp32",
+    21: "int8",
+    22: "int16",
+    23: "int32",
+    24: "int64",
+    25: "int4",
+    31: "uint8",
+    32: "uint16",
+    33: "uint32",
+}
+BLOB_TYPES = {
+    1: "fp16",
+    2: "fp32",
+    3: "uint8",
+    4: "int8",
+    6: "int16",
+    7: "uint16",
+    8: "int4",
+    14: "int32",
+    15: "uint32",
+}
+STORED = {
+    "bool": "?",
+    "fp16": "<f2",
+    "fp32": "<f4",
+    "int8": "i1",
+    "int16": "<i2",
+    "int32": "<i4",
+    "int64": "<i8",
+    "int4": "u1",
+    "uint8": "u1",
+    "uint16": "<u2",
+    "uint32": "<u4",
+}
 SENTINEL, BLOB = 0xDEADBEEF, struct.Struct("<IIQQ")  # a description: sentinel, type, bytes, where they start
 HINT = "lime-edge inspect BUNDLE --verify compares the hashes"
 Fields = dict[int, list[Any]]
@@ -153,8 +183,9 @@ class WeightFile:
             raise LimeEdgeError(f"{self.path}: at byte {offset}: expected {expected} bytes, found {size}", HINT)
         if start + size > len(self._map):
             self._refuse_length(start + size)
-        raw = np.frombuffer(self._map, np.dtype(STORED[kind.name]), offset=start,
-                            count=size if kind.name == "int4" else count)  # fmt: skip
+        raw = np.frombuffer(
+            self._map, np.dtype(STORED[kind.name]), offset=start, count=size if kind.name == "int4" else count
+        )
         return (unpack_int4(raw)[:count] if kind.name == "int4" else raw).reshape(shape)
 
     def _refuse_length(self, expected: int) -> NoReturn:
@@ -226,8 +257,10 @@ def _read_metadata(description: Fields) -> dict[str, str]:
     if 100 not in description:
         return {}
     fields = read_fields(description[100][0])
-    found = {name: _text(fields, number) for number, name in
-             ((1, "description"), (2, "version"), (3, "author"), (4, "license"))}  # fmt: skip
+    found = {
+        name: _text(fields, number)
+        for number, name in ((1, "description"), (2, "version"), (3, "author"), (4, "license"))
+    }
     for entry in fields.get(100, []):
         pair = read_fields(entry)
         found[_text(pair, 1)] = _text(pair, 2)
@@ -249,8 +282,7 @@ def _read_shapes(description: Fields) -> dict[str, dict[str, set[tuple[int, ...]
     return found
 
 
-def _read_function(name: str, fields: Fields, weights: WeightFile,
-                   shapes: dict[str, set[tuple[int, ...]]]) -> Function:  # fmt: skip
+def _read_function(name: str, fields: Fields, weights: WeightFile, shapes: dict[str, set[tuple[int, ...]]]) -> Function:
     inputs = dict(_read_named(entry) for entry in fields.get(1, []))
     opset = _text(fields, 2)
     blocks = {_text(pair, 1): pair[2][0] for pair in map(read_fields, fields[3])}

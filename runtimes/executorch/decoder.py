@@ -81,8 +81,10 @@ class ExecutorchEngine(SwitchedProgram):
         most = int(facts["max_length"])
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(f"max_length: expected 1..{most}, found {self.capacity}",
-                                "--max-seq-len at export sets the cache of this target")  # fmt: skip
+            raise LimeEdgeError(
+                f"max_length: expected 1..{most}, found {self.capacity}",
+                "--max-seq-len at export sets the cache of this target",
+            )
         self.length = 0
         self._vocab = bundle.manifest.model["vocab"]
         self._virtual, self._rows, self._prompt = facts["virtual_tokens"], facts["rows"], facts["prompt_length"]
@@ -107,8 +109,9 @@ class ExecutorchEngine(SwitchedProgram):
         """
         total = self.length + ids.size
         if ids.size < 1 or self.length < 0 or total > self.capacity:
-            raise LimeEdgeError(f"position: expected 1..{self.capacity - self.length} tokens after {self.length}, "
-                                f"found {ids.size}")  # fmt: skip
+            raise LimeEdgeError(
+                f"position: expected 1..{self.capacity - self.length} tokens after {self.length}, found {ids.size}"
+            )
         keep = min(keep, ids.size) if keep else ids.size
         feed = self._feed_whole if self._routing else self._feed_pieces
         logits = feed(ids, keep)
@@ -177,14 +180,18 @@ def check_provider(made_for: list[str], wanted: tuple[str, ...]) -> str:
     """
     provider = made_for[0]
     if wanted and provider not in wanted:
-        raise LimeEdgeError(f"none of the execution providers {', '.join(wanted)} is available",
-                            f"this program was lowered to {provider}", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            f"none of the execution providers {', '.join(wanted)} is available",
+            f"this program was lowered to {provider}",
+            EXIT_MISSING,
+        )
     registry = load_runtime().backend_registry
     with collect_errors():  # a backend whose library is missing says so when asked
         names = [name for name in registry.registered_backend_names if registry.is_available(name)]
     if provider not in names and provider != "portable":
-        raise LimeEdgeError(f"the backend {provider} is not available",
-                            f"this executorch has {', '.join(names)}", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            f"the backend {provider} is not available", f"this executorch has {', '.join(names)}", EXIT_MISSING
+        )
     return provider
 
 
@@ -229,8 +236,12 @@ def size_pool(threads: int | None, default: int | None) -> None:
     """
     if _pool:
         if threads and threads != _pool[0]:
-            warnings.warn(f"threads: ExecuTorch's one pool of this process has {_pool[0]}, asked for {threads}: the "
-                          "first session decides", RuntimeWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"threads: ExecuTorch's one pool of this process has {_pool[0]}, asked for {threads}: the "
+                "first session decides",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return
     from executorch.extension.pybindings import portable_lib
 
@@ -245,8 +256,10 @@ def refuse(file: Path, error: Exception, lines: list[str]) -> LimeEdgeError:
     """What ExecuTorch said when it could not load something."""
     said = next((line.split("] ", 1)[-1] for line in reversed(lines) if line.startswith("[")), "")
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LimeEdgeError(f"{file}: ExecuTorch cannot load it: {first}{f' ({said})' if said else ''}",
-                         "lime-edge inspect BUNDLE --verify compares the hashes")  # fmt: skip
+    return LimeEdgeError(
+        f"{file}: ExecuTorch cannot load it: {first}{f' ({said})' if said else ''}",
+        "lime-edge inspect BUNDLE --verify compares the hashes",
+    )
 
 
 @contextmanager

@@ -45,8 +45,10 @@ class ExecutorchEncoderEngine(SwitchedProgram):
             if name == "sequence" and arrays[0].shape[axis] > limits[name]:
                 raise LimeEdgeError(f"tokens: expected at most {limits[name]}, found {arrays[0].shape[axis]}")
         if self._routing and len(arrays[0]) > most:
-            raise LimeEdgeError(f"routed batch: expected at most {most}, found {len(arrays[0])}",
-                                "routing weighs a batch as one call: run a smaller one")  # fmt: skip
+            raise LimeEdgeError(
+                f"routed batch: expected at most {most}, found {len(arrays[0])}",
+                "routing weighs a batch as one call: run a smaller one",
+            )
 
     def _call(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         given = [wrap(array) for array in arrays]

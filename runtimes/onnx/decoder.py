@@ -144,8 +144,11 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
     available = ort.get_available_providers()
     chosen = [name for name in wanted if name in available]
     if not chosen:
-        raise LimeEdgeError(f"none of the execution providers {', '.join(wanted)} is available",
-                            f"this onnxruntime has {', '.join(available)}", EXIT_MISSING)  # fmt: skip
+        raise LimeEdgeError(
+            f"none of the execution providers {', '.join(wanted)} is available",
+            f"this onnxruntime has {', '.join(available)}",
+            EXIT_MISSING,
+        )
     return chosen
 
 

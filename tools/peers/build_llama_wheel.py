@@ -18,16 +18,31 @@ from pathlib import Path
 
 VERSION = "0.3.36"
 FLAGS = (
-    "GGML_NATIVE=OFF", "GGML_BACKEND_DL=ON", "GGML_CPU_ALL_VARIANTS=ON", "LLAVA_BUILD=OFF", "CMAKE_BUILD_TYPE=Release",
-)  # fmt: skip
+    "GGML_NATIVE=OFF",
+    "GGML_BACKEND_DL=ON",
+    "GGML_CPU_ALL_VARIANTS=ON",
+    "LLAVA_BUILD=OFF",
+    "CMAKE_BUILD_TYPE=Release",
+)
 LIBRARIES = "llama_cpp/lib/"
 
 
 def build(folder: Path) -> Path:
     """The wheel as the package builds it."""
     environment = os.environ | {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in FLAGS)}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python",
-               f"llama-cpp-python=={VERSION}", "-w", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-cache-dir",
+        "--no-binary",
+        "llama-cpp-python",
+        f"llama-cpp-python=={VERSION}",
+        "-w",
+        str(folder),
+    ]
     subprocess.run(command, env=environment, check=True)
     return next(folder.glob("llama_cpp_python-*.whl"))
 
@@ -45,8 +60,11 @@ def repack(wheel: Path, output: Path, openmp: Path) -> None:
     record: list[str] = []
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as target:
         own = next(name for name in source.namelist() if name.endswith(".dist-info/RECORD"))
-        files = {place(info.filename): source.read(info) for info in source.infolist()
-                 if not info.is_dir() and info.filename != own}  # fmt: skip
+        files = {
+            place(info.filename): source.read(info)
+            for info in source.infolist()
+            if not info.is_dir() and info.filename != own
+        }
         files[f"{LIBRARIES}libgomp.so.1"] = openmp.read_bytes()
         for name, data in files.items():
             if name is not None:

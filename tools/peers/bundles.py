@@ -26,17 +26,30 @@ from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporter
 
 SHAPES = {
-    "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "intermediate_size": 8192, "vocab_size": 32768},
-    "toy": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 128, "vocab_size": 32768},
-}  # fmt: skip
+    "1b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 32768,
+    },
+    "toy": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 32768,
+    },
+}
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK, EXPERTS, GROUP = 8, 8, 32
 
 
-def export_real(model: Path, adapter: Path, expert: str, kinds: tuple[str, ...] | None,
-                outputs: dict[bool, Path]) -> None:  # fmt: skip
+def export_real(
+    model: Path, adapter: Path, expert: str, kinds: tuple[str, ...] | None, outputs: dict[bool, Path]
+) -> None:
     """Compile a checkpoint twice: as it is (False), and with an expert merged and no branch (True).
 
     Rounded without calibration: no speed depends on how. kinds: what stays at int8, None for the exporter's choice.
@@ -57,8 +70,9 @@ def make_random(shape: str, expert: str, outputs: dict[bool, Path]) -> None:
     for single, output in outputs.items():
         if output.exists():
             continue
-        merged = replace(model, branches={}, experts={expert: model.experts[expert]}, single=expert, fold=expert,
-                         routing=None)  # fmt: skip
+        merged = replace(
+            model, branches={}, experts={expert: model.experts[expert]}, single=expert, fold=expert, routing=None
+        )
         pack(merged if single else model, f"random, {shape}", (), output)
 
 
@@ -76,16 +90,25 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
         manifest = Manifest(
             fingerprint=model.fingerprint,
             model={
-                "name": name, "family": decoder.family, "context": decoder.context, "vocab": decoder.vocab,
-                "hidden": decoder.hidden, "layers": len(decoder.layers), "heads": decoder.heads,
-                "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "eos": list(eos),
+                "name": name,
+                "family": decoder.family,
+                "context": decoder.context,
+                "vocab": decoder.vocab,
+                "hidden": decoder.hidden,
+                "layers": len(decoder.layers),
+                "heads": decoder.heads,
+                "kv_heads": decoder.kv_heads,
+                "head_dim": decoder.head_dim,
+                "eos": list(eos),
             },
             adapter={"variant": model.variant, "fold": model.fold, "single": model.single, "expert_dtype": "float16"},
             quantization={"quant": model.quant, "group": model.group, "scheme": "symmetric"},
-            sites=model.sites, experts=(),
-            targets={"onnx": {"providers": ["CPUExecutionProvider"], "threads": None} | facts}, files={},
+            sites=model.sites,
+            experts=(),
+            targets={"onnx": {"providers": ["CPUExecutionProvider"], "threads": None} | facts},
+            files={},
             versions={"lime_edge": __version__},
-        )  # fmt: skip
+        )
         complete_bundle(stage, manifest, model.experts, model.reference)
 
 
@@ -114,6 +137,17 @@ def draw_model(decoder: Decoder) -> CompiledModel:
     reference = torch.zeros(sites.total)  # nothing is folded: the weights are the original model's
     routing = RoutingConfig(top_k=2, auto_topk=True, temperature=0.5, soft_topk_temperature=0.1, gamma_routing=0.7)
     return CompiledModel(
-        decoder=decoder, weights=weights, vectors=vectors, branches=branches, sites=sites, reference=reference,
-        experts=experts, fingerprint="0" * 64, fold="none", single=None, quant="int4", group=GROUP, routing=routing,
-    )  # fmt: skip
+        decoder=decoder,
+        weights=weights,
+        vectors=vectors,
+        branches=branches,
+        sites=sites,
+        reference=reference,
+        experts=experts,
+        fingerprint="0" * 64,
+        fold="none",
+        single=None,
+        quant="int4",
+        group=GROUP,
+        routing=routing,
+    )

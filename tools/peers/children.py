@@ -23,8 +23,14 @@ class Child:
     def __init__(self, engine: str, threads: int, log: Path):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._log = log.open("w")
-        self._process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._log, text=True, env=environment)  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
         self.before = self.ask("imports", engine=engine)
 
     def ask(self, do: str, **arguments: Any) -> Any:

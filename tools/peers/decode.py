@@ -26,8 +26,9 @@ COPIES = 8  # experts to switch between: as many as the LiME checkpoint has
 PIP = {
     "onnxruntime_genai": "pip install 'onnxruntime-genai>=0.18,<0.19'",
     "llama_cpp": "pip install 'llama-cpp-python>=0.3.36,<0.4'",
-    "peft": "pip install 'peft>=0.21,<0.22'", "torch": "pip install 'torch>=2.13,<2.14'",
-}  # fmt: skip
+    "peft": "pip install 'peft>=0.21,<0.22'",
+    "torch": "pip install 'torch>=2.13,<2.14'",
+}
 
 
 @dataclass(frozen=True)
@@ -65,33 +66,89 @@ class Contender:
 
 INT4, ALL4 = "int4, sensitive matrices int8", "int4, all matrices"
 OURS = (
-    Contender(BASE, "ours", "lime_edge, no branch (an expert merged: `--fold NAME --single`)", ALL4, "merged",
-              ("int4-single.lime",)),
+    Contender(
+        BASE,
+        "ours",
+        "lime_edge, no branch (an expert merged: `--fold NAME --single`)",
+        ALL4,
+        "merged",
+        ("int4-single.lime",),
+    ),
     Contender("ours-pinned", "ours", "lime_edge, pinned", ALL4, "LiME", ("int4.lime",), spec={"selection": EXPERT}),
-    Contender("ours-routed", "ours", "lime_edge, routed", ALL4, "8 LiME, per token", ("int4.lime",),
-              spec={"selection": "routed"}),
-)  # fmt: skip
-IN_GENAI = Contender("ours-in-genai", "genai", "our bundle in stock ONNX Runtime GenAI (no operators of ours)", ALL4,
-                     "LiME",
-                     ("int4.lime/onnx",), "int4.lime/onnx/expert_*.onnx_adapter",
-                     needs="onnxruntime_genai")  # fmt: skip
+    Contender(
+        "ours-routed",
+        "ours",
+        "lime_edge, routed",
+        ALL4,
+        "8 LiME, per token",
+        ("int4.lime",),
+        spec={"selection": "routed"},
+    ),
+)
+IN_GENAI = Contender(
+    "ours-in-genai",
+    "genai",
+    "our bundle in stock ONNX Runtime GenAI (no operators of ours)",
+    ALL4,
+    "LiME",
+    ("int4.lime/onnx",),
+    "int4.lime/onnx/expert_*.onnx_adapter",
+    needs="onnxruntime_genai",
+)
 PEERS = (
-    Contender("genai", "genai", "ONNX Runtime GenAI, its builder's model", ALL4, "", ("genai",),
-              needs="onnxruntime_genai"),
-    Contender("genai-lora", "genai", "ONNX Runtime GenAI, its builder's model with LoRA", ALL4, "LoRA",
-              ("genai-lora",), "genai-lora/*.onnx_adapter", needs="onnxruntime_genai"),
+    Contender(
+        "genai", "genai", "ONNX Runtime GenAI, its builder's model", ALL4, "", ("genai",), needs="onnxruntime_genai"
+    ),
+    Contender(
+        "genai-lora",
+        "genai",
+        "ONNX Runtime GenAI, its builder's model with LoRA",
+        ALL4,
+        "LoRA",
+        ("genai-lora",),
+        "genai-lora/*.onnx_adapter",
+        needs="onnxruntime_genai",
+    ),
     Contender("llama", "llama", "llama.cpp Q4_0, head too", ALL4, "", ("q4_0.gguf",), needs="llama_cpp"),
-    Contender("llama-lora", "llama", "llama.cpp Q4_0, head too, with LoRA", ALL4, "LoRA", ("q4_0.gguf",), "lora.gguf",
-              needs="llama_cpp"),
-    Contender("ours-default-merged", "ours", "lime_edge as exported by default, no branch", INT4, "merged",
-              ("default-single.lime",)),
-    Contender("ours-default-pinned", "ours", "lime_edge as exported by default, pinned", INT4, "LiME",
-              ("default.lime",), spec={"selection": EXPERT}),
-    Contender("llama-default", "llama", "llama.cpp Q4_0 as it chooses itself", "int4, head int8", "",
-              ("q4_0-default.gguf",), needs="llama_cpp"),
+    Contender(
+        "llama-lora",
+        "llama",
+        "llama.cpp Q4_0, head too, with LoRA",
+        ALL4,
+        "LoRA",
+        ("q4_0.gguf",),
+        "lora.gguf",
+        needs="llama_cpp",
+    ),
+    Contender(
+        "ours-default-merged",
+        "ours",
+        "lime_edge as exported by default, no branch",
+        INT4,
+        "merged",
+        ("default-single.lime",),
+    ),
+    Contender(
+        "ours-default-pinned",
+        "ours",
+        "lime_edge as exported by default, pinned",
+        INT4,
+        "LiME",
+        ("default.lime",),
+        spec={"selection": EXPERT},
+    ),
+    Contender(
+        "llama-default",
+        "llama",
+        "llama.cpp Q4_0 as it chooses itself",
+        "int4, head int8",
+        "",
+        ("q4_0-default.gguf",),
+        needs="llama_cpp",
+    ),
     Contender("torch", "torch", "PyTorch", "float32", "", ("hf",), needs="torch"),
     Contender(REFERENCE, "torch", "PyTorch with PEFT", "float32", "LoRA", ("hf",), "peft", needs="peft"),
-)  # fmt: skip
+)
 RANDOM = (*OURS, IN_GENAI, *(one for one in PEERS if one.name in ("genai", "genai-lora", "llama", "llama-lora")))
 CONTENDERS = {"smollm2": (*OURS, IN_GENAI, *PEERS), "1b": RANDOM, "toy": RANDOM}
 
@@ -122,8 +179,9 @@ def sort_out(contenders: Sequence[Contender], models: Models) -> tuple[list[Cont
     return able, missing
 
 
-def compare(contenders: Sequence[Contender], models: Models, threads: int, plan: Plan,
-            told: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+def compare(
+    contenders: Sequence[Contender], models: Models, threads: int, plan: Plan, told: Callable[[str], None]
+) -> dict[str, Any]:
     """Load every contender in its own process and measure them in turn.
 
     Returns:
@@ -147,9 +205,13 @@ def compare(contenders: Sequence[Contender], models: Models, threads: int, plan:
                 continue
             children[one.name] = child
             rows[one.name] = {
-                "label": one.label, "weights": one.weights, "expert": one.expert, "load_ms": loaded["seconds"] * 1e3,
-                "imports_rss_bytes": child.before["rss_bytes"], "bytes": measure_files(one, models),
-            }  # fmt: skip
+                "label": one.label,
+                "weights": one.weights,
+                "expert": one.expert,
+                "load_ms": loaded["seconds"] * 1e3,
+                "imports_rss_bytes": child.before["rss_bytes"],
+                "bytes": measure_files(one, models),
+            }
         prompt = random.Random(0).choices(range(1000, 32000), k=plan.prompt_tokens)
         if "decode" in plan.parts:
             time_rounds(children, rows, prompt, plan, told)
@@ -179,8 +241,13 @@ def measure_files(one: Contender, models: Models) -> int:
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
-def time_rounds(children: dict[str, Child], rows: dict[str, dict[str, Any]], prompt: list[int], plan: Plan,
-                told: Callable[[str], None]) -> None:  # fmt: skip
+def time_rounds(
+    children: dict[str, Child],
+    rows: dict[str, dict[str, Any]],
+    prompt: list[int],
+    plan: Plan,
+    told: Callable[[str], None],
+) -> None:
     """Prompt and decode, every contender once a round; the first round warms up."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
     steps: dict[str, list[float]] = {name: [] for name in children}
@@ -204,14 +271,19 @@ def time_rounds(children: dict[str, Child], rows: dict[str, dict[str, Any]], pro
     for name, own in times.items():
         first, step = zip(*own, strict=True)
         rows[name] |= {
-            "ttft_ms": statistics.median(first) * 1e3, "prefill_tokens_per_s": len(prompt) / statistics.median(first),
-            "decode_ms": statistics.median(step) * 1e3, "decode_tokens_per_s": 1 / statistics.median(step),
+            "ttft_ms": statistics.median(first) * 1e3,
+            "prefill_tokens_per_s": len(prompt) / statistics.median(first),
+            "decode_ms": statistics.median(step) * 1e3,
+            "decode_tokens_per_s": 1 / statistics.median(step),
             "decode_p95_ms": float(np.percentile(steps[name], 95)) * 1e3,
-        }  # fmt: skip
+        }
         if base := times.get(BASE):
             ratios = sorted(mine[1] / theirs[1] for mine, theirs in zip(own, base, strict=True))
-            rows[name] |= {"decode_ratio": statistics.median(ratios), "decode_ratio_low": ratios[0],
-                           "decode_ratio_high": ratios[-1]}  # fmt: skip
+            rows[name] |= {
+                "decode_ratio": statistics.median(ratios),
+                "decode_ratio_low": ratios[0],
+                "decode_ratio_high": ratios[-1],
+            }
 
 
 def check_logits(children: dict[str, Child], rows: dict[str, dict[str, Any]], prompt: list[int], folder: Path) -> None:
@@ -227,8 +299,13 @@ def check_logits(children: dict[str, Child], rows: dict[str, dict[str, Any]], pr
             row["logit_correlation"] = float(np.corrcoef(found[name], reference)[0, 1])
 
 
-def time_switching(children: dict[str, Child], rows: dict[str, dict[str, Any]], prompt: list[int], plan: Plan,
-                   told: Callable[[str], None]) -> None:  # fmt: skip
+def time_switching(
+    children: dict[str, Child],
+    rows: dict[str, dict[str, Any]],
+    prompt: list[int],
+    plan: Plan,
+    told: Callable[[str], None],
+) -> None:
     """The bare swap, the first token under another expert, and what loading the model anew takes instead."""
     able = {name: child for name, child in children.items() if rows[name]["expert"] in ("LiME", "LoRA")}
     for name, child in able.items():

@@ -206,8 +206,9 @@ class Torch:
 
     def _run(self, ids: list[int]) -> None:
         with self.torch.inference_mode():
-            out = self.model(input_ids=self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True,
-                             logits_to_keep=1)  # fmt: skip
+            out = self.model(
+                input_ids=self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
         self.cache, self.row = out.past_key_values, out.logits[0, -1]
 
     def start(self, ids: list[int]) -> None:
@@ -231,7 +232,12 @@ def open_peer(spec: Spec) -> Peer:
     from methods import LoraGraph, PromptGraph
 
     kinds: dict[str, Callable[[Spec], Peer]] = {
-        "ours": Ours, "genai": GenAI, "llama": LlamaCpp, "torch": Torch, "lora": LoraGraph, "prompt": PromptGraph,
-    }  # fmt: skip
+        "ours": Ours,
+        "genai": GenAI,
+        "llama": LlamaCpp,
+        "torch": Torch,
+        "lora": LoraGraph,
+        "prompt": PromptGraph,
+    }
     gc.collect()
     return kinds[spec["engine"]](spec)

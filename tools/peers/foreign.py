@@ -29,8 +29,11 @@ def write_folder(model: CompiledModel, config: object, directory: Path) -> None:
     own = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", eos_token="</s>").save_pretrained(directory)
     tensors = {name: model.weight(name).half() for name in model.weights} | model.vectors
-    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def write_gguf(model: CompiledModel, file: Path) -> None:

@@ -35,8 +35,9 @@ class Models:
         return self.folder / f"{quant}{'-single' if single else ''}.lime"
 
 
-def prepare_smollm2(folder: Path, gguf: Path, quants: list[str], engines: list[str],
-                    told: Callable[[str], None]) -> dict[str, str]:  # fmt: skip
+def prepare_smollm2(
+    folder: Path, gguf: Path, quants: list[str], engines: list[str], told: Callable[[str], None]
+) -> dict[str, str]:
     """Make what is not there yet.
 
     Args:
@@ -54,8 +55,10 @@ def prepare_smollm2(folder: Path, gguf: Path, quants: list[str], engines: list[s
     if "genai" in engines:
         steps |= genai_steps(models)
     if "llama" in engines:
-        steps |= {name: partial(requantize, gguf, models.path(name), head_too=name == "q4_0.gguf")
-                  for name in ("q4_0.gguf", "q4_0-default.gguf")}  # fmt: skip
+        steps |= {
+            name: partial(requantize, gguf, models.path(name), head_too=name == "q4_0.gguf")
+            for name in ("q4_0.gguf", "q4_0-default.gguf")
+        }
     return make_all(models, steps, told)
 
 
@@ -157,9 +160,23 @@ def build_genai(models: Models, name: str, options: tuple[str, ...]) -> None:
     """ONNX Runtime GenAI's own builder: int4, groups of 32, int8 activations (its defaults)."""
     stage = models.path(f"{name}.partial")
     command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(models.path("hf")), "-o", str(stage),
-        "-p", "int4", "-e", "cpu", "-c", str(models.path("cache")), "--extra_options", *BUILDER, *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(models.path("hf")),
+        "-o",
+        str(stage),
+        "-p",
+        "int4",
+        "-e",
+        "cpu",
+        "-c",
+        str(models.path("cache")),
+        "--extra_options",
+        *BUILDER,
+        *options,
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -177,8 +194,12 @@ def build_genai_lora(models: Models) -> None:
     from onnx import helper, numpy_helper
 
     layers = read_layers(models.path("hf"))
-    nodes = [f"/model/layers.{layer}/attn/{kind}_proj/lora_{part}/MatMul"
-             for layer in range(layers) for kind in "qkvo" for part in "AB"]  # fmt: skip
+    nodes = [
+        f"/model/layers.{layer}/attn/{kind}_proj/lora_{part}/MatMul"
+        for layer in range(layers)
+        for kind in "qkvo"
+        for part in "AB"
+    ]
     options = (f"adapter_path={models.path('peft')}", f"nodes_to_exclude={','.join(nodes)}")
     build_genai(models, "genai-lora.built", options)
     folder = models.path("genai-lora.built")
@@ -193,8 +214,9 @@ def build_genai_lora(models: Models) -> None:
     if len(values) != len(nodes):
         raise RuntimeError(f"expected {len(nodes)} LoRA matrices in the builder's graph, found {len(values)}")
     (folder / "model.onnx.data").unlink()
-    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data",
-              size_threshold=65536)  # fmt: skip
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=65536
+    )
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)

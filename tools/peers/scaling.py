@@ -26,8 +26,15 @@ SWITCHES, RELOADS = 200, 5
 Row = dict[str, Any]
 
 
-def compare_methods(models: Models, counts: list[int], threads: int, rounds: int, lengths: tuple[int, int],
-                    disk: float, told: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+def compare_methods(
+    models: Models,
+    counts: list[int],
+    threads: int,
+    rounds: int,
+    lengths: tuple[int, int],
+    disk: float,
+    told: Callable[[str], None],
+) -> dict[str, Any]:
     """Measure every method at every number of experts.
 
     Args:
@@ -58,9 +65,14 @@ def compare_methods(models: Models, counts: list[int], threads: int, rounds: int
             time_latency(children, prompt, lengths[1], rounds)
             rows += [row for _, row in children.values()]
     return {
-        "threads": threads, "load_1min": load, "prompt_tokens": lengths[0], "gen_tokens": lengths[1],
-        "rounds": rounds, "rows": rows, "left_out": left_out,
-    }  # fmt: skip
+        "threads": threads,
+        "load_1min": load,
+        "prompt_tokens": lengths[0],
+        "gen_tokens": lengths[1],
+        "rounds": rounds,
+        "rows": rows,
+        "left_out": left_out,
+    }
 
 
 def prepare_method(models: Models, method: str, count: int, disk: float) -> tuple[dict[str, Any], Row]:
@@ -77,14 +89,18 @@ def prepare_method(models: Models, method: str, count: int, disk: float) -> tupl
         folders = [copy_bundle(single, models.path(f"copies/{index:03d}.lime")) for index in range(count)]
         total = sum(file.stat().st_size for folder in folders for file in list_files(folder))
         return {"engine": "ours", "path": str(folders[0]), "copies": [str(folder) for folder in folders]}, {
-            "bytes": total, "bytes_per_expert": total // count}  # fmt: skip
+            "bytes": total,
+            "bytes_per_expert": total // count,
+        }
     if method == "lime":
         bundle = grow_bundle(shared, models.path(f"lime-{count}.lime"), count)
         files = list_files(bundle)
         own = [file for file in files if file.parent.name == "experts"]
         total = sum(file.stat().st_size for file in files if file.name != "routed.onnx")
         return {"engine": "ours", "path": str(bundle)}, {
-            "bytes": total, "bytes_per_expert": sum(file.stat().st_size for file in own) // len(own)}  # fmt: skip
+            "bytes": total,
+            "bytes_per_expert": sum(file.stat().st_size for file in own) // len(own),
+        }
     from methods import LORA_FILE, PROMPT_FILE, draw_experts, write_lora_graph, write_prompt_graph
 
     graph = single / (LORA_FILE if method == "lora" else PROMPT_FILE)
@@ -94,7 +110,9 @@ def prepare_method(models: Models, method: str, count: int, disk: float) -> tupl
     each = own[0].stat().st_size
     total = graph.stat().st_size + (single / "onnx/model.onnx.data").stat().st_size + count * each
     return {"engine": method, "path": str(single), "files": [str(file) for file in own]}, {
-        "bytes": total, "bytes_per_expert": each}  # fmt: skip
+        "bytes": total,
+        "bytes_per_expert": each,
+    }
 
 
 def list_files(bundle: Path) -> list[Path]:
@@ -124,8 +142,15 @@ def grow_bundle(source: Path, output: Path, count: int) -> Path:
     bank = opened.open_bank()
     first = bank.vector(bank.names[0])
     draw = np.random.default_rng(0)
-    experts = [Expert(f"expert_{index}", (first + 0.1 * draw.standard_normal(first.size)).astype(np.float16),
-                      bank.fingerprint, bank.sites.hash) for index in range(count)]  # fmt: skip
+    experts = [
+        Expert(
+            f"expert_{index}",
+            (first + 0.1 * draw.standard_normal(first.size)).astype(np.float16),
+            bank.fingerprint,
+            bank.sites.hash,
+        )
+        for index in range(count)
+    ]
     facts = {key: value for key, value in opened.manifest.targets["onnx"].items() if not key.startswith("routed")}
     targets = {"onnx": facts | {"genai": None}}
     stage = output.with_suffix(".partial")

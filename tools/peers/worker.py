@@ -17,9 +17,13 @@ from engines import Peer, Spec, open_peer
 
 OWN = ("lime_edge.targets.registry", "lime_edge.runtimes.onnx.decoder", "safetensors.numpy", "methods")
 IMPORTS = {
-    "ours": OWN, "lora": OWN, "prompt": OWN, "genai": ("onnxruntime_genai",), "llama": ("llama_cpp",),
+    "ours": OWN,
+    "lora": OWN,
+    "prompt": OWN,
+    "genai": ("onnxruntime_genai",),
+    "llama": ("llama_cpp",),
     "torch": ("torch", "transformers", "peft"),
-}  # fmt: skip
+}
 
 
 class Worker:

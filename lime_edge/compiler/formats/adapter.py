@@ -170,8 +170,11 @@ def write_adapter(path: Path, config: dict[str, Any], tensors: Mapping[str, torc
     """
     adapter = build_adapter(config, tensors, str(path))
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, path / WEIGHTS,
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {name: t.detach().clone().contiguous() for name, t in tensors.items()},
+        path / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     return adapter
 
 
@@ -188,8 +191,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise LimeEdgeError(f"{file}: not JSON: {error}", "copy the adapter again, or mend the file by hand") from None
     if not isinstance(config, dict):
-        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(config).__name__}",
-                            "docs/adapter-format.md lists its fields")  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: expected a JSON object, found {type(config).__name__}", "docs/adapter-format.md lists its fields"
+        )
     return config
 
 
@@ -199,12 +203,23 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}",
-                            "copy it again: it may be truncated") from None  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: not a readable safetensors file: {error}", "copy it again: it may be truncated"
+        ) from None
 
 
 def _build_site(parts: Mapping[str, torch.Tensor], embedding: bool) -> AdapterSite:
     gamma = float(parts["gamma"]) if "gamma" in parts else 0.0
-    return AdapterSite(parts.get("A"), parts.get("B"), parts["LiMEs"], parts.get("LiME_shared"), gamma,
-                       parts.get("m"), parts.get("part_T"), embedding, parts.get("prompt_base"),
-                       parts.get("prompt_delta"), parts.get("input_proj"))  # fmt: skip
+    return AdapterSite(
+        parts.get("A"),
+        parts.get("B"),
+        parts["LiMEs"],
+        parts.get("LiME_shared"),
+        gamma,
+        parts.get("m"),
+        parts.get("part_T"),
+        embedding,
+        parts.get("prompt_base"),
+        parts.get("prompt_delta"),
+        parts.get("input_proj"),
+    )

@@ -59,8 +59,9 @@ FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
 }
 
 
-def check_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor],
-                  faults: Faults) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
+def check_adapter(
+    config: dict[str, Any], tensors: Mapping[str, torch.Tensor], faults: Faults
+) -> dict[str, dict[str, torch.Tensor]]:
     """Note every fault of both halves; what can be checked is checked whatever else is wrong.
 
     Args:
@@ -86,11 +87,15 @@ def refuse_strangers(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """
     parts = {name.rpartition(".")[2] for name in tensors}
     if parts and parts <= set(VECTORS):
-        raise LimeEdgeError(f"{where}: holds expert vectors alone: the shared adapter they belong to is in a bundle",
-                            f"lime-edge experts add BUNDLE {where}")  # fmt: skip
+        raise LimeEdgeError(
+            f"{where}: holds expert vectors alone: the shared adapter they belong to is in a bundle",
+            f"lime-edge experts add BUNDLE {where}",
+        )
     if any(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors):
-        raise LimeEdgeError(f"{where}: holds a PEFT LoRA, not a LiME adapter",
-                            f"lime-edge import {where} -o imported/, then --adapter imported/adapter")  # fmt: skip
+        raise LimeEdgeError(
+            f"{where}: holds a PEFT LoRA, not a LiME adapter",
+            f"lime-edge import {where} -o imported/, then --adapter imported/adapter",
+        )
     if parts & {"weight", "part_F"}:
         refuse_checkpoint(tensors, where, "an adapter")
 
@@ -213,8 +218,11 @@ def _check_tensors(
         _check_site(name, found, parts, config, faults)
         vectors = found.get("LiMEs", torch.zeros(1, config["num_experts"]))
         if config.get("routing", "pinned") != "pinned" and vectors.ndim == 2 and vectors.shape[1] < len(vectors):
-            faults.add(f"{WEIGHTS}: {name}: width (routing reads an output per expert)",
-                       f"at least {config['num_experts']}", vectors.shape[1])  # fmt: skip
+            faults.add(
+                f"{WEIGHTS}: {name}: width (routing reads an output per expert)",
+                f"at least {config['num_experts']}",
+                vectors.shape[1],
+            )
     return grouped
 
 

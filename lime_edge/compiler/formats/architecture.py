@@ -125,23 +125,36 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             faults.add("config.json: partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
         if config.num_attention_heads % config.num_key_value_heads:
-            faults.add("config.json: num_attention_heads", "a multiple of num_key_value_heads",
-                       f"{config.num_attention_heads} and {config.num_key_value_heads}")
+            faults.add(
+                "config.json: num_attention_heads",
+                "a multiple of num_key_value_heads",
+                f"{config.num_attention_heads} and {config.num_key_value_heads}",
+            )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, scale = _rope_frequencies(config, rope_type, rope, head_dim)
     read = partial(getattr, config)
     bias = family != "mistral" and bool(read("attention_bias", False))
     return Decoder(
-        family=family, vocab=config.vocab_size, hidden=config.hidden_size,
-        intermediate=config.intermediate_size, heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads, head_dim=head_dim,
-        context=config.max_position_embeddings, norm_eps=config.rms_norm_eps,
-        activation=config.hidden_act, qkv_bias=family == "qwen2" or bias,
-        o_bias=bias and family != "qwen2", mlp_bias=bool(read("mlp_bias", False)),
-        qk_norm=family == "qwen3", tied=bool(config.tie_word_embeddings),
+        family=family,
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        context=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        activation=config.hidden_act,
+        qkv_bias=family == "qwen2" or bias,
+        o_bias=bias and family != "qwen2",
+        mlp_bias=bool(read("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        tied=bool(config.tie_word_embeddings),
         layers=tuple(_attention(config, index) for index in range(config.num_hidden_layers)),
-        rope_type=rope_type, rope_frequencies=frequencies, rope_scale=scale,
-    )  # fmt: skip
+        rope_type=rope_type,
+        rope_frequencies=frequencies,
+        rope_scale=scale,
+    )
 
 
 def _attention(config: Any, index: int) -> Attention:

@@ -70,8 +70,9 @@ def _read_eos(path: Path, config: Any) -> tuple[int, ...]:
         try:
             ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise LimeEdgeError(f"{file}: not a readable generation config: {error}",
-                                "mend it, or remove it: config.json has eos too") from None  # fmt: skip
+            raise LimeEdgeError(
+                f"{file}: not a readable generation config: {error}", "mend it, or remove it: config.json has eos too"
+            ) from None
     ids = config.eos_token_id if ids is None else ids
     if ids is None:
         return ()
@@ -85,8 +86,10 @@ def find_gguf(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise LimeEdgeError(f"{path}: expected a model directory or a .gguf file, found a {path.suffix} file",
-                            "name the directory that the file lies in")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: expected a model directory or a .gguf file, found a {path.suffix} file",
+            "name the directory that the file lies in",
+        )
     if (path / "config.json").is_file():
         return None
     found = sorted(path.glob("*.gguf"))
@@ -102,8 +105,9 @@ def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise LimeEdgeError(f"{path / 'config.json'}: not a readable model config: {error}",
-                            "is this what save_pretrained writes?") from None  # fmt: skip
+        raise LimeEdgeError(
+            f"{path / 'config.json'}: not a readable model config: {error}", "is this what save_pretrained writes?"
+        ) from None
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(path):
         try:
@@ -111,8 +115,9 @@ def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
                     tensors[name] = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}",
-                                "copy it again: it may be truncated") from None  # fmt: skip
+            raise LimeEdgeError(
+                f"{file}: not a readable safetensors file: {error}", "copy it again: it may be truncated"
+            ) from None
     return config, tensors
 
 
@@ -137,16 +142,18 @@ def _weight_files(path: Path) -> list[Path]:
 def _read_gguf(file: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise LimeEdgeError(f"{file}: not a GGUF file (no GGUF magic)",
-                                "copy it again, or pass a Hugging Face directory")  # fmt: skip
+            raise LimeEdgeError(
+                f"{file}: not a GGUF file (no GGUF magic)", "copy it again, or pass a Hugging Face directory"
+            )
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
             )
     except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
-        raise LimeEdgeError(f"{file}: not a readable GGUF model: {error}",
-                            "pass the Hugging Face directory instead") from None  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: not a readable GGUF model: {error}", "pass the Hugging Face directory instead"
+        ) from None
     return model.config, model.state_dict()
 
 

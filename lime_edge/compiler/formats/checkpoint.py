@@ -79,8 +79,7 @@ def pair(backbone: Backbone, adapter: Adapter) -> Checkpoint:
             elif name == PROMPT and site.width != weights[name][1]:
                 faults.add("site prompt: H", weights[name][1], site.width)
             elif name != PROMPT and not _fits(site.weight_shape, weights[name]):
-                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", weights[name],
-                           site.weight_shape)  # fmt: skip
+                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", weights[name], site.weight_shape)
     table = SiteTable.from_widths((n, adapter.sites[n].width) for n in weights if n in adapter.sites)
     checkpoint = Checkpoint(backbone, adapter, table)
     if adapter.base_fingerprint and adapter.base_fingerprint != checkpoint.fingerprint:

@@ -134,8 +134,16 @@ def read_encoder(path: Path) -> EncoderBackbone:
     task = infer_task(architecture, path)
     model = load_model(path, task, architecture)
     inputs = list_inputs(model, path)
-    return EncoderBackbone(str(path), path.resolve().name, task, model, inputs, read_pooling(path),
-                           watch_layers(model, make_sample(inputs)), hash_weights_file(path))  # fmt: skip
+    return EncoderBackbone(
+        str(path),
+        path.resolve().name,
+        task,
+        model,
+        inputs,
+        read_pooling(path),
+        watch_layers(model, make_sample(inputs)),
+        hash_weights_file(path),
+    )
 
 
 def infer_task(architecture: str, path: Path) -> str:
@@ -149,15 +157,19 @@ def infer_task(architecture: str, path: Path) -> str:
     tasks = _tasks_manager()
     known = getattr(transformers, architecture, None) if architecture else None
     if known is None:
-        raise LimeEdgeError(f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers",
-                            "upgrade transformers, or mend architectures in config.json")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers",
+            "upgrade transformers, or mend architectures in config.json",
+        )
     try:
         task = tasks.infer_task_from_model(known)
     except ValueError:  # classes that share a family's entry with others (DeiT's two heads)
         task = next((task for suffix, task in TASKS.items() if architecture.endswith(suffix)), "unknown")
     if task not in TASKS.values():
-        raise LimeEdgeError(f"{path}: {architecture} does {task}, which cannot be exported as an encoder",
-                            f"these can: {', '.join(dict.fromkeys(TASKS.values()))}")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: {architecture} does {task}, which cannot be exported as an encoder",
+            f"these can: {', '.join(dict.fromkeys(TASKS.values()))}",
+        )
     return task
 
 
@@ -171,14 +183,22 @@ def load_model(path: Path, task: str, architecture: str) -> nn.Module:
     try:
         with quiet():
             model, info = tasks.get_model_from_task(
-                task, path, framework="pt", library_name="transformers", attn_implementation="eager",
-                local_files_only=True, output_loading_info=True, dtype=torch.float32,
-            )  # fmt: skip
+                task,
+                path,
+                framework="pt",
+                library_name="transformers",
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise LimeEdgeError(f"{path}: not a readable model: {error}", "copy it again: it may be truncated") from None
     if type(model).__name__ != architecture:
-        raise LimeEdgeError(f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}",
-                            "name the loaded class in config.json, or save the model with its own class")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}",
+            "name the loaded class in config.json, or save the model with its own class",
+        )
     keys = ("missing_keys", "unexpected_keys")
     missing, extra = (info[key] if isinstance(info, dict) else getattr(info, key) for key in keys)
     refuse_checkpoint(extra, str(path), "a model")
@@ -206,8 +226,10 @@ def list_inputs(model: nn.Module, path: Path) -> tuple[Input, ...]:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return (Input("pixel_values", "float32", ("batch", config.num_channels, height, width)),)
     if main != "input_ids":
-        raise LimeEdgeError(f"{path}: the model reads {main or 'nothing known'}",
-                            "models that read input_ids or pixel_values can be exported")  # fmt: skip
+        raise LimeEdgeError(
+            f"{path}: the model reads {main or 'nothing known'}",
+            "models that read input_ids or pixel_values can be exported",
+        )
     text = ("batch", "sequence")
     inputs = [Input("input_ids", "int64", text, "", config.vocab_size)]
     inputs.append(Input("attention_mask", "int64", text, "ones", 2))
@@ -255,8 +277,11 @@ def read_pooling(path: Path) -> Pooling | None:
     chosen = [mode for mode, key in POOLINGS.items() if config.get(key) or config.get("pooling_mode") == mode]
     others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
     if len(chosen) != 1 or set(others) - set(POOLINGS.values()):
-        raise LimeEdgeError(f"{file}: expected one pooling mode of {', '.join(POOLINGS)}, found "
-                            f"{', '.join([*chosen, *others]) or config.get('pooling_mode')}", hint)  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: expected one pooling mode of {', '.join(POOLINGS)}, found "
+            f"{', '.join([*chosen, *others]) or config.get('pooling_mode')}",
+            hint,
+        )
     return Pooling(chosen[0], len(steps) == 3)
 
 
@@ -312,8 +337,10 @@ def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoi
             prompt tuning.
     """
     if adapter.variant not in LINEAR:
-        raise LimeEdgeError(f"{adapter.path}: a {adapter.variant} adapter cannot be exported with an encoder",
-                            f"{', '.join(LINEAR)} can")  # fmt: skip
+        raise LimeEdgeError(
+            f"{adapter.path}: a {adapter.variant} adapter cannot be exported with an encoder",
+            f"{', '.join(LINEAR)} can",
+        )
     layers = backbone.layers
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
     with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
@@ -331,8 +358,7 @@ def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoi
                 found = "an embedding" if site.embedding else "a linear layer"
                 faults.add(f"site {name}: embedding_modules makes it {found}, the model does not")
             elif any(n not in (None, m) for n, m in zip(site.weight_shape, layer.shape, strict=True)):
-                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", layer.shape,
-                           site.weight_shape)  # fmt: skip
+                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", layer.shape, site.weight_shape)
         if adapter.base_fingerprint and adapter.base_fingerprint != backbone.fingerprint:
             faults.add("base_fingerprint", adapter.base_fingerprint, backbone.fingerprint)
     table = SiteTable.from_widths((n, adapter.sites[n].width) for n in layers if n in adapter.sites)

@@ -32,13 +32,32 @@ from lime_edge.errors import Faults, LimeEdgeError
 
 ROUTING = tuple(entry.name for entry in fields(RoutingConfig))
 # what else a hyper-parameter file may say; README of the conformance fixtures
-KNOWN = ("variant", "target_modules", "architecture", "num_experts", "rank", "alpha", "use_shared_LiME",
-         "pad_token_id", *ROUTING)  # fmt: skip
+KNOWN = (
+    "variant",
+    "target_modules",
+    "architecture",
+    "num_experts",
+    "rank",
+    "alpha",
+    "use_shared_LiME",
+    "pad_token_id",
+    *ROUTING,
+)
 TRAINING = ("dropout", "jitter_noise", "LiME_init_std", "track_aux", "peft_dtype", "moe_dtype")
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
-          "vocab.txt", "preprocessor_config.json")  # fmt: skip
+BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -100,11 +119,15 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> dic
             pair(base, adapter)
     config = imported.config
     return {
-        "variant": config["variant"], "rank": config["r"], "alpha": config["lora_alpha"],
-        "experts": config["expert_names"], "sites": len(adapter.sites), "selection": config["routing"],
+        "variant": config["variant"],
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "experts": config["expert_names"],
+        "sites": len(adapter.sites),
+        "selection": config["routing"],
         "adapter": str(output / "adapter"),
         "backbone": None if imported.backbone is None else str(output / "backbone"),
-    }  # fmt: skip
+    }
 
 
 def read_state(source: Path, options: ImportOptions) -> Imported:
@@ -124,8 +147,12 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
         variant = hyper["variant"]
         _check_state(hyper, sites, faults)
         faults.raise_any()
-        tensors = {f"{name}.{part}": t for name, found in sites.items() for part, t in found.items()
-                   if part not in ("part_F", "bias")}  # fmt: skip
+        tensors = {
+            f"{name}.{part}": t
+            for name, found in sites.items()
+            for part, t in found.items()
+            if part not in ("part_F", "bias")
+        }
         embeddings = [name for name in sites if _is_embedding(name, state, sites[name])]
         name, first = next(iter(sites.items()))
         rank = first["A"].shape[0] if "A" in first else first["part_T"].shape[1 if name in embeddings else 0]
@@ -164,16 +191,24 @@ def check_hyper(hyper: Mapping[str, Any], faults: Faults) -> None:
         faults.add("alpha", "a number", repr(alpha))
 
 
-def make_config(hyper: Mapping[str, Any], variant: str, rank: int, count: int, shared: bool,
-                names: tuple[str, ...]) -> dict[str, Any]:  # fmt: skip
+def make_config(
+    hyper: Mapping[str, Any], variant: str, rank: int, count: int, shared: bool, names: tuple[str, ...]
+) -> dict[str, Any]:
     """The fields of adapter_config.json; target_modules and the base are still empty."""
     given = {key: hyper[key] for key in ROUTING if key in hyper}
     return {
-        "peft_type": "LIME", "variant": variant, "base_model_name_or_path": None, "target_modules": [],
-        "r": rank, "lora_alpha": hyper.get("alpha", DEFAULT_ALPHA), "num_experts": count,
+        "peft_type": "LIME",
+        "variant": variant,
+        "base_model_name_or_path": None,
+        "target_modules": [],
+        "r": rank,
+        "lora_alpha": hyper.get("alpha", DEFAULT_ALPHA),
+        "num_experts": count,
         "expert_names": list(names) or [f"expert_{index}" for index in range(count)],
-        "use_shared_lime": shared, "routing": name_selection(routing_for(variant, hyper)), **given,
-    }  # fmt: skip
+        "use_shared_lime": shared,
+        "routing": name_selection(routing_for(variant, hyper)),
+        **given,
+    }
 
 
 def name_targets(sites: Iterable[str], modules: Iterable[str], wanted: list[str]) -> list[str]:
@@ -206,20 +241,32 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
-        raise LimeEdgeError(f"{file}: not a readable state dict: {error}",
-                            "copy it again; it must hold tensors only") from None  # fmt: skip
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise LimeEdgeError(
+            f"{file}: not a readable state dict: {error}", "copy it again; it must hold tensors only"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise LimeEdgeError(f"{file}: expected a state dict (name -> tensor), found something else",
-                            "save model.state_dict(), not the model")  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: expected a state dict (name -> tensor), found something else",
+            "save model.state_dict(), not the model",
+        )
     return dict(state)
 
 
 def _refuse_prompts(hyper: Mapping[str, Any], state: Mapping[str, torch.Tensor], faults: Faults) -> None:
     if hyper.get("variant") == "prompt_tuning" or any(name.endswith("prompt_base") for name in state):
-        faults.add("prompt tuning has no adapted layers, and an adapter directory holds nothing else: "
-                   "its virtual tokens cannot be imported")  # fmt: skip
+        faults.add(
+            "prompt tuning has no adapted layers, and an adapter directory holds nothing else: "
+            "its virtual tokens cannot be imported"
+        )
         faults.raise_any()
 
 
@@ -242,8 +289,10 @@ def _check_splittable(state: Mapping[str, torch.Tensor], faults: Faults) -> None
         width = state[f"{site}.LiMEs"].shape[1]
         (t, d), (f, e) = top.shape, rest.shape
         if not (d == e and t + f == width or t == f and d + e == width and t + f != width):
-            faults.add(f"{site}: part_T and part_F must be the rows (or columns) of one weight with "
-                       f"H = {width}", found=f"{tuple(top.shape)} and {tuple(rest.shape)}")  # fmt: skip
+            faults.add(
+                f"{site}: part_T and part_F must be the rows (or columns) of one weight with H = {width}",
+                found=f"{tuple(top.shape)} and {tuple(rest.shape)}",
+            )
 
 
 def _check_state(hyper: Mapping[str, Any], sites: Mapping[str, Mapping[str, torch.Tensor]], faults: Faults) -> None:
@@ -276,8 +325,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise LimeEdgeError(f"{file}: not a readable JSON file: {error}", "copy it again, or mend it by hand") from None
     if not isinstance(read, dict):
-        raise LimeEdgeError(f"{file}: expected a JSON object, found {type(read).__name__}",
-                            "write it as {\"name\": value, ...}")  # fmt: skip
+        raise LimeEdgeError(
+            f"{file}: expected a JSON object, found {type(read).__name__}", 'write it as {"name": value, ...}'
+        )
     return read
 
 

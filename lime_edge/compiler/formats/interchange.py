@@ -29,9 +29,12 @@ FORMATS = ("peft", "gguf")
 # decoder family -> (llama.cpp's architecture, whether its files hold interleaved q and k rows).
 # Source: ggml-org/llama.cpp, convert_hf_to_gguf.py: classes derived from LlamaModel permute.
 GGUF = {
-    "llama": ("llama", True), "mistral": ("llama", True), "smollm3": ("smollm3", True),
-    "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
-}  # fmt: skip
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "smollm3": ("smollm3", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class PlainLora:
     sites: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
 
 
-def export_expert(adapter: Path, selection: Selection, form: str, output: Path, model: Path | None = None,
-                  force: bool = False) -> PlainLora:  # fmt: skip
+def export_expert(
+    adapter: Path, selection: Selection, form: str, output: Path, model: Path | None = None, force: bool = False
+) -> PlainLora:
     """Write an expert or a blend in another project's format, or write nothing.
 
     Args:
@@ -60,11 +64,15 @@ def export_expert(adapter: Path, selection: Selection, form: str, output: Path, 
         LimeEdgeError: unknown format or expert, a variant that is no LoRA, a model that does not fit.
     """
     if form not in FORMATS:
-        raise LimeEdgeError(f"--format: expected {' or '.join(FORMATS)}, found {form!r}",
-                            "peft for PEFT and transformers, gguf for llama.cpp")  # fmt: skip
+        raise LimeEdgeError(
+            f"--format: expected {' or '.join(FORMATS)}, found {form!r}",
+            "peft for PEFT and transformers, gguf for llama.cpp",
+        )
     if form == "gguf" and model is None:
-        raise LimeEdgeError("--format gguf needs the base model: its rows are ordered by attention heads",
-                            "pass --model, a Hugging Face directory or a GGUF file")  # fmt: skip
+        raise LimeEdgeError(
+            "--format gguf needs the base model: its rows are ordered by attention heads",
+            "pass --model, a Hugging Face directory or a GGUF file",
+        )
     read = read_adapter(adapter)
     lora = pin_expert(read, selection)
     decoder = None if model is None else pair(read_backbone(model), read).backbone.decoder
@@ -99,8 +107,9 @@ def pin_expert(adapter: Adapter, selection: Selection) -> PlainLora:
         for name, (_, b) in sites.items():
             if not torch.isfinite(b).all():
                 faults.add(f"{name}: diag(p) B is beyond float32's range")
-    return PlainLora(describe_selection(selection), adapter.rank, adapter.alpha, adapter.target_modules,
-                     adapter.base_name, sites)  # fmt: skip
+    return PlainLora(
+        describe_selection(selection), adapter.rank, adapter.alpha, adapter.target_modules, adapter.base_name, sites
+    )
 
 
 def check_plain(adapter: Adapter) -> None:
@@ -111,9 +120,9 @@ def check_plain(adapter: Adapter) -> None:
     """
     reasons = {
         "dora": "its magnitude scales the frozen output too, bias included, and neither PEFT's DoRA nor "
-                "llama.cpp computes that for every p",
+        "llama.cpp computes that for every p",
         "slicefine": "it multiplies rows of the weight instead of adding a low-rank product",
-    }  # fmt: skip
+    }
     hint = "export a bundle with lime-edge export instead"
     if adapter.variant in reasons:
         problem = f"{adapter.path}: a {adapter.variant} expert is not a LoRA: {reasons[adapter.variant]}"
@@ -152,13 +161,24 @@ def write_peft(lora: PlainLora, directory: Path, causal: bool) -> None:
     """
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": lora.base_name, "revision": None, "inference_mode": True,
-        "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(lora.target_modules), "modules_to_save": None, "fan_in_fan_out": False,
-        "init_lora_weights": True, "use_rslora": False, "use_dora": False, "rank_pattern": {},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": lora.base_name,
+        "revision": None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(lora.target_modules),
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
         "alpha_pattern": {},
-    }  # fmt: skip
+    }
     tensors: dict[str, torch.Tensor] = {}
     for name, (a, b) in lora.sites.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()

@@ -29,18 +29,31 @@ from lime_edge.errors import Faults, LimeEdgeError
 
 PREFIX = "base_model.model."
 SUFFIXES = {
-    "lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
-}  # fmt: skip
+}
 # an option of PEFT that changes what a layer computes -> the value that our format stands for
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "bias": ("none", None), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
-    "use_qalora": (False, None), "use_bdlora": (False, None), "modules_to_save": (None, []),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,),
-    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []), "arrow_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
-}  # fmt: skip
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "megatron_config": (None,),
+}
 
 
 def read_peft(source: Path, options: ImportOptions) -> Imported:
@@ -155,8 +168,7 @@ def _name_targets(config: Mapping[str, Any], sites: Mapping[str, Any], decoder: 
 Vectors = tuple[dict[str, torch.Tensor], list[str]]
 
 
-def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Backbone | None,
-                  faults: Faults) -> Vectors:  # fmt: skip
+def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Backbone | None, faults: Faults) -> Vectors:
     """Expert vectors as `SITE.LiMEs` (E, H) and so on, and the experts' names where files say them."""
     if not files:
         return {f"{site}.LiMEs": torch.ones(1, width) for site, width in widths.items()}, []
@@ -186,8 +198,9 @@ def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Back
     return {f"{s.name}.LiMEs": stacked[:, s.offset : s.offset + s.width] for s in table}, list(flat)
 
 
-def _read_vector_file(file: Path, widths: Mapping[str, int], base: Backbone | None,
-                      faults: Faults) -> dict[str, torch.Tensor]:  # fmt: skip
+def _read_vector_file(
+    file: Path, widths: Mapping[str, int], base: Backbone | None, faults: Faults
+) -> dict[str, torch.Tensor]:
     """One file's tensors; an expert file of ours is checked against the base and gives one flat vector."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -208,6 +221,8 @@ def _read_vector_file(file: Path, widths: Mapping[str, int], base: Backbone | No
 
 def _order_sites(widths: Mapping[str, int], base: Backbone | None) -> SiteTable:
     if base is None:
-        raise LimeEdgeError("--experts: flat vectors follow the base model's order of layers",
-                            "pass the base model with --model, or tensors SITE.LiMEs")  # fmt: skip
+        raise LimeEdgeError(
+            "--experts: flat vectors follow the base model's order of layers",
+            "pass the base model with --model, or tensors SITE.LiMEs",
+        )
     return SiteTable.from_widths((name, widths[name]) for name in list_weights(base.decoder) if name in widths)

@@ -112,8 +112,9 @@ def evaluate(folded: FoldedLinear, x: Tensor, residual: Tensor) -> Tensor:
     return y + residual * F.linear(F.linear(x, folded.branch_a), folded.branch_b)
 
 
-def fold_embedding(variant: str, tensors: Mapping[str, Tensor], p_ref: Tensor, scale: float,
-                   pad_token_id: int | None = None) -> FoldedEmbedding:
+def fold_embedding(
+    variant: str, tensors: Mapping[str, Tensor], p_ref: Tensor, scale: float, pad_token_id: int | None = None
+) -> FoldedEmbedding:
     """Fold p_ref times the shared adapter into an embedding table.
 
     A head that is tied to the table keeps the old table: untie first.
@@ -165,15 +166,19 @@ def evaluate_embedding(folded: FoldedEmbedding, ids: Tensor, residual: Tensor) -
     y = F.embedding(ids, folded.table)
     if folded.modulated_columns:
         scaled = scale_leading(y, residual, folded.modulated_columns)
-        return scaled if folded.pad_token_id is None else torch.where(
-            (ids == folded.pad_token_id).unsqueeze(-1), y, scaled)
+        return (
+            scaled
+            if folded.pad_token_id is None
+            else torch.where((ids == folded.pad_token_id).unsqueeze(-1), y, scaled)
+        )
     if folded.branch_table is None or folded.branch_b is None:
         return y
     return y + residual * F.linear(F.embedding(ids, folded.branch_table), folded.branch_b)
 
 
-def recover_routing(variant: str, folded_output: Tensor, delta: Tensor, p_ref: Tensor,
-                    experts: int) -> tuple[Tensor, Tensor | None]:
+def recover_routing(
+    variant: str, folded_output: Tensor, delta: Tensor, p_ref: Tensor, experts: int
+) -> tuple[Tensor, Tensor | None]:
     """The two operands of `routing.route`, from what a folded site has at hand.
 
     Args:
@@ -281,8 +286,9 @@ def _check_names(variant: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_shapes(variant: str, tensors: Mapping[str, Tensor], p_ref: Tensor, height: int,
-                  shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    variant: str, tensors: Mapping[str, Tensor], p_ref: Tensor, height: int, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     present = {**tensors, "p_ref": p_ref}
     with Faults(f"{variant} site of {height} outputs") as faults:
         for name, shape in {**shapes, "bias": (height,), "p_ref": (height,)}.items():

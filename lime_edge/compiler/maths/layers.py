@@ -229,8 +229,15 @@ def check_mode(mode: Mode, variant: str) -> None:
 class LimeLayer(nn.Module):
     """One unfolded site, linear or embedding, float, inference only."""
 
-    def __init__(self, variant: str, tensors: Mapping[str, Tensor], scale: float, routing: RoutingConfig,
-                 embedding: bool = False, pad_token_id: int | None = None):
+    def __init__(
+        self,
+        variant: str,
+        tensors: Mapping[str, Tensor],
+        scale: float,
+        routing: RoutingConfig,
+        embedding: bool = False,
+        pad_token_id: int | None = None,
+    ):
         """Hold a site's tensors; it starts routed.
 
         Args:

@@ -45,8 +45,13 @@ def route_static(tensors: Mapping[str, Tensor], routing: RoutingConfig) -> Tenso
     return route(base, delta, routing).squeeze(0)
 
 
-def route_conditioned(tensors: Mapping[str, Tensor], routing: RoutingConfig, conditioning: str,
-                      embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
+def route_conditioned(
+    tensors: Mapping[str, Tensor],
+    routing: RoutingConfig,
+    conditioning: str,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+) -> Tensor:
     """The routed weights (B, V, E) of an input-conditioned prompt.
 
     The scales of the logits run over the whole call, so over the batch too.
@@ -96,7 +101,8 @@ def summarize(embeds: Tensor, attention_mask: Tensor | None, conditioning: str) 
     """
     if conditioning not in CONDITIONING:
         raise LimeEdgeError(
-            f"input_conditioning_mode: expected one of {', '.join(CONDITIONING)}, found {conditioning!r}")
+            f"input_conditioning_mode: expected one of {', '.join(CONDITIONING)}, found {conditioning!r}"
+        )
     if conditioning == "first":
         return embeds[:, 0]
     mask = torch.ones_like(embeds[..., 0]) if attention_mask is None else attention_mask.to(embeds.dtype)
@@ -110,8 +116,11 @@ def summarize(embeds: Tensor, attention_mask: Tensor | None, conditioning: str) 
     return (attention.unsqueeze(1) @ embeds).squeeze(1)
 
 
-def prepend_prompt(prompt: Tensor, embeds: Tensor, attention_mask: Tensor | None,
-                   ) -> tuple[Tensor, Tensor | None]:
+def prepend_prompt(
+    prompt: Tensor,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Put virtual tokens, (V, H) or (B, V, H), before embeddings (B, T, H); extend the mask by ones.
 
     Returns:

@@ -48,8 +48,10 @@ def round_scales(scales: torch.Tensor) -> torch.Tensor:
     """
     rounded = scales.to(torch.bfloat16).float().clamp_min(SMALLEST_SCALE)
     if not bool((rounded <= torch.finfo(torch.float16).max).all()):
-        raise LimeEdgeError(f"a quantization scale of {rounded.max():.3g} is beyond float16's range",
-                            "the weights are not sane: check the checkpoint, or export with --quant none")  # fmt: skip
+        raise LimeEdgeError(
+            f"a quantization scale of {rounded.max():.3g} is beyond float16's range",
+            "the weights are not sane: check the checkpoint, or export with --quant none",
+        )
     return rounded
 
 
@@ -73,8 +75,9 @@ def group_for(columns: int, bits: int, group: int) -> tuple[int, int]:
     return 8, columns
 
 
-def quantize(weight: torch.Tensor, bits: int, group: int, search: bool = True,
-             importance: torch.Tensor | None = None) -> QuantizedTensor:  # fmt: skip
+def quantize(
+    weight: torch.Tensor, bits: int, group: int, search: bool = True, importance: torch.Tensor | None = None
+) -> QuantizedTensor:
     """Quantize one matrix, each scale chosen among candidates for the least squared error.
 
     Args:
@@ -92,8 +95,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int, search: bool = True,
     return encode(weight, search_scales(grouped, top, bits, importance), bits, group)
 
 
-def search_scales(grouped: torch.Tensor, top: torch.Tensor, bits: int,
-                  importance: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+def search_scales(grouped: torch.Tensor, top: torch.Tensor, bits: int, importance: torch.Tensor | None) -> torch.Tensor:
     """The rounded scale of least (weighted) squared error per group.
 
     Args:

@@ -78,8 +78,7 @@ class RoutingConfig:
         return cls(**{name: value for name, value in values.items() if name in known})  # type: ignore[arg-type]
 
 
-def route(frozen: Tensor, delta: Tensor | None, config: RoutingConfig,
-          length: Tensor | None = None) -> Tensor:
+def route(frozen: Tensor, delta: Tensor | None, config: RoutingConfig, length: Tensor | None = None) -> Tensor:
     """Weigh the experts of one site, per token.
 
     Args:

@@ -162,9 +162,11 @@ class CompiledModel:
         names = self.decoder.linears(layer)
         by_kind = {name.rsplit(".", 1)[-1]: (name, shape[0]) for name, shape in names.items()}
         members = {
-            "qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",),
-            "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",),
-        }  # fmt: skip
+            "qkv": ("q_proj", "k_proj", "v_proj"),
+            "o": ("o_proj",),
+            "gate_up": ("gate_proj", "up_proj"),
+            "down": ("down_proj",),
+        }
         return {
             key: Group(tuple(by_kind[k][0] for k in kinds), tuple(by_kind[k][1] for k in kinds))
             for key, kinds in members.items()
@@ -215,10 +217,9 @@ class CompiledModel:
         biases = [self.vectors.get(f"{name}.bias") for name in group.names]
         if all(bias is None for bias in biases):
             return None
-        return torch.cat([
-            torch.zeros(width) if bias is None else bias
-            for bias, width in zip(biases, group.widths, strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [torch.zeros(width) if bias is None else bias for bias, width in zip(biases, group.widths, strict=True)]
+        )
 
     def weight_hash(self) -> str:
         """sha256 over the canonical integers (or floats) and scales: equal across targets."""

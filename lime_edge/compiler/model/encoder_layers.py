@@ -136,8 +136,9 @@ class CompiledLayer(nn.Module):
         if flat:
             y, delta = y.unsqueeze(1), delta.unsqueeze(1)
         if y.dim() != 3:
-            raise LimeEdgeError(f"routing: expected a layer's output (B, T, H), found {y.dim()} axes",
-                                "export the adapter pinned")  # fmt: skip
+            raise LimeEdgeError(
+                f"routing: expected a layer's output (B, T, H), found {y.dim()} axes", "export the adapter pinned"
+            )
         reference = self.get_buffer("reference")
         operands = recover_routing(self.parts.variant, y, delta, reference, bank.shape[0])
         mixed = route(*operands, self.parts.routing) @ bank

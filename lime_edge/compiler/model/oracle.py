@@ -58,8 +58,9 @@ def mix_experts(experts: Mapping[str, Tensor], label: str) -> Tensor:
     return mixed.float()
 
 
-def ask_decoder(model: CompiledModel, encode: Callable[[str], list[int]] | None,
-                progress: Progress = lambda *_: None) -> Golden:  # fmt: skip
+def ask_decoder(
+    model: CompiledModel, encode: Callable[[str], list[int]] | None, progress: Progress = lambda *_: None
+) -> Golden:
     """Golden logits and greedy tokens of a language model.
 
     Args:
@@ -92,8 +93,12 @@ def run_steps(module: DecoderModule, prompts: np.ndarray, expert: Tensor | None)
     return torch.stack(rows, 1).numpy()
 
 
-def ask_encoder(model: CompiledEncoder, encode: Callable[[str], list[int]] | None, context: int,
-                progress: Progress = lambda *_: None) -> Golden:  # fmt: skip
+def ask_encoder(
+    model: CompiledEncoder,
+    encode: Callable[[str], list[int]] | None,
+    context: int,
+    progress: Progress = lambda *_: None,
+) -> Golden:
     """Golden outputs of an encoder or a vision model.
 
     Args:
@@ -137,8 +142,14 @@ def as_rows(output: np.ndarray) -> np.ndarray:
     return output.reshape(-1, output.shape[-1])
 
 
-def _ask(labels: Iterable[str], answer: Callable[[str], dict[str, np.ndarray]], rows: Mapping[str, np.ndarray],
-         columns: Mapping[str, np.ndarray], centre: bool, progress: Progress) -> dict[str, Output]:  # fmt: skip
+def _ask(
+    labels: Iterable[str],
+    answer: Callable[[str], dict[str, np.ndarray]],
+    rows: Mapping[str, np.ndarray],
+    columns: Mapping[str, np.ndarray],
+    centre: bool,
+    progress: Progress,
+) -> dict[str, Output]:
     """Every selection in turn, condensed at once: full rows are large."""
     kept: dict[str, list[Rows]] = {name: [] for name in rows}
     labels = tuple(labels)

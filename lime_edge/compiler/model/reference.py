@@ -21,8 +21,13 @@ DEFAULT_ALPHA = 16.0  # Source: Kowsher/LiME at 82f981f.
 class UnfoldedModel:
     """A loaded transformers model with its sites replaced; `restore` puts the originals back."""
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, Mapping[str, Tensor]],
-                 hyper: Mapping[str, object], mask_padding: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, Mapping[str, Tensor]],
+        hyper: Mapping[str, object],
+        mask_padding: bool = False,
+    ):
         """Replace every site of the model; it starts routed.
 
         Args:
@@ -70,8 +75,7 @@ class UnfoldedModel:
         return self._call(dict(inputs)).logits.float()
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, max_new_tokens: int,
-                 attention_mask: Tensor | None = None) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
         """Decode greedily with a cache: the whole prompt in one call, then one token a call.
 
         Args:
@@ -126,8 +130,14 @@ def make_layer(module: nn.Module, adapter: Mapping[str, Tensor], hyper: Mapping[
         tensors["weight"] = weight
     rank = tensors["A"].shape[0] if "A" in tensors else 1
     pad = hyper.get("pad_token_id")
-    return LimeLayer(variant, tensors, read_alpha(hyper) / rank, routing_for(variant, hyper), embedding,
-                     pad if isinstance(pad, int) else None)
+    return LimeLayer(
+        variant,
+        tensors,
+        read_alpha(hyper) / rank,
+        routing_for(variant, hyper),
+        embedding,
+        pad if isinstance(pad, int) else None,
+    )
 
 
 def read_alpha(hyper: Mapping[str, object]) -> float:
@@ -179,4 +189,5 @@ def _rest_of(weight: Tensor, top: Tensor, embedding: bool) -> tuple[int, int, in
 def _is_plain(module: nn.Module | None) -> bool:
     """Subclasses with a forward of their own (a scaled embedding, say) are not what was adapted."""
     return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or (
-        isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward)
+        isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    )

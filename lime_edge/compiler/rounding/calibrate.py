@@ -24,9 +24,16 @@ BATCH = 16  # sequences in one forward pass
 LONGEST = 512  # tokens of a sequence that are read
 
 INSTRUCTIONS = (
-    "", "Rewrite: ", "Explain: ", "Change the word: ", "Choose one (first, second, third): ",
-    "Give a short answer.\n", "Is this correct?\n", "Complete the sentence.\n", "List: ",
-)  # fmt: skip
+    "",
+    "Rewrite: ",
+    "Explain: ",
+    "Change the word: ",
+    "Choose one (first, second, third): ",
+    "Give a short answer.\n",
+    "Is this correct?\n",
+    "Complete the sentence.\n",
+    "List: ",
+)
 # What small task models are asked: written for this file, many kinds of request, answers short.
 PAIRS = (
     ("What is the capital of Portugal?", "The capital of Portugal is Lisbon."),
@@ -34,39 +41,40 @@ PAIRS = (
     ("Rewrite in the past tense: The dogs run across the field.", "The dogs ran across the field."),
     ("Set an alarm for 6:45 tomorrow morning.", "alarm"),
     ("Is this sentence true or false? Water boils at 100 degrees Celsius at sea level.", "true"),
-    ("Classify the mood of this message (happy, sad, angry).\nI waited two hours and nobody even said sorry!",
-     "angry"),
+    ("Classify the mood of this message (happy, sad, angry).\nI waited two hours and nobody even said sorry!", "angry"),
     ("A clumsy plot and flat acting, but the music almost saves the evening.", "negative"),
     ("One of the warmest and funniest books I have read in years.", "positive"),
     ("plural: child", "children"),
     ("Correct the spelling: I definately recieved your mesage.", "I definitely received your message."),
     ("Who wrote Pride and Prejudice?", "Jane Austen"),
     ("List three primary colors.", "red, yellow, blue"),
-    ("Summarize: The council voted on Tuesday to close the old bridge for repairs. Use the ring road.",
-     "The old bridge is closed for repairs."),
+    (
+        "Summarize: The council voted on Tuesday to close the old bridge for repairs. Use the ring road.",
+        "The old bridge is closed for repairs.",
+    ),
     ("def area(width, height):\n    return", "    return width * height"),
     ("What is 17 + 25?", "42"),
     ("Turn this into a question: She has finished the report.", "Has she finished the report?"),
     ("Book a table for four at an Italian restaurant near the station on Friday.", "restaurant"),
     ("What's the weather like in Oslo this weekend?", "weather"),
     ("Play some quiet piano music from the nineties.", "music"),
-    ("Remove \"Blue Monday\" from my workout list.", "playlist"),
-    ("Give the opposite of \"ancient\".", "modern"),
+    ('Remove "Blue Monday" from my workout list.', "playlist"),
+    ('Give the opposite of "ancient".', "modern"),
     ("Extract the date: The invoice was issued on 14 March 2019 and paid a week later.", "14 March 2019"),
     ("Write a short poem about rain.", "Soft the silver rain comes down,\nwashing all the dusty town."),
     ("Name the largest planet in the solar system.", "Jupiter"),
     ("Subject: You have won!!!\nClick here to claim your $1000 gift card now.", "spam"),
-    ("Subject: Minutes of Monday's meeting\nHi all, please find the notes attached. Best, Petra",
-     "not spam"),
-    ("past tense of \"to teach\"", "taught"),
+    ("Subject: Minutes of Monday's meeting\nHi all, please find the notes attached. Best, Petra", "not spam"),
+    ('past tense of "to teach"', "taught"),
     ("he carries the boxes upstairs", "he does not carry the boxes upstairs"),
     ("Make it formal: Hey, can you send me that file?", "Could you please send me the file?"),
     ("What does HTTP stand for?", "Hypertext Transfer Protocol"),
     ("Sort alphabetically: pear, apple, mango, cherry", "apple, cherry, mango, pear"),
-    ("Who is mentioned here? Yesterday Maria Lopez met the mayor of Ghent, Thomas Claes.",
-     "Maria Lopez, Thomas Claes"),
-    ("Explain photosynthesis in one sentence.",
-     "Plants use sunlight to turn water and carbon dioxide into sugar and oxygen."),
+    ("Who is mentioned here? Yesterday Maria Lopez met the mayor of Ghent, Thomas Claes.", "Maria Lopez, Thomas Claes"),
+    (
+        "Explain photosynthesis in one sentence.",
+        "Plants use sunlight to turn water and carbon dioxide into sugar and oxygen.",
+    ),
     ("Rate this recipe four out of five stars.", "rating"),
     ("tooth", "teeth"),
     ("quickly", "adverb"),
@@ -76,13 +84,13 @@ PAIRS = (
     ("Fast delivery, solid build, exactly as described. Would buy again.", "5 stars"),
     ("Convert 3 kilometers to meters.", "3000 meters"),
     ("Which language is this? Ich habe heute keine Zeit.", "German"),
-    ("Spell \"necessary\" letter by letter.", "n e c e s s a r y"),
+    ('Spell "necessary" letter by letter.', "n e c e s s a r y"),
     ("2024-07-04", "Thursday, July 4, 2024"),
     ("Count the words: the cat sat on the mat", "6"),
     ("Continue the sequence: 2, 4, 8, 16,", "32"),
     ("Is a tomato a fruit or a vegetable?", "Botanically, a tomato is a fruit."),
     ("Give me a title for a story about a lighthouse keeper and a lost whale.", "The Keeper and the Whale"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -188,9 +196,11 @@ def vocabulary_words(vocabulary: Mapping[str, int]) -> list[str]:
 
 @torch.no_grad()
 def collect_grams(
-    model: CompiledModel, calibration: Calibration, kinds: Container[tuple[int, str]] | None = None,
+    model: CompiledModel,
+    calibration: Calibration,
+    kinds: Container[tuple[int, str]] | None = None,
     progress: Progress = lambda *_: None,
-) -> Grams:  # fmt: skip
+) -> Grams:
     """Run the float model over the samples, experts active; sum x x^T of the groups' inputs.
 
     Args:

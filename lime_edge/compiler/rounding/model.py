@@ -19,10 +19,14 @@ Progress = Callable[[str, int, int], None]
 
 
 def quantize_model(
-    model: CompiledModel, bits: int, group: int, rounding: str = "gptq",
-    calibration: Calibration | None = None, progress: Progress = lambda *_: None,
+    model: CompiledModel,
+    bits: int,
+    group: int,
+    rounding: str = "gptq",
+    calibration: Calibration | None = None,
+    progress: Progress = lambda *_: None,
     int8_kinds: tuple[str, ...] = INT8_KINDS,
-) -> dict[str, QuantizedTensor | torch.Tensor]:  # fmt: skip
+) -> dict[str, QuantizedTensor | torch.Tensor]:
     """Quantize every matrix of a folded float model.
 
     An int4 model keeps some matrices at int8 per channel, see `bits_by_name`.
@@ -41,11 +45,14 @@ def quantize_model(
         LimeEdgeError: unknown rounding; "gptq" at 4 bits without calibration.
     """
     if rounding not in ROUNDINGS:
-        raise LimeEdgeError(f"--rounding: expected {', '.join(ROUNDINGS)}, found {rounding!r}",
-                            "gptq (calibrated) is the most exact for int4")  # fmt: skip
+        raise LimeEdgeError(
+            f"--rounding: expected {', '.join(ROUNDINGS)}, found {rounding!r}",
+            "gptq (calibrated) is the most exact for int4",
+        )
     units, widths, grams = _units(model), bits_by_name(model, bits, int8_kinds), Grams()
-    given = {key: group_for(model.weight(names[0]).shape[1], widths[names[0]], group)[0]
-             for key, names in units.items()}  # fmt: skip
+    given = {
+        key: group_for(model.weight(names[0]).shape[1], widths[names[0]], group)[0] for key, names in units.items()
+    }
     if rounding == "gptq" and 4 in given.values():
         if calibration is None:
             raise LimeEdgeError("--rounding gptq at 4 bits needs calibration text", "use --rounding search")
@@ -63,9 +70,7 @@ def quantize_model(
     return {name: done[name] for name in model.weights}
 
 
-def bits_by_name(
-    model: CompiledModel, bits: int, int8_kinds: tuple[str, ...] = INT8_KINDS
-) -> dict[str, int]:
+def bits_by_name(model: CompiledModel, bits: int, int8_kinds: tuple[str, ...] = INT8_KINDS) -> dict[str, int]:
     """Tensor name -> bits, before the fallback of odd widths.
 
     At 4 bits the groups of `int8_kinds` keep 8. What that buys, the head being among them, on
@@ -100,9 +105,7 @@ def split_rows(whole: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]
     ]
 
 
-def round_by_gram(
-    weight: torch.Tensor, gram: torch.Tensor, group: int, damping: float = DAMPING
-) -> QuantizedTensor:
+def round_by_gram(weight: torch.Tensor, gram: torch.Tensor, group: int, damping: float = DAMPING) -> QuantizedTensor:
     """int4 codes that keep W x, for the inputs x seen, rather than W itself.
 
     Columns are rounded one after another; what rounding a column did to the output is made up for by
@@ -167,5 +170,3 @@ def _inverse_factor(gram: torch.Tensor, order: torch.Tensor, damping: float) -> 
     damped.diagonal().add_(damping * power + 1e-6 * power.mean() + torch.finfo(torch.float32).tiny)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()
-
-

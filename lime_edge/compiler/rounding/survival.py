@@ -38,10 +38,14 @@ class SiteSurvival:
     kept: dict[str, float]
 
 
-def measure_site(stored: Tensor, original: Tensor, folded: Tensor, product: Tensor | None,
-                 residuals: Mapping[str, Tensor], gram: Tensor | None = None) -> tuple[
-    dict[str, float], dict[str, float]
-]:  # fmt: skip
+def measure_site(
+    stored: Tensor,
+    original: Tensor,
+    folded: Tensor,
+    product: Tensor | None,
+    residuals: Mapping[str, Tensor],
+    gram: Tensor | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
     """Error and kept share of one site for every expert.
 
     Args:
@@ -59,8 +63,7 @@ def measure_site(stored: Tensor, original: Tensor, folded: Tensor, product: Tens
     total = float((loud * noise).sum())
     rows = {"ff": (heard * effect).sum(1), "nf": (loud * effect).sum(1)}
     if product is not None:
-        rows |= {"fc": (heard * product).sum(1), "nc": (loud * product).sum(1),
-                 "cc": (weigh(product) * product).sum(1)}  # fmt: skip
+        rows |= {"fc": (heard * product).sum(1), "nc": (loud * product).sum(1), "cc": (weigh(product) * product).sum(1)}
     error, kept = {}, {}
     for name, d in residuals.items():
         power, shared = rows["ff"].sum(), rows["nf"].sum()
@@ -74,8 +77,9 @@ def measure_site(stored: Tensor, original: Tensor, folded: Tensor, product: Tens
 
 
 @torch.no_grad()
-def measure_survival(original: Mapping[str, Tensor], folded: CompiledModel, stored: CompiledModel,
-                     grams: Grams, gptq: bool) -> list[SiteSurvival]:  # fmt: skip
+def measure_survival(
+    original: Mapping[str, Tensor], folded: CompiledModel, stored: CompiledModel, grams: Grams, gptq: bool
+) -> list[SiteSurvival]:
     """Every folded site of a quantized model.
 
     Q(W) is W rounded to the stored bits and groups by scale search. gptq's codes of W are not at hand;
@@ -86,8 +90,12 @@ def measure_survival(original: Mapping[str, Tensor], folded: CompiledModel, stor
         grams: (layer, kind) -> (D, D); where one is missing all inputs count alike.
         gptq: whether 4-bit matrices were rounded by gptq.
     """
-    kinds = {name: (layer, kind) for layer in range(len(stored.decoder.layers))
-             for kind, group in stored.groups(layer).items() for name in group.names}  # fmt: skip
+    kinds = {
+        name: (layer, kind)
+        for layer in range(len(stored.decoder.layers))
+        for kind, group in stored.groups(layer).items()
+        for name in group.names
+    }
     found = []
     for site in stored.sites:
         key = f"{site.name}.weight"
@@ -101,17 +109,26 @@ def measure_survival(original: Mapping[str, Tensor], folded: CompiledModel, stor
         start = original[key] if ready else quantize(original[key], weight.bits, weight.group).dequantize()
         part = slice(site.offset, site.offset + site.width)
         residuals = {name: p[part].float() - stored.reference[part] for name, p in stored.experts.items()}
-        error, kept = measure_site(weight.dequantize() - start, original[key], folded.weight(key), product,
-                                   residuals, grams.get(kinds.get(site.name, (-1, ""))))  # fmt: skip
+        error, kept = measure_site(
+            weight.dequantize() - start,
+            original[key],
+            folded.weight(key),
+            product,
+            residuals,
+            grams.get(kinds.get(site.name, (-1, ""))),
+        )
         found.append(SiteSurvival(site.name, weight.bits, error, kept))
     return found
 
 
 def list_groups(model: CompiledModel) -> set[tuple[int, str]]:
     """(layer, kind) of the groups that hold a site: the inputs worth looking at."""
-    return {(layer, kind) for layer in range(len(model.decoder.layers))
-            for kind, group in model.groups(layer).items()
-            if any(model.sites.find(name) for name in group.names)}  # fmt: skip
+    return {
+        (layer, kind)
+        for layer in range(len(model.decoder.layers))
+        for kind, group in model.groups(layer).items()
+        if any(model.sites.find(name) for name in group.names)
+    }
 
 
 def choose_sequences(calibration: Calibration | None) -> Calibration | None:
@@ -138,13 +155,21 @@ def summarize(sites: list[SiteSurvival], inputs: str | None) -> dict[str, Any]:
         kept = [value for site in members for value in site.kept.values()]
         worst = max(members, key=lambda site: max(site.error.values()))
         summary[kind] = {
-            "sites": len(members), "bits": sorted({site.bits for site in members}),
-            "error": round(median(errors), 4), "worst_error": round(max(errors), 4), "worst_site": worst.name,
-            "kept": round(median(kept), 4), "worst_kept": round(min(kept), 4),
-        }  # fmt: skip
+            "sites": len(members),
+            "bits": sorted({site.bits for site in members}),
+            "error": round(median(errors), 4),
+            "worst_error": round(max(errors), 4),
+            "worst_site": worst.name,
+            "kept": round(median(kept), 4),
+            "worst_kept": round(min(kept), 4),
+        }
     table = {
-        site.name: {"error": round(max(site.error.values()), 4), "expert": max(site.error, key=site.error.__getitem__),
-                    "kept": round(min(site.kept.values()), 4)}
-        for site in sites if site.error
-    }  # fmt: skip
+        site.name: {
+            "error": round(max(site.error.values()), 4),
+            "expert": max(site.error, key=site.error.__getitem__),
+            "kept": round(min(site.kept.values()), 4),
+        }
+        for site in sites
+        if site.error
+    }
     return {"inputs": inputs, "kinds": summary, "sites": table}
