@@ -147,7 +147,7 @@ def main() -> None:
         help="those and what they are compared with; no page then",
     )
     arguments = parser.parse_args()
-    bases = {VARIANTS[name].base for name in arguments.variants if name in VARIANTS}
+    bases = {VARIANTS[name].base for name in arguments.variants}
     variants = {name: variant for name, variant in VARIANTS.items() if name in (*arguments.variants, *bases)}
     checkpoint = read_checkpoint(find_backbone(), ADAPTER)
     model = compile_checkpoint(checkpoint, CompileOptions(rounding="nearest"))

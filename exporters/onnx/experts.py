@@ -65,7 +65,7 @@ class PinnedExperts:
         return call(self.graph, GAPPED_BRANCH, make_gapped_branch, branch, inputs, f"{path}/lime", **attributes)
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
-        """The group's multiplier (N,); it reads neither y nor hidden."""
+        """The multiplier (N,) of SliceFine's groups and embeddings, 1 where no site is."""
         names: list[str] = []
         for index, (offset, width) in enumerate(branch.find_runs()):
             limits = [
@@ -80,8 +80,7 @@ class PinnedExperts:
             if part.site is not None:
                 pieces.append(names.pop(0))
             if rest := part.width - part.adapted:
-                fill = np.full(rest, 1.0 if branch.a is None else 0.0, np.float32)
-                pieces.append(self.graph.constant(f"{path}/lime/fill_{index}", fill))
+                pieces.append(self.graph.constant(f"{path}/lime/fill_{index}", np.ones(rest, np.float32)))
         return self.graph.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
 
 

@@ -1,7 +1,7 @@
 """The operators that ONNX Runtime may run in place of the graph's functions, compiled for this machine where they are.
 
 `operators.c` and its neighbours are built with the package, where there is a C compiler; without them every graph
-runs its functions' own nodes, slower and with the same answers.
+runs its functions' own nodes, slower and with the same answers up to rounding.
 """
 
 from __future__ import annotations

@@ -122,31 +122,34 @@ static void run_branch(const void *job, int64_t row) {
                                     kernel->epsilon, branch->out + row * parts->width, sum);
 }
 
-OrtStatus *lime_edge_compute_branch(void *state, OrtKernelContext *context) {
-    Kernel *kernel = state;
+/* The first `count` inputs of a pinned branch, 5 or, with what the norm reads, 7; checked where they have changed. */
+static OrtStatus *read_pinned(Kernel *kernel, const OrtKernelContext *context, Branch *branch, size_t count,
+                              Tensor *y) {
+    int changed = 0;
+    TRY(read_branch(kernel, context, branch, count, y, &changed));
+    if (changed) {
+        TRY(check_expert(kernel, context));
+        if (count > 5) TRY(check_norm(kernel, context, count_rows(y)));
+        remember(kernel, branch, count_rows(y));
+    }
+    branch->d = branch->addresses[4];
+    branch->stream = branch->addresses[5];
+    branch->gain = branch->addresses[6];
+    return NULL;
+}
+
+OrtStatus *lime_edge_compute_branch(void *kernel, OrtKernelContext *context) {
     Branch branch = {0};
     Tensor y;
-    int changed = 0;
-    TRY(read_branch(kernel, context, &branch, 5, &y, &changed));
-    if (changed) TRY(check_expert(kernel, context));
-    if (changed) remember(kernel, &branch, count_rows(&y));
-    branch.d = branch.addresses[4];
+    TRY(read_pinned(kernel, context, &branch, 5, &y));
     TRY(make_output(context, 0, &y, &branch.sum));
     return run_rows(context, count_rows(&y), run_branch, &branch);
 }
 
-OrtStatus *lime_edge_compute_branch_norm(void *state, OrtKernelContext *context) {
-    Kernel *kernel = state;
+OrtStatus *lime_edge_compute_branch_norm(void *kernel, OrtKernelContext *context) {
     Branch branch = {0};
     Tensor y;
-    int changed = 0;
-    TRY(read_branch(kernel, context, &branch, 7, &y, &changed));
-    if (changed) TRY(check_expert(kernel, context));
-    if (changed) TRY(check_norm(kernel, context, count_rows(&y)));
-    if (changed) remember(kernel, &branch, count_rows(&y));
-    branch.d = branch.addresses[4];
-    branch.stream = branch.addresses[5];
-    branch.gain = branch.addresses[6];
+    TRY(read_pinned(kernel, context, &branch, 7, &y));
     TRY(make_output(context, 0, &y, &branch.out));
     TRY(make_output(context, 1, &y, &branch.sum));
     return run_rows(context, count_rows(&y), run_branch, &branch);

@@ -15,8 +15,7 @@ typedef struct {
     Routing routing;
     float epsilon;
     int half; /* whether a and b are float16 */
-    /* Asking for shapes costs as much as a branch, so they are checked when the number of tokens or a tensor changes:
-     */
+    /* Asking for shapes costs as much as a branch: they are checked when the number of tokens or a tensor changes. */
     int64_t rows;                 /* of the call that was last checked; -1: none was */
     void *addresses[MOST_INPUTS]; /* of its inputs, but y */
 } Kernel;
