@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, read_expert
+from lime_edge.bundle.vectors import read_vectors
 from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.compile_encoder import (
     CompiledEncoder,
@@ -418,6 +419,33 @@ def test_experts_are_installed_used_and_refused(exported: Exported, tmp_path: Pa
     file.write_bytes(Expert("other", vector, "0" * 64, manifest.sites.hash).to_bytes())
     with pytest.raises(LimeEdgeError, match="fingerprint"):
         session.install(file)
+
+
+def test_vectors_of_another_adapter_are_refused(imported: Path, exported: Exported, tmp_path: Path) -> None:
+    """The bundle says which shared adapter is in its weights, and that a shared vector belongs to it."""
+    bundle = Bundle.open(exported("bert-lora-cls"))
+    same = read_vectors(imported / "adapter", bundle)
+    for expert in same:
+        stored = read_expert(bundle.path / "experts" / f"{expert.name}.safetensors")
+        assert np.array_equal(expert.vector, stored.vector), expert.name
+    config, tensors = read_folder(imported / "adapter")
+    assert config["use_shared_lime"] and bundle.manifest.adapter["shared_vector"]
+    other = {name: tensor * 1.01 if name.endswith(".A") else tensor for name, tensor in tensors.items()}
+    alone = {name: tensor for name, tensor in tensors.items() if name.endswith(".LiMEs")}
+    for folder, (changes, kept, message) in {
+        "other": ({}, other, "shared adapter"),
+        "alone": ({"use_shared_lime": False}, alone, "LiME_shared and gamma: expected those of the bundle"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        save_file(kept, tmp_path / folder / "adapter_model.safetensors")
+        with pytest.raises(LimeEdgeError, match=message):
+            read_vectors(tmp_path / folder, bundle)
+
+
+def read_folder(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return config, load_file(adapter / "adapter_model.safetensors")
 
 
 def test_inputs_are_checked(exported: Exported) -> None:

@@ -12,7 +12,10 @@ from test_cli import Cli
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.inspect import find_losses
+from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.formats.checkpoint import read_checkpoint
 from lime_edge.compiler.maths.quantize import quantize
+from lime_edge.compiler.model.compiled import EMBEDDING
 from lime_edge.compiler.rounding.survival import measure_site
 
 Make = Callable[..., Path]
@@ -97,3 +100,29 @@ def test_losses_are_named_where_they_are() -> None:
     assert len(found) == 2
     assert found[0].startswith("q_proj (int4): the rounding is 1.5 times") and "50%" in found[1]
     assert find_losses(None) == []
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_table_is_measured_column_by_column(
+    variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """An adapted embedding in a quantized bundle: every id an input of its own, the outputs those of its row."""
+    model = tiny_model(tie_word_embeddings=True)
+    adapter = tiny_adapter(model, targets=("embed_tokens", "q_proj"), variant=variant)
+    exact, off = (
+        compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant=quant)) for quant in ("none", "int8")
+    )
+    table = f"{EMBEDDING}.weight"
+    noise = off.weight(table) - exact.weight(table) - (off.weight("lm_head.weight") - exact.weight("lm_head.weight"))
+    worst = 0.0
+    branch = exact.branches[EMBEDDING]
+    assert branch.a is not None and branch.b is not None
+    site = exact.sites.find(EMBEDDING)
+    assert site is not None
+    for vector in exact.experts.values():
+        p_ref, p = (flat[site.offset : site.offset + site.width] for flat in (exact.reference, vector))
+        moved = exact.weight(table) - exact.weight("lm_head.weight") + (p - p_ref) * (branch.a @ branch.b.t())
+        worst = max(worst, float(noise.norm() / moved.norm()))
+    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization["survival"]
+    assert found["sites"][EMBEDDING]["error"] == pytest.approx(worst, rel=0.02)
+    assert found["kinds"]["embed_tokens"]["sites"] == 1

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from lime_edge import __version__
-from lime_edge.bundle.bundle import Manifest
+from lime_edge.bundle.bundle import Manifest, hash_file
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.compile_encoder import CompiledEncoder, EncoderCalibration, compile_encoder
+from lime_edge.compiler.formats.adapter_checks import WEIGHTS
 from lime_edge.compiler.formats.encoder import EncoderBackbone, EncoderCheckpoint, is_encoder, read_encoder_checkpoint
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.oracle import ask_encoder
@@ -180,6 +181,8 @@ def _describe(
             "single": compiled.single,
             "expert_dtype": str(np.dtype(first.numpy().dtype)),
             "base": adapter.base_name,
+            "sha256": hash_file(Path(adapter.path) / WEIGHTS).sha256,
+            "shared_vector": any(site.shared is not None for site in adapter.sites.values()),
             "routing": adapter.routing,
         },
         quantization={

@@ -7,8 +7,9 @@ N = Q(W') - Q(W) - F, the same for every expert. Over inputs x with second momen
     error = sqrt(tr(N G N^T) / tr(E G E^T))       0: exact; 1: the rounding is as loud as the expert
     kept  = 1 + tr(N G E^T) / tr(E G E^T)         1: all of it is there; 0: rounded away
 
-Weights matter only where inputs are, so G comes from a few calibration sequences; without a tokenizer
-every input counts alike. Nothing here changes what is exported.
+Weights matter only where inputs are, so G comes from a few calibration sequences; without a tokenizer, and for an
+embedding table (where the same is said of its columns), every input counts alike. Nothing here changes what
+is exported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lime_edge.compiler.maths.quantize import QuantizedTensor, quantize
-from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel
 from lime_edge.compiler.rounding.calibrate import Calibration, Grams
 
 SEQUENCES = 16  # of the calibration: enough for a norm, and done in seconds
@@ -102,17 +103,17 @@ def measure_survival(
         weight, branch = stored.weights.get(key), folded.branches.get(site.name)
         if not isinstance(weight, QuantizedTensor) or branch is None or branch.a is None or branch.b is None:
             continue
-        product = branch.b @ branch.a
-        if product.shape != original[key].shape:
-            continue
-        ready = weight.bits == 4 and gptq
+        table = site.name == EMBEDDING  # its rows are looked up, so an output is a column: all ids count alike
+        turn = Tensor.t if table else lambda matrix: matrix
+        product = branch.b @ (branch.a.t() if table else branch.a)
+        ready = weight.bits == 4 and gptq and not table
         start = original[key] if ready else quantize(original[key], weight.bits, weight.group).dequantize()
         part = slice(site.offset, site.offset + site.width)
         residuals = {name: p[part].float() - stored.reference[part] for name, p in stored.experts.items()}
         error, kept = measure_site(
-            weight.dequantize() - start,
-            original[key],
-            folded.weight(key),
+            turn(weight.dequantize() - start),
+            turn(original[key]),
+            turn(folded.weight(key)),
             product,
             residuals,
             grams.get(kinds.get(site.name, (-1, ""))),
