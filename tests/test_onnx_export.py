@@ -254,6 +254,78 @@ def test_long_prompt(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundl
     assert_close(np.concatenate([found, *rows]), wanted, name)
 
 
+# head widths that the fused rotation refuses: the rotation is an operator of its own
+
+
+WIDE = {"hidden_size": 96, "max_position_embeddings": CONTEXT}
+ROTATED_APART = {
+    "llama-24": Case("llama", {**WIDE, "head_dim": 24, "num_key_value_heads": 1}, ALL_LINEARS, shared=True),
+    "mistral-window-40": Case("mistral", {**WIDE, "head_dim": 40, "sliding_window": 5}),
+    "qwen3-8": Case("qwen3", {**WIDE, "head_dim": 8}, ALL_LINEARS),
+    "smollm3-72": Case("smollm3", {**WIDE, "head_dim": 72, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED_APART)
+def test_rotation_as_an_operator_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """Whole prompt, prompt in chunks, and token by token to the end of the context."""
+    case = ROTATED_APART[name]
+    model, adapter = build(case, tiny_model, tiny_adapter)
+    bundle, ids = tiny_bundle(model, adapter), draw_ids(CONTEXT, seed=3)
+    session, unfolded = open_session(bundle), unfold(model, adapter)
+    unfolded.use(1)
+    session.use("expert1")
+    wanted = unfolded.logits({"input_ids": ids})[0].numpy()
+    assert_close(session.logits(ids[0].tolist()), wanted, f"{name}, whole")
+    rows = [session.logits(ids[0, :9].tolist())]
+    rows += [session.extend([int(token)]).copy() for token in ids[0, 9:]]
+    assert_close(np.concatenate(rows), wanted, f"{name}, token by token")
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 7)
+    assert_close(session.logits(ids[0].tolist()), wanted, f"{name}, in chunks")
+    found, _ = count_operators(bundle)
+    layers = case.changes.get("num_hidden_layers", 2)
+    turned = sum(case.changes.get("no_rope_layers", [1] * layers))
+    assert (found["RotaryEmbedding"], found["GroupQueryAttention"]) == (2 * turned, layers)
+
+
+def test_rotation_of_its_own_in_a_batch_padded_on_the_right(
+    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """As another program runs it: prompts of two lengths, and a step after them at the places that follow each."""
+    model, adapter = build(ROTATED_APART["llama-24"], tiny_model, tiny_adapter)
+    engine = ort.InferenceSession(
+        tiny_bundle(model, adapter, fold="expert2") / "onnx/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    unfolded, lengths, room = unfold(model, adapter), (12, 7), 13
+    unfolded.use(2)
+    rows = [draw_ids(length + 1, seed) for seed, length in enumerate(lengths)]
+    wanted = [unfolded.logits({"input_ids": row})[0].numpy() for row in rows]
+    prompt, mask = np.zeros((2, max(lengths)), np.int64), np.zeros((2, max(lengths)), np.int64)
+    for index, length in enumerate(lengths):
+        prompt[index, :length], mask[index, :length] = rows[index][0, :length], 1
+    state = {
+        value.name: np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in engine.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    names = [value.name for value in engine.get_outputs()]
+    outputs = dict(zip(names, engine.run(None, {"input_ids": prompt, "attention_mask": mask} | state), strict=True))
+    for index, length in enumerate(lengths):
+        assert_close(outputs["logits"][index, :length], wanted[index][:length], f"prompt of {length}")
+    state = {
+        name.replace("present", "past_key_values"): np.pad(value, ((0, 0), (0, 0), (0, room - value.shape[2]), (0, 0)))
+        for name, value in outputs.items()
+        if name != "logits"
+    }
+    step = np.array([[int(row[0, -1])] for row in rows])
+    mask = np.array([[1] * (length + 1) + [0] * (room - length - 1) for length in lengths])
+    (logits, *_) = engine.run(["logits"], {"input_ids": step, "attention_mask": mask} | state)
+    for index, length in enumerate(lengths):
+        assert_close(logits[index], wanted[index][length:], f"step after {length}")
+
+
 # the graph
 
 
@@ -490,9 +562,9 @@ def test_other_group_sizes(group: int, tmp_path: Path, tiny_model: Make, tiny_ad
 
 
 def test_sizes_that_the_operators_do_not_take(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
-    model = tiny_model("llama", head_dim=24, hidden_size=512, num_hidden_layers=1)
+    model = tiny_model("llama", head_dim=20, hidden_size=512, num_hidden_layers=1)
     adapter = tiny_adapter(model)
-    with pytest.raises(LimeEdgeError, match="head_dim: expected a multiple of 16, found 24"):
+    with pytest.raises(LimeEdgeError, match="head_dim: expected a multiple of 8, found 20"):
         tiny_bundle(model, adapter, quant="int4")
     with pytest.raises(LimeEdgeError, match="--group-size: expected a power of two from 16 to 256, found 512"):
         tiny_bundle(model, adapter, quant="int4", group=512)

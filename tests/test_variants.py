@@ -306,9 +306,10 @@ def test_prompt_tuning(conditioning: str, routing: str, tiny_model: Make, tmp_pa
     assert np.abs(outputs[0] - outputs[1]).max() > 0.01 and np.abs(outputs[1] - outputs[2]).max() > 0.01
 
 
-def test_prompt_tuning_sessions(tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
-    """The virtual tokens take cache, survive a kept prefix, and cannot be switched off."""
-    model = tiny_model("llama")
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_prompt_tuning_sessions(head_dim: int, tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> None:
+    """The virtual tokens take cache, survive a kept prefix, and cannot be switched off; rotation fused or apart."""
+    model = tiny_model("llama", head_dim=head_dim)
     adapter = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
     session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
     assert session.max_length == 64 - 5

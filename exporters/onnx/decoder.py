@@ -14,7 +14,7 @@ from onnx import TensorProto
 from lime_edge import __version__
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import CompiledModel, Group
-from lime_edge.errors import Faults
+from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
 from lime_edge.exporters.onnx.functions import SWIGLU, make_swiglu
 from lime_edge.exporters.onnx.graph import LIME, MICROSOFT, OPSET, Graph
@@ -25,7 +25,6 @@ from lime_edge.targets.options import TargetOptions
 
 FILE = "model.onnx"
 ROUTED_FILE = "routed.onnx"
-HEAD_MULTIPLE = 16  # GroupQueryAttention with rotation; Source: onnxruntime's error message, 1.31.1
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,7 +39,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
     """
-    check_sizes(model)
+    check_head_width(model)
     metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
     graph = Graph(directory / f"{FILE}.data")
     graph.data_path.touch()
@@ -70,17 +69,6 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
     """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
 
 
-def check_sizes(model: CompiledModel) -> None:
-    """Refuse what ONNX Runtime would refuse only when the graph is loaded or run.
-
-    Raises:
-        LimeEdgeError: head width.
-    """
-    with Faults("ONNX export", "ONNX Runtime's fused attention needs this size") as faults:
-        if model.decoder.head_dim % HEAD_MULTIPLE:
-            faults.add("head_dim", f"a multiple of {HEAD_MULTIPLE}", model.decoder.head_dim)
-
-
 class DecoderWriter:
     """Writes a CompiledModel's decoder into a Graph, layer by layer."""
 
@@ -88,44 +76,27 @@ class DecoderWriter:
 
     def __init__(self, model: CompiledModel, graph: Graph, experts: PinnedExperts | RoutedExperts | None):
         self.model, self.graph, self.config, self.experts = model, graph, model.decoder, experts
+        self.attention = AttentionWriter(model, graph)
 
     def write(self, progress: Progress) -> None:
         """Write everything: inputs, embedding, layers, head."""
         total = len(self.config.layers)
-        self._declare_inputs()
+        self.graph.output("logits", TensorProto.FLOAT, ["batch_size", "num_logits", self.config.vocab])
+        self.graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        self.attention.declare()
         if self.experts is not None:
             self.experts.declare()
         stream = self._embed()
         if self.model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
             stream = prepend_virtual(self.model, self.graph, stream, routed)
+        self.attention.find_positions(stream)
         update = ""
         for index in range(total):
             progress("write onnx", index, total)
             stream, update = self._write_layer(index, stream, update)
         self._write_head(stream, update)
         progress("write onnx", total, total)
-
-    def _declare_inputs(self) -> None:
-        g, c = self.graph, self.config
-        g.output("logits", TensorProto.FLOAT, ["batch_size", "num_logits", c.vocab])
-        g.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
-        g.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-        for index in range(len(c.layers)):
-            for kind in ("key", "value"):
-                shape: list[int | str] = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
-                g.input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, shape)
-        cos, sin = c.rope_tables(c.context)
-        g.constant("cos_cache", cos.numpy())
-        g.constant("sin_cache", sin.numpy())
-        axis = g.constant("axis_1", np.array([1], np.int64))
-        one = g.constant("one", np.array([1], np.int64))
-        count = g.node("ReduceSum", ["attention_mask", axis], "/mask/ReduceSum", keepdims=0)
-        count = g.node("Sub", [count, one], "/mask/Sub")
-        g.node("Cast", [count], "/mask/Cast", ["seqlens_k"], to=TensorProto.INT32)
-        total = g.node("Shape", ["attention_mask"], "/mask/Shape", start=1, end=2)
-        total = g.node("Squeeze", [total], "/mask/Squeeze")
-        g.node("Cast", [total], "/mask/CastTotal", ["total_sequence_length_i32"], to=TensorProto.INT32)
 
     def _embed(self) -> str:
         """Token embeddings, with what the expert does to them (see decoder.Embedding)."""
@@ -184,7 +155,7 @@ class DecoderWriter:
         groups = self.model.groups(index)
         x, stream = self._norm(f"{prefix}input_layernorm.weight", f"{path}/input_norm", stream, update)
         qkv = self._project(groups["qkv"], x, f"{path}/attn/qkv_proj")
-        attended = self._attend(index, qkv, groups["qkv"], f"{path}/attn")
+        attended = self.attention.write(index, qkv, groups["qkv"], f"{path}/attn")
         update = self._project(groups["o"], attended, f"{path}/attn/o_proj")
         x, stream = self._norm(f"{prefix}post_attention_layernorm.weight", f"{path}/post_norm", stream, update)
         gated = self._gate(groups["gate_up"], x, f"{path}/mlp")
@@ -222,47 +193,6 @@ class DecoderWriter:
         approximate = "tanh" if self.config.activation == "gelu_pytorch_tanh" else "none"
         active = g.node("Gelu", names[:1], f"{path}/act", approximate=approximate)
         return g.node("Mul", [active, names[1]], f"{path}/Mul")
-
-    def _attend(self, index: int, qkv: str, group: Group, path: str) -> str:
-        g, c, attention = self.graph, self.config, self.config.layers[index]
-        query, key, value = qkv, "", ""
-        if c.qk_norm:
-            sizes = g.constant(f"{path}/sizes", np.array(group.widths, np.int64))
-            query, key, value = (f"{path}/{part}" for part in "qkv")
-            g.node("Split", [qkv, sizes], f"{path}/Split", [query, key, value], axis=-1)
-            query = self._head_norm(f"model.layers.{index}.self_attn.q_norm.weight", query, c.heads, f"{path}/q_norm")
-            key = self._head_norm(f"model.layers.{index}.self_attn.k_norm.weight", key, c.kv_heads, f"{path}/k_norm")
-        past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        present = [f"present.{index}.{kind}" for kind in ("key", "value")]
-        for name in present:
-            shape: list[int | str] = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
-            g.output(name, TensorProto.FLOAT, shape)
-        inputs = [query, key, value, *past, "seqlens_k", "total_sequence_length_i32"]
-        if attention.rope:
-            inputs += ["cos_cache", "sin_cache"]
-        return g.node(
-            "GroupQueryAttention",
-            inputs,
-            f"{path}/GroupQueryAttention",
-            [f"{path}/GroupQueryAttention/output", *present],
-            domain=MICROSOFT,
-            num_heads=c.heads,
-            kv_num_heads=c.kv_heads,
-            do_rotary=int(attention.rope),
-            rotary_interleaved=0,
-            scale=c.head_dim**-0.5,
-            local_window_size=-1 if attention.window is None else attention.window,
-        )
-
-    def _head_norm(self, name: str, x: str, heads: int, path: str) -> str:
-        """RMSNorm over each head's width: (B, S, heads * D) -> the same."""
-        g, c = self.graph, self.config
-        split = g.constant(f"{path}/split", np.array([0, 0, heads, c.head_dim], np.int64))
-        merge = g.constant(f"{path}/merge", np.array([0, 0, heads * c.head_dim], np.int64))
-        x = g.node("Reshape", [x, split], f"{path}/Split")
-        weight = g.constant(name, self.model.vectors[name].numpy())
-        x = g.node("SimplifiedLayerNormalization", [x, weight], f"{path}/Norm", epsilon=c.norm_eps, axis=-1)
-        return g.node("Reshape", [x, merge], f"{path}/Merge")
 
     def _project(self, group: Group, x: str, path: str) -> str:
         """A group of linears on one input, with what the expert does to them (see decoder.Projection)."""
