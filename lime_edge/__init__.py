@@ -10,9 +10,10 @@ from lime_edge.errors import LimeEdgeError
 if TYPE_CHECKING:
     from lime_edge.session.decoder import Session
     from lime_edge.session.encoder import EncoderSession
+    from lime_edge.session.switching import ExpertSwitch
 
 __version__ = "0.1.0"
-__all__ = ["LimeEdgeError", "open"]
+__all__ = ["LimeEdgeError", "open", "open_decoder", "open_encoder"]
 
 
 def open(
@@ -21,8 +22,11 @@ def open(
     threads: int | None = None,
     max_length: int | None = None,
     verify: bool = False,
-) -> Session | EncoderSession:
-    """Open a bundle and load its artifact.
+) -> ExpertSwitch:
+    """Open a bundle, whatever kind of model it holds, and load its artifact.
+
+    The result is typed as what all sessions have: experts and switching. Where the kind is known beforehand,
+    `open_decoder` and `open_encoder` give its own session, and refuse the other.
 
     Args:
         path: the bundle directory. target: "onnx", ...; None takes the bundle's first.
@@ -34,12 +38,39 @@ def open(
         LimeEdgeError: damaged, foreign or newer bundle; missing engine.
     """
     from lime_edge.bundle.bundle import Bundle
-    from lime_edge.session.decoder import SessionOptions
-    from lime_edge.targets.registry import open_session
+    from lime_edge.session.engines import SessionOptions
+    from lime_edge.session.open import open_any
 
-    bundle, options = Bundle.open(path, verify), SessionOptions(threads=threads, max_length=max_length)
-    if bundle.manifest.model.get("kind") == "encoder":
-        from lime_edge.session.encoder import open_encoder_session
+    return open_any(Bundle.open(path, verify), target, SessionOptions(threads, max_length))
 
-        return open_encoder_session(bundle, target, options)
-    return open_session(bundle, target, options)
+
+def open_decoder(
+    path: Path | str,
+    target: str | None = None,
+    threads: int | None = None,
+    max_length: int | None = None,
+    verify: bool = False,
+) -> Session:
+    """Open a language model's bundle: `generate`, `logits`.
+
+    Args, Raises: as `open`; LimeEdgeError too where the bundle holds another kind of model.
+    """
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.session import open as opening
+    from lime_edge.session.engines import SessionOptions
+
+    return opening.open_decoder(Bundle.open(path, verify), target, SessionOptions(threads, max_length))
+
+
+def open_encoder(
+    path: Path | str, target: str | None = None, threads: int | None = None, verify: bool = False
+) -> EncoderSession:
+    """Open the bundle of an encoder or a vision model: `run`.
+
+    Args, Raises: as `open`; LimeEdgeError too where the bundle holds another kind of model.
+    """
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.session import open as opening
+    from lime_edge.session.engines import SessionOptions
+
+    return opening.open_encoder(Bundle.open(path, verify), target, SessionOptions(threads))

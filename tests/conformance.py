@@ -237,7 +237,7 @@ class BundleEngine(Engine):
             find_device("cpu"),
             options,
         )
-        self.session = lime_edge.open(folder / "x.lime", threads=1)
+        self.session = lime_edge.open_decoder(folder / "x.lime", threads=1)
 
     def _use(self, mode: Mode) -> None:
         names = self.session.experts

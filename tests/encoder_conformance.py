@@ -20,8 +20,9 @@ from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoin
 from lime_edge.compiler.maths.layers import Mode
 from lime_edge.export.decoder import ExportOptions
 from lime_edge.export.encoder import export_encoder_bundle
-from lime_edge.session.decoder import SessionOptions
-from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.session.encoder import EncoderSession
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 
 ONNX_MODEL_LIMIT = 1e-3
@@ -85,5 +86,5 @@ def check_exported_encoder(path: Path, target: str) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as directory:
         bundle = Bundle.open(export_fixture(path, Path(directory), (target,)), verify=True)
-        session = open_encoder_session(bundle, options=SessionOptions(threads=1))
+        session = open_encoder(bundle, options=SessionOptions(threads=1))
         yield from check_model(read_model(path), OnnxEncoderEngine(session), ONNX_MODEL_LIMIT)  # type: ignore[arg-type]

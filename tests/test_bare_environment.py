@@ -37,7 +37,7 @@ def test_nothing_heavy_is_there(bare: Path) -> None:
 
 def test_it_answers_as_the_workstation_does(bare: Path, tiny_bundle: Make) -> None:
     bundle = tiny_bundle(quant="int4")
-    session = lime_edge.open(bundle, threads=1)
+    session = lime_edge.open_decoder(bundle, threads=1)
     for expert in session.experts:
         session.use(expert)
         expected = "".join(session.generate("hello", max_new_tokens=12))

@@ -27,9 +27,10 @@ from lime_edge.bench.timing import compare_rounds, find_spread, percentiles, tim
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_decoder
 from lime_edge.session.switching import ExpertSwitch
-from lime_edge.targets.registry import TARGETS, open_session
+from lime_edge.targets.registry import TARGETS
 
 Make = Callable[..., Path]
 SCHEMA_PAGE = Path(__file__).parent.parent / "docs" / "bench-schema.md"
@@ -204,7 +205,7 @@ def test_rates_come_from_the_rounds() -> None:
 
 def test_a_round_decodes_what_the_session_decodes(tiny_bundle: Make) -> None:
     """Timing must not change the answer: the cache afterwards holds the prompt and the greedy tokens."""
-    session = open_session(Bundle.open(tiny_bundle()), options=SessionOptions(1, 32))
+    session = open_decoder(Bundle.open(tiny_bundle()), options=SessionOptions(1, 32))
     prompt = [5, 9, 2, 7]
     first, steps = time_round(session, prompt, 6)
     assert first > 0 and steps.shape == (6,) and (steps > 0).all()
@@ -219,7 +220,7 @@ def test_a_round_decodes_what_the_session_decodes(tiny_bundle: Make) -> None:
 
 
 def test_switching_restores_the_selection(tiny_bundle: Make) -> None:
-    session = open_session(Bundle.open(tiny_bundle()), options=SessionOptions(1, 32))
+    session = open_decoder(Bundle.open(tiny_bundle()), options=SessionOptions(1, 32))
     blend = {"expert0": 0.5, "expert2": 0.5}
     session.use(blend)
     assert time_switches(session, 20).shape == (20,)
@@ -229,7 +230,7 @@ def test_switching_restores_the_selection(tiny_bundle: Make) -> None:
 
 
 def test_a_single_bundle_has_nothing_to_switch_to(tiny_bundle: Make) -> None:
-    session = open_session(Bundle.open(tiny_bundle(**SINGLE)), options=SessionOptions(1, 32))
+    session = open_decoder(Bundle.open(tiny_bundle(**SINGLE)), options=SessionOptions(1, 32))
     assert time_switches(session).size == 0 and time_first_token(session, [3, 4], 0) is None
     facts = bench_bundle(tiny_bundle(**SINGLE), "onnx", FIRST, 1, BenchOptions(4, 2, 1))
     assert facts["switch_us"] is None and facts["memory"]["experts"] is None and facts["peak_rss_bytes"] > 0

@@ -20,7 +20,7 @@ from test_coreml_export import make_oracle, residual_of
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.formats.checkpoint import read_checkpoint
-from lime_edge.session.encoder import open_encoder_session
+from lime_edge.session.open import open_encoder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
 DECODER_LIMIT = 1e-4
@@ -57,7 +57,7 @@ def check_decoder(path: Path) -> Iterator[Check]:
 def check_encoder(path: Path) -> Iterator[Check]:
     """Every tensor that the fixture expects, as it is in the fixture."""
     with tempfile.TemporaryDirectory() as directory:
-        session = open_encoder_session(Bundle.open(export_fixture(path, Path(directory), ("coreml",)), verify=True))
+        session = open_encoder(Bundle.open(export_fixture(path, Path(directory), ("coreml",)), verify=True))
         engine = OnnxEncoderEngine(session)
         yield from check_model(read_model(path), engine, ENCODER_LIMIT)  # type: ignore[arg-type]
 

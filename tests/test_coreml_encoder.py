@@ -25,8 +25,9 @@ from lime_edge.export.encoder import export_encoder_bundle
 from lime_edge.exporters.coreml.encoder import choose_lengths, export
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import Constant, read_package
-from lime_edge.session.decoder import SessionOptions
-from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.session.encoder import EncoderSession
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 from lime_edge.targets.options import CoremlOptions, TargetOptions
 
@@ -59,7 +60,7 @@ def round_floats(compiled: CompiledEncoder) -> None:
 
 
 def open_on(path: Path, provider: str) -> EncoderSession:
-    return open_encoder_session(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
+    return open_encoder(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
 
 
 def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarray]:

@@ -30,9 +30,10 @@ from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
 from lime_edge.runtimes.coreml.decoder import plan_calls
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
-from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_decoder
 from lime_edge.targets.options import CoremlOptions, TargetOptions
-from lime_edge.targets.registry import open_session
 
 EXACT, NATIVE = "interpreter", "interpreter-fp16"
 LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1
@@ -62,7 +63,7 @@ DECODERS = {
 
 
 def open_on(path: Path, provider: str) -> Session:
-    return open_session(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
+    return open_decoder(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
 
 
 def make_oracle(compiled: CompiledModel) -> DecoderModule:
@@ -382,7 +383,7 @@ def test_one_enumerated_length_is_a_fixed_shape(tiny_model: Make, tiny_adapter: 
 def test_a_session_beyond_the_cache_names_the_option(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     path = tiny_bundle(*build(CASES["llama-tied"], tiny_model, tiny_adapter), targets=("coreml",), **QUANTS["int4"])
     with pytest.raises(LimeEdgeError, match=f"max_length: expected 1..{CONTEXT}, found 5000") as caught:
-        open_session(Bundle.open(path), "coreml", SessionOptions(max_length=5000))
+        open_decoder(Bundle.open(path), "coreml", SessionOptions(max_length=5000))
     assert "--max-seq-len at export" in caught.value.hint
 
 

@@ -172,10 +172,10 @@ def test_the_script_says_what_it_was_given(
     told = capsys.readouterr().err
     assert "expected a bundle for coreml, found onnx" in told and "hint: lime-edge export --target coreml" in told
     manifest = SimpleNamespace(model={"kind": "encoder"}, targets={"coreml": {}})
-    monkeypatch.setattr(script.Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(script.Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest, path=path))
     assert script.main([path]) == 2
     told = capsys.readouterr().err
-    assert "expected a language model, found an encoder" in told and "hint: lime-edge verify" in told
+    assert "holds an encoder: it answers no prompts" in told and "hint: call lime_edge.open" in told
 
 
 def test_the_script_names_what_it_imports_from_coremltools() -> None:

@@ -40,7 +40,8 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.export.decoder import ExportOptions
 from lime_edge.export.encoder import export_encoder_bundle
 from lime_edge.exporters.onnx.weights import unpack_codes
-from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.session.encoder import EncoderSession
+from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
@@ -86,7 +87,7 @@ def small(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_bundle(path: Path) -> EncoderSession:
-    return open_encoder_session(Bundle.open(path, verify=True))
+    return open_encoder(Bundle.open(path, verify=True))
 
 
 def unfold(name: str) -> UnfoldedModel:

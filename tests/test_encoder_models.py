@@ -25,7 +25,7 @@ from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.decoder import ExportOptions
 from lime_edge.export.encoder import export_encoder_bundle
-from lime_edge.session.encoder import open_encoder_session
+from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 
 FIXTURE = Path(__file__).parent / "fixtures" / "conformance" / "models" / "bert-lora-cls"
@@ -110,7 +110,7 @@ def test_real_embedder(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", directory, ("query", "key", "value"), rank=8)
     output = tmp_path / "minilm.lime"
     export_encoder_bundle(directory, adapter, output, CompileOptions(quant="none"), find_device("cpu"), ExportOptions())
-    session = open_encoder_session(Bundle.open(output, verify=True))
+    session = open_encoder(Bundle.open(output, verify=True))
     ids, mask = tokenize(output, TEXTS)
     unfolded = UnfoldedModel(transformers.BertModel.from_pretrained(directory), *load_sites(adapter))
     found, expected = {}, {}

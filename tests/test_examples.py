@@ -59,7 +59,7 @@ def test_every_expert_answers_and_a_new_one_is_installed(device: str, bundle: Pa
 
 @pytest.mark.parametrize("device", DEMOS)
 def test_chosen_experts_answer_as_a_session_does(device: str, bundle: Path) -> None:
-    session = lime_edge.open(bundle, threads=1)
+    session = lime_edge.open_decoder(bundle, threads=1)
     name = session.experts[2]
     session.use(name)
     expected = "".join(session.generate("hello", max_new_tokens=8)).strip()
@@ -190,7 +190,7 @@ def test_the_phones_recipe(shared: bool, bundle: Path, monkeypatch: pytest.Monke
     model = json.loads((bundle / "lime.json").read_text())["model"]
     engine = onnxruntime.InferenceSession(bundle / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     reference = read_vector(bundle / "reference.safetensors", "reference")
-    session, prompt, count = lime_edge.open(bundle, threads=1, max_length=32), [5, 17, 200, 31], 6
+    session, prompt, count = lime_edge.open_decoder(bundle, threads=1, max_length=32), [5, 17, 200, 31], 6
     for name in session.experts:
         d = read_vector(bundle / f"experts/{name}.safetensors", "expert") - reference
         rows = follow_recipe(engine, model, d, prompt, count, shared)

@@ -20,8 +20,9 @@ from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.executorch.encoder import EncoderMethod, pack_product
-from lime_edge.session.decoder import SessionOptions
-from lime_edge.session.encoder import EncoderSession, open_encoder_session
+from lime_edge.session.encoder import EncoderSession
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_encoder
 
 TARGET = "executorch"
 
@@ -33,7 +34,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_bundle(path: Path) -> EncoderSession:
-    return open_encoder_session(Bundle.open(path, verify=True), TARGET, SessionOptions(threads=1))
+    return open_encoder(Bundle.open(path, verify=True), TARGET, SessionOptions(threads=1))
 
 
 def compile_again(bundle: Path, **options: Any) -> CompiledEncoder:

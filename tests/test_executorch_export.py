@@ -58,7 +58,7 @@ MODELS: dict[str, Case] = {
 
 
 def open_session(bundle: Path) -> Session:
-    return lime_edge.open(bundle, target="executorch", threads=1)
+    return lime_edge.open_decoder(bundle, target="executorch", threads=1)
 
 
 def draw_residual(session: Session, seed: int) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_one_bundle_two_targets(tiny_bundle: Make) -> None:
     bundle = tiny_bundle(targets=("onnx", "executorch"))
     facts = Bundle.open(bundle).manifest.targets
     assert facts["onnx"]["weight_hash"] == facts["executorch"]["weight_hash"]
-    sessions = [lime_edge.open(bundle, target=target, threads=1) for target in facts]
+    sessions = [lime_edge.open_decoder(bundle, target=target, threads=1) for target in facts]
     for selection in SELECTIONS:
         for session in sessions:
             session.use(selection)
@@ -313,7 +313,7 @@ def test_the_pool_of_threads_is_one_per_process(tiny_bundle: Make) -> None:
     bundle = tiny_bundle(targets=("onnx", "executorch"))
     open_session(bundle)
     with pytest.warns(RuntimeWarning, match="one pool of this process has .*, asked for 77"):
-        lime_edge.open(bundle, target="executorch", threads=77)
+        lime_edge.open_decoder(bundle, target="executorch", threads=77)
 
 
 def test_a_damaged_program_is_refused(tiny_bundle: Make, tmp_path: Path) -> None:

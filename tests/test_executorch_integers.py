@@ -204,7 +204,7 @@ def test_the_program_computes_what_its_integers_say(
 ) -> None:
     """Against the same decoder in torch, activations rounded to int8 there too; pinned, blended, none."""
     bundle, compiled = make(quant, tiny_model, tiny_adapter, tiny_bundle)
-    session = lime_edge.open(bundle, target="executorch", threads=1)
+    session = lime_edge.open_decoder(bundle, target="executorch", threads=1)
     ids, rows = draw_ids(20, seed=7), torch.arange(20)
     for selection in (None, "expert1", BLEND):
         d = torch.from_numpy(session._bank.residual(selection).copy())

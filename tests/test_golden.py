@@ -29,7 +29,7 @@ def golden(request: pytest.FixtureRequest, tiny_bundle: Make, tmp_path: Path) ->
         model = request.getfixturevalue("tiny_model")()
         write_golden(file, model, request.getfixturevalue("tiny_adapter")(model), options)
     with np.load(file) as values:
-        return lime_edge.open(tiny_bundle(**options), threads=1), dict(values)
+        return lime_edge.open_decoder(tiny_bundle(**options), threads=1), dict(values)
 
 
 @pytest.mark.parametrize("golden", FLOAT32, indirect=True, ids=name_of)

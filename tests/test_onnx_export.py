@@ -63,7 +63,7 @@ def build(case: Case, tiny_model: Make, tiny_adapter: Make) -> tuple[Path, Path]
 
 
 def open_session(bundle: Path) -> Session:
-    return lime_edge.open(bundle, threads=1)
+    return lime_edge.open_decoder(bundle, threads=1)
 
 
 def to_mode(selection: Any) -> Mode:

@@ -64,7 +64,7 @@ class Stock:
 
 
 def answer_with_session(bundle: Path, name: str | None) -> list[int]:
-    session = lime_edge.open(bundle, threads=1)
+    session = lime_edge.open_decoder(bundle, threads=1)
     if name is not None:
         session.use(None if name == "none" else name)
     return list(session.generate_ids(IDS, GenerationOptions(NEW)))
@@ -139,7 +139,7 @@ def test_a_single_expert_needs_no_adapter(tiny_bundle: Make) -> None:
 def test_switching_in_the_middle(tiny_bundle: Make) -> None:
     """One generator, four adapters in turn: what a session does with keep_cache=True."""
     bundle = tiny_bundle()
-    session, stock = lime_edge.open(bundle, threads=1), Stock(bundle)
+    session, stock = lime_edge.open_decoder(bundle, threads=1), Stock(bundle)
     generator = stock.open("expert0")
     session.use("expert0")
     logits: np.ndarray | None = session.logits(IDS, keep=1)
@@ -160,7 +160,7 @@ def test_switching_in_the_middle(tiny_bundle: Make) -> None:
 def test_text_goes_through_the_bundles_tokenizer(tiny_bundle: Make) -> None:
     """Which is stored once: the config points at it."""
     bundle = tiny_bundle()
-    tokenizer, codec = og.Tokenizer(og.Model(str(bundle / "onnx"))), lime_edge.open(bundle).codec
+    tokenizer, codec = og.Tokenizer(og.Model(str(bundle / "onnx"))), lime_edge.open_decoder(bundle).codec
     messages = [{"role": "user", "content": "What is it? Tell me, please."}]
     prompt = codec.render_chat(messages)
     assert tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True) == prompt

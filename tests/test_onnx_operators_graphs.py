@@ -325,9 +325,9 @@ def test_bundle_computes_the_same_with_and_without(
     model = tiny_model("llama", hidden_size=72, intermediate_size=100, head_dim=16)
     bundle = tiny_bundle(model, tiny_adapter(model, **BUNDLES[name]), quant=quant)
     monkeypatch.delenv("LIME_EDGE_OPERATORS", raising=False)
-    ours = lime_edge.open(bundle, threads=2)
+    ours = lime_edge.open_decoder(bundle, threads=2)
     monkeypatch.setenv("LIME_EDGE_OPERATORS", "0")
-    plain = lime_edge.open(bundle, threads=2)
+    plain = lime_edge.open_decoder(bundle, threads=2)
     ids = draw_ids(PROMPT, seed=4)[0].tolist()
     for selection in ("expert1", BLEND, None, *(["routed"] if name.startswith("routed") else [])):
         rows = []
@@ -367,7 +367,7 @@ def test_environment_leaves_the_operators_out(
     monkeypatch.setattr(ort, "SessionOptions", record)
     monkeypatch.setenv("LIME_EDGE_OPERATORS", switch)
     model = tiny_model("llama", hidden_size=72, intermediate_size=100, head_dim=16)
-    session = lime_edge.open(tiny_bundle(model, tiny_adapter(model, **BUNDLES["routed"])), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, tiny_adapter(model, **BUNDLES["routed"])), threads=1)
     session.use("routed")
     pinned, routed = ({kind for kind in find_operators(file) if kind.startswith(LIME)} for file in written)
     every = {f"{LIME}.{name}" for name in (EXPERT_BRANCH, BRANCH_NORM, SWIGLU)}
@@ -388,12 +388,12 @@ def forgetful() -> Iterator[None]:
 
 @pytest.mark.usefixtures("forgetful")
 def test_nothing_built(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Make) -> None:
-    wanted = lime_edge.open(tiny_bundle(), threads=1).logits([5, 6, 7])
+    wanted = lime_edge.open_decoder(tiny_bundle(), threads=1).logits([5, 6, 7])
     monkeypatch.setattr(onnx_operators, "EXTENSION_SUFFIXES", [".nothing"])
     onnx_operators.find_library.cache_clear()
     assert onnx_operators.find_library() is None
     assert "no C compiler" in onnx_operators.explain_absence()
-    session = lime_edge.open(tiny_bundle(), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(), threads=1)
     assert session.operators is False
     assert np.abs(session.logits([5, 6, 7]) - wanted).max() < 1e-4
 
@@ -415,10 +415,10 @@ def test_a_library_of_another_time_or_system(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_graph_without_functions_has_no_operators(tiny_bundle: Make, tmp_path: Path) -> None:
     """As a bundle of before has none: the session does not claim what does not run."""
-    assert lime_edge.open(tiny_bundle(), threads=1).operators is True
+    assert lime_edge.open_decoder(tiny_bundle(), threads=1).operators is True
     old = tmp_path / "old.lime"
     shutil.copytree(tiny_bundle(), old)
     body = json.loads((old / "lime.json").read_text())
     assert body["targets"]["onnx"].pop("functions") == ["ExpertBranch", "ExpertBranchNorm", "SwiGLU"]
     (old / "lime.json").write_text(json.dumps(body))
-    assert lime_edge.open(old, threads=1).operators is False
+    assert lime_edge.open_decoder(old, threads=1).operators is False

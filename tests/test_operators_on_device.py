@@ -76,7 +76,7 @@ def profile(make: type, folder: Path) -> onnxruntime.SessionOptions:
 
 def run_all(bundle: Path, operators: bool) -> tuple[dict[str, np.ndarray], set[str]]:
     """Logits (T, V) of every selection, and the types of all nodes that ran."""
-    session = lime_edge.open(bundle, target="onnx", threads=2, max_length=32)
+    session = lime_edge.open_decoder(bundle, target="onnx", threads=2, max_length=32)
     assert session.operators is operators
     selections: dict[str, Selection] = {"expert1": "expert1", "blend": {"expert0": 0.7, "expert2": 0.3}, "none": None}
     if "routed" in session.bundle.manifest.targets["onnx"]:

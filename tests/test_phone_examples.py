@@ -28,7 +28,7 @@ def test_the_android_graph_has_no_optional_inputs(
     named = {value.name for value in engine.get_inputs()}
     assert {"input_ids", "attention_mask", "expert", "logits_to_keep"} <= named
     assert not engine.get_overridable_initializers()
-    session, prompt = lime_edge.open(bundle, threads=1), [5, 17, 200, 31]
+    session, prompt = lime_edge.open_decoder(bundle, threads=1), [5, 17, 200, 31]
     reference = read_vector(bundle / "reference.safetensors", "reference")
     for name in session.experts:
         session.use(name)

@@ -49,7 +49,7 @@ def find_target(path: Path) -> str:
 
 
 def open_session(path: Path, max_length: int = 32) -> Session:
-    return lime_edge.open(path, target=find_target(path), threads=1, max_length=max_length)
+    return lime_edge.open_decoder(path, target=find_target(path), threads=1, max_length=max_length)
 
 
 def selections(session: Session) -> list[Selection]:

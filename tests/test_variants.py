@@ -79,14 +79,14 @@ def check_session(session: Session, reference: UnfoldedModel, what: str) -> None
 def test_exported_variants(variant: str, routing: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS[routing])
     reference = unfold(model, adapter)
-    check_session(lime_edge.open(tiny_bundle(model, adapter), threads=1), reference, f"{variant}, {routing}")
+    check_session(lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1), reference, f"{variant}, {routing}")
 
 
 @pytest.mark.parametrize("fold", ["none", "expert1"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folds_do_not_matter(variant: str, fold: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["auto"])
-    session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter, fold=fold), threads=1)
     check_session(session, unfold(model, adapter), f"{variant}, fold {fold}")
 
 
@@ -98,9 +98,9 @@ def test_embedding_sites(variant: str, tied: bool, tiny_model: Make, tiny_adapte
     targets = ("embed_tokens", "q_proj", "o_proj")
     adapter = tiny_adapter(model, variant=variant, routing=ROUTINGS["auto"], targets=targets, rank=6, shared=True)
     for fold in ("shared", "expert1"):
-        session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+        session = lime_edge.open_decoder(tiny_bundle(model, adapter, fold=fold), threads=1)
         check_session(session, unfold(model, adapter), f"{variant}, tied {tied}, fold {fold}")
-    session = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
     reference = unfold(model, adapter)
     reference.use(2)
     wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
@@ -113,7 +113,7 @@ def test_gaps_between_sites(
     variant: str, targets: tuple[str, ...], tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
 ) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"], targets=targets)
-    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1)
     check_session(session, unfold(model, adapter), f"{variant}, {targets}")
 
 
@@ -132,7 +132,7 @@ def test_the_oracle_routes_too(variant: str, tiny_model: Make, tiny_adapter: Mak
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_single_expert(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"])
-    session = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
     reference = unfold(model, adapter)
     reference.use(2)
     wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
@@ -144,7 +144,7 @@ def test_single_expert(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_blends_and_none(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, variant=variant)
-    session, reference = lime_edge.open(tiny_bundle(model, adapter), threads=1), unfold(model, adapter)
+    session, reference = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1), unfold(model, adapter)
     session.use({"expert0": 0.7, "expert4": 0.3})
     reference.use({0: 0.7, 4: 0.3})
     wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
@@ -167,7 +167,10 @@ def test_quantized_routing_is_near(
 ) -> None:
     """As near as quantized pinned experts are: routing adds no error of its own."""
     model, adapter = build(tiny_model, tiny_adapter, variant=variant, routing=ROUTINGS["soft"])
-    session, reference = lime_edge.open(tiny_bundle(model, adapter, quant=quant), threads=1), unfold(model, adapter)
+    session, reference = (
+        lime_edge.open_decoder(tiny_bundle(model, adapter, quant=quant), threads=1),
+        unfold(model, adapter),
+    )
     errors = {}
     for selection, mode in (("expert0", 0), ("routed", "routed")):
         session.use(selection)
@@ -181,7 +184,7 @@ def test_a_routed_prompt_is_not_chunked(
     tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["soft"])
-    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1)
     session.use("routed")
     whole = session.logits(IDS)
     monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 4)
@@ -196,7 +199,7 @@ def test_a_routed_prompt_is_not_chunked(
 
 def test_routed_and_pinned_do_not_disturb_each_other(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["auto"])
-    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1)
     wanted = {}
     for selection in ("routed", "expert1", "expert2"):
         session.use(selection)
@@ -210,7 +213,7 @@ def test_routed_and_pinned_do_not_disturb_each_other(tiny_model: Make, tiny_adap
 def test_installed_experts_are_never_routed_to(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model, adapter = build(tiny_model, tiny_adapter, routing=ROUTINGS["soft"])
     path = tiny_bundle(model, adapter)
-    session = lime_edge.open(path, threads=1)
+    session = lime_edge.open_decoder(path, threads=1)
     session.use("routed")
     before = session.logits(IDS).copy()
     session.install(path / "experts" / "expert1.safetensors", name="later")
@@ -294,7 +297,7 @@ def test_prompt_tuning(conditioning: str, routing: str, tiny_model: Make, tmp_pa
     compiled = compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none"))
     module, outputs = DecoderModule(compiled), []
     for fold in ("shared", "expert1"):
-        session = lime_edge.open(tiny_bundle(model, adapter, fold=fold), threads=1)
+        session = lime_edge.open_decoder(tiny_bundle(model, adapter, fold=fold), threads=1)
         for selection, mode in (("routed", "routed"), ("expert0", 0), ("expert3", 3)):
             session.use(selection)
             wanted = prompt_logits(model, adapter, mode)  # type: ignore[arg-type]
@@ -311,7 +314,7 @@ def test_prompt_tuning_sessions(head_dim: int, tiny_model: Make, tmp_path: Path,
     """The virtual tokens take cache, survive a kept prefix, and cannot be switched off; rotation fused or apart."""
     model = tiny_model("llama", head_dim=head_dim)
     adapter = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
-    session = lime_edge.open(tiny_bundle(model, adapter), threads=1)
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1)
     assert session.max_length == 64 - 5
     with pytest.raises(LimeEdgeError, match="cannot be switched off"):
         session.use(None)
@@ -322,7 +325,7 @@ def test_prompt_tuning_sessions(head_dim: int, tiny_model: Make, tmp_path: Path,
     longer = IDS + first[:2]
     kept = list(session.generate_ids(longer, options, keep_cache=True))
     assert kept[:2] == first[2:4] and kept == list(session.generate_ids(longer, options))
-    single = lime_edge.open(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
+    single = lime_edge.open_decoder(tiny_bundle(model, adapter, fold="expert2", single=True), threads=1)
     assert_close(single.logits(IDS), prompt_logits(model, adapter, 2), "single")
     wrong = tiny_model("llama", hidden_size=32)
     with pytest.raises(LimeEdgeError, match="site prompt: H: expected 32, found 64"):

@@ -62,10 +62,10 @@ def test_it_answers_as_if_trained_jointly(
             tensors[name] = np.concatenate([tensors[name], tensor.astype(np.float32)])
     (whole / CONFIG).write_text(json.dumps(config))
     save_file(tensors, whole / WEIGHTS)
-    expected = lime_edge.open(tiny_bundle(None, whole))
+    expected = lime_edge.open_decoder(tiny_bundle(None, whole))
     expected.use("later")
 
-    session = lime_edge.open(bundle.path)
+    session = lime_edge.open_decoder(bundle.path)
     ids = [5, 9, 17, 33]
     before = session.logits(ids).copy()
     (expert,) = read_vectors(folder, bundle)

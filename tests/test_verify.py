@@ -24,25 +24,19 @@ import lime_edge
 from lime_edge.bundle.bundle import MANIFEST, Bundle, expert_file, hash_file, read_manifest
 from lime_edge.bundle.experts import read_expert
 from lime_edge.bundle.golden import FILE, choose_columns, read_golden
-from lime_edge.checks.verify import (
-    LEAN_SHARE,
-    MISSED,
-    OK,
-    TOLERANCES,
-    UNCHECKED,
-    Check,
-    Tolerance,
-    count_results,
-    find_lean,
-    may_lean,
-    verify_bundle,
-)
+from lime_edge.checks.judge import LEAN_SHARE, find_lean, may_lean
+from lime_edge.checks.report import MISSED, OK, UNCHECKED, Check, count_results
+from lime_edge.checks.tolerance import TOLERANCES, Tolerance
+from lime_edge.checks.verify import verify_bundle
 from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, LimeEdgeError
 from lime_edge.export.decoder import ExportOptions, export_bundle
 from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import open_any
+from lime_edge.session.switching import ExpertSwitch
 from lime_edge.targets.devices import find_device
 
 Make = Callable[..., Path]
@@ -225,7 +219,7 @@ def test_a_mixture_leans_towards_what_was_mixed_in(
         mixed[site.offset : site.offset + site.width] = other[site.offset : site.offset + site.width]
     for compute, limits in TOLERANCES.items():  # nothing else can notice
         monkeypatch.setitem(TOLERANCES, compute, Tolerance(100 * limits.mean, 100.0, 100.0))
-    monkeypatch.setattr("lime_edge.checks.verify.LEAN_SHARE", LEAN_SHARE / 100)
+    monkeypatch.setattr("lime_edge.checks.judge.LEAN_SHARE", LEAN_SHARE / 100)
     assert not verify_bundle(bundle, (target,), threads=1).missed
     put_vector(bundle, "expert1", mixed)
     checks = {check.selection: check for check in verify_bundle(bundle, (target,), threads=1).checks}
@@ -393,14 +387,14 @@ def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest
     """Left out where others can be checked; an error where it was asked for, or where nothing is left."""
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     edit_manifest(bundle, lambda body: body["targets"].update(coreml=body["targets"]["onnx"]))
-    opening = lime_edge.targets.registry.open_session
+    opening = open_any
 
-    def refuse(bundle: Bundle, target: str, options: object) -> Session:
+    def refuse(bundle: Bundle, target: str, options: SessionOptions) -> ExpertSwitch:
         if target == "coreml":
             raise lime_edge.errors.need("coremltools", "coreml")
-        return opening(bundle, target, options)  # type: ignore[arg-type]
+        return opening(bundle, target, options)
 
-    monkeypatch.setattr("lime_edge.checks.verify.open_session", refuse)
+    monkeypatch.setattr("lime_edge.checks.verify.open_any", refuse)
     checks = [check for check in verify_bundle(bundle, threads=1).checks if check.target == "coreml"]
     assert [(check.selection, check.result) for check in checks] == [("all", UNCHECKED)]
     assert checks[0].why == "the package 'coremltools' is not installed"

@@ -121,7 +121,7 @@ def export_setting(setting: Setting, bundle: Path) -> None:
 
 def answer_task(setting: Setting, bundle: Path, task: str, expert: str | None, limit: int | None) -> list[str]:
     """Answers of one expert to one evaluation file."""
-    session = lime_edge.open(bundle, threads=1, max_length=CACHE)
+    session = lime_edge.open_decoder(bundle, threads=1, max_length=CACHE)
     session.use(expert)
     examples = read_examples(EXAMPLES[setting.adapter] / "eval" / f"{task}.jsonl")[:limit]
     return list(evaluate(session, examples).answers)

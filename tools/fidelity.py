@@ -145,7 +145,7 @@ def main() -> None:
                         ExportOptions(force=True),
                         progress,
                     )
-                session = lime_edge.open(path, threads=2)
+                session = lime_edge.open_decoder(path, threads=2)
                 prompts = [examples[task][0].prompt for task in examples]
                 for selection, worst in compare_logits(session, reference, prompts):
                     rows.append([label, fold, selection, f"{worst:.3f}"])

@@ -30,11 +30,17 @@ import numpy as np
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import parse_selection
 from lime_edge.bundle.golden import Golden, read_golden
-from lime_edge.checks.verify import MISSED, find_compute, find_obstacle, judge, run_decoder
+from lime_edge.checks.judge import judge
+from lime_edge.checks.replay import run_decoder
+from lime_edge.checks.report import MISSED
+from lime_edge.checks.tolerance import find_compute
+from lime_edge.checks.verify import find_obstacle
 from lime_edge.errors import EXIT_MISMATCH, EXIT_MISSING, LimeEdgeError
 from lime_edge.runtimes.coreml.decoder import COREML, INTERPRETER, ROUNDED, UNITS
-from lime_edge.session.decoder import Session, SessionOptions
-from lime_edge.targets.registry import open_session
+from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.kinds import DECODER, require_kind
+from lime_edge.session.open import open_decoder
 
 TARGET = "coreml"
 
@@ -47,11 +53,7 @@ def open_bundle(path: Path) -> tuple[Bundle, Golden]:
     """
     bundle = Bundle.open(path, verify=True)
     manifest = bundle.manifest
-    if manifest.model.get("kind") == "encoder":
-        raise LimeEdgeError(
-            f"{path}: expected a language model, found an encoder",
-            f"lime-edge verify {path} --target {TARGET} checks encoders",
-        )
+    require_kind(bundle, DECODER)  # lime-edge verify checks the others
     if TARGET not in manifest.targets:
         raise LimeEdgeError(
             f"{path}: expected a bundle for {TARGET}, found {', '.join(manifest.targets)}",
@@ -166,7 +168,7 @@ def examine(bundle: Bundle, golden: Golden, units: str, options: argparse.Namesp
     """Everything about one compute unit."""
     provider = units if units in (INTERPRETER, ROUNDED) else f"{COREML}:{units}"
     begun = time.perf_counter()
-    session = open_session(bundle, TARGET, SessionOptions(providers=(provider,)))
+    session = open_decoder(bundle, TARGET, SessionOptions(providers=(provider,)))
     found: dict[str, Any] = {"provider": session.provider, "load_s": round(time.perf_counter() - begun, 2)}
     found["numbers"] = check_numbers(bundle, golden, session)
     found["times"] = time_session(bundle, session, options.iterations)

@@ -22,9 +22,10 @@ import onnxruntime
 from lime_edge.bench.measure import BenchOptions, bench_bundle, time_switches
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
 from lime_edge.session.generate import GenerationOptions
-from lime_edge.targets.registry import open_session
+from lime_edge.session.open import open_decoder
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     wanted = tuple(arguments.providers.split(",")) if arguments.providers else ()
     begin = time.perf_counter()
-    session = open_session(bundle, "onnx", SessionOptions(threads=arguments.threads, providers=wanted))
+    session = open_decoder(bundle, "onnx", SessionOptions(threads=arguments.threads, providers=wanted))
     loaded = time.perf_counter() - begin
     facts = bundle.manifest.targets["onnx"]
     print(f"bundle       {arguments.bundle}, loaded in {loaded:.2f} s, {len(session.experts)} experts")

@@ -113,7 +113,7 @@ def show(session: Session, name: str, prompt: str, count: int) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The demonstration."""
     begin = time.perf_counter()
-    session = lime_edge.open(arguments.bundle, target="onnx", threads=arguments.threads)
+    session = lime_edge.open_decoder(arguments.bundle, target="onnx", threads=arguments.threads)
     loaded = time.perf_counter() - begin
     default = session.bundle.manifest.targets["onnx"].get("threads") or "the engine's choice"
     print(f"bundle       {arguments.bundle}, loaded in {loaded:.2f} s, {len(session.experts)} experts")

@@ -127,28 +127,15 @@ class RailMeter:
         return joules, samples[-1][0] - samples[0][0]
 
 
-def spend_energy(
-    meter: Meter, session: Session | EncoderSession, length: int, depth: int | None, count: int
-) -> dict[str, Any]:
-    """Joules per token of a prompt and of an answer, or per call of an encoder; in work of its own, untimed.
+def spend_tokens(meter: Meter, session: Session, length: int, depth: int | None, count: int) -> dict[str, Any]:
+    """Joules per token of a prompt and of an answer; in work of its own, untimed.
 
     Decoding is what a prompt with an answer takes beyond the prompt alone.
 
     Args:
         length: tokens of the prompt. depth: in the cache before decoding, None: the prompt's. count: decoded.
     """
-    idle, seconds = meter.measure(lambda: time.sleep(LONG))
-    facts: dict[str, Any] = {
-        "source": meter.source,
-        "counted": list(meter.counted),
-        "idle_watts": idle / seconds,
-        "prefill_joules_per_token": None,
-        "decode_joules_per_token": None,
-        "joules_per_run": None,
-    }
-    if isinstance(session, EncoderSession):
-        inputs = draw_inputs(session, length)
-        return facts | {"joules_per_run": _average(meter, lambda: session.run(**inputs))}
+    facts = _describe_meter(meter)
     vocab = session.bundle.manifest.model["vocab"]
     prompt = draw_prompt(vocab, length)
     before = prompt if depth is None else draw_prompt(vocab, depth)
@@ -162,6 +149,29 @@ def spend_energy(
     filling = prefill if depth is None else _average(meter, lambda: session.logits(before, keep=1))
     decode = (_average(meter, answer) - filling) / count
     return facts | {"prefill_joules_per_token": prefill / length, "decode_joules_per_token": decode}
+
+
+def spend_calls(meter: Meter, session: EncoderSession, length: int) -> dict[str, Any]:
+    """Joules per call of an encoder; in work of its own, untimed.
+
+    Args:
+        length: tokens of a text.
+    """
+    inputs = draw_inputs(session, length)
+    return _describe_meter(meter) | {"joules_per_run": _average(meter, lambda: session.run(**inputs))}
+
+
+def _describe_meter(meter: Meter) -> dict[str, Any]:
+    """What is measured with, what idling draws, and places for what work draws."""
+    idle, seconds = meter.measure(lambda: time.sleep(LONG))
+    return {
+        "source": meter.source,
+        "counted": list(meter.counted),
+        "idle_watts": idle / seconds,
+        "prefill_joules_per_token": None,
+        "decode_joules_per_token": None,
+        "joules_per_run": None,
+    }
 
 
 def _average(meter: Meter, work: Callable[[], object]) -> float:

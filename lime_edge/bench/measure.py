@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import lime_edge
-from lime_edge.bench.energy import find_meter, spend_energy
-from lime_edge.bench.inputs import takes_text
+from lime_edge.bench.energy import find_meter
 from lime_edge.bench.load import Loads, time_loads
 from lime_edge.bench.machine import SYS, count_cores, describe_machine, measure_copy, read_temperature
 from lime_edge.bench.memory import FIRST, MemoryRequest, find_imports, measure_experts, measure_stages
-from lime_edge.bench.rounds import Series, summarize, time_decoder, time_encoder
+from lime_edge.bench.rounds import summarize
 from lime_edge.bench.timing import percentiles, time_round, time_switches
+from lime_edge.bench.work import Load, Work, find_work
 from lime_edge.bundle.bundle import Bundle, expert_file
 from lime_edge.bundle.experts import Selection, describe_selection
 from lime_edge.errors import EXIT_MISSING, Faults, LimeEdgeError
-from lime_edge.session.decoder import SessionOptions
-from lime_edge.session.encoder import KIND as ENCODER
-from lime_edge.session.encoder import open_encoder_session
-from lime_edge.session.switching import ROUTED
-from lime_edge.targets.registry import load_runtime, open_session
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.open import load_runtime, open_any
+from lime_edge.session.switching import ROUTED, ExpertSwitch
 
 __all__ = [
     "FIRST",
@@ -82,9 +80,9 @@ class BenchOptions:
         return (self.prompt_tokens,) if isinstance(self.prompt_tokens, int) else self.prompt_tokens
 
     @property
-    def capacity(self) -> int:
-        """Tokens the cache must hold."""
-        return max(*self.lengths, self.depth or 0) + self.gen_tokens
+    def load(self) -> Load:
+        """What a model is given to do."""
+        return Load(self.lengths, self.gen_tokens, self.depth)
 
 
 @dataclass(frozen=True)
@@ -104,24 +102,21 @@ class Job:
         return self.threads or self.bundle.manifest.targets[self.target].get("threads") or count_cores()
 
     @property
-    def encoder(self) -> bool:
-        """Whether it is an encoder or a vision model."""
-        return self.bundle.manifest.model.get("kind") == ENCODER
+    def work(self) -> Work:
+        """What its kind of model is given to do."""
+        return find_work(self.bundle)
 
     def tell(self, step: str) -> Callable[[int, int], None]:
         """Progress of one step: (done, total) -> None."""
         return lambda done, total: self.progress(f"{self.target} {step}", done, total)
 
-    def open(self, bundle: Bundle) -> Any:
+    def open(self, bundle: Bundle) -> ExpertSwitch:
         """A session of `bundle` on the target.
 
         Raises:
             LimeEdgeError: what opening raises, or the runtime only imitates its engine.
         """
-        if self.encoder:
-            session: Any = open_encoder_session(bundle, self.target, SessionOptions(self.threads))
-        else:
-            session = open_session(bundle, self.target, SessionOptions(self.threads, self.options.capacity))
+        session = open_any(bundle, self.target, SessionOptions(self.threads, self.options.load.filled))
         if session.provider.startswith(INTERPRETER):
             raise LimeEdgeError(
                 f"{self.target} runs in an interpreter here: its times say nothing about a device",
@@ -130,7 +125,7 @@ class Job:
             )
         return session
 
-    def use(self, session: Any) -> None:
+    def use(self, session: ExpertSwitch) -> None:
         """Switch to the selection."""
         if self.selection != FIRST:
             session.use(self.selection)
@@ -156,7 +151,7 @@ def bench_bundle(
     """
     bundle = Bundle.open(path)
     names = [target] if target is None or isinstance(target, str) else list(target)
-    names = [load_runtime(bundle, name, _runtime_kind(bundle))[0] for name in names]  # imports are not loads
+    names = [load_runtime(bundle, name)[0] for name in names]  # imports are not loads
     _check(bundle, names, options)
     machine = describe_machine(options.sysfs)
     jobs = [Job(bundle, name, selection, threads, options, progress) for name in names]
@@ -177,14 +172,10 @@ def bench_bundle(
     }
 
 
-def _runtime_kind(bundle: Bundle) -> str:
-    return "encoder" if bundle.manifest.model.get("kind") == ENCODER else "decoder"
-
-
 def _check(bundle: Bundle, targets: list[str], options: BenchOptions) -> None:
     """Refuse before anything is timed."""
     context = bundle.manifest.model.get("context")  # pictures have none
-    needed = max(options.lengths) if _runtime_kind(bundle) == ENCODER else options.capacity
+    needed = find_work(bundle).count_tokens(options.load)
     with Faults(str(bundle.path)) as faults:
         if context and needed > context:
             faults.add("tokens of the prompt (or --depth) and the answer", f"at most {context}", needed)
@@ -226,10 +217,10 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
     job.use(session)
     baseline = job.open(Bundle.open(options.baseline)) if options.baseline else None
     heat = read_temperature(options.sysfs)
-    found = _time_rounds(job, session, baseline)
+    found = job.work.time(session, baseline, options.load, options.warmup, options.repeat, job.tell("rounds"))
     heat_after = read_temperature(options.sysfs)
     facts = {
-        "kind": "encoder" if job.encoder else "decoder",
+        "kind": job.work.name,
         "target": job.target,
         "provider": session.provider,
         "operators": session.operators,
@@ -244,10 +235,8 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
         "expert_bytes": _size_experts(job.bundle),
     }
     meter = find_meter(options.sysfs)
-    energy = {
-        length: meter and spend_energy(meter, session, length, options.depth, options.gen_tokens) for length in found
-    }
-    text = not job.encoder or takes_text(session)
+    energy = {length: meter and job.work.spend(meter, session, options.load, length) for length in found}
+    text = job.work.takes_text(session)
     del session, baseline  # the memory of the machine belongs to the fresh process now
     tell = job.tell("memory")
     tell(0, len(found) + 2)
@@ -264,7 +253,7 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
             {
                 **facts,
                 "prompt_tokens": length if text else None,
-                **_describe_decoding(job, length),
+                **job.work.describe(options.load, length),
                 **summary,
                 **_measure_stages(job, length, modules, experts),
                 "energy": energy[length],
@@ -276,15 +265,9 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
     return runs
 
 
-def _describe_decoding(job: Job, length: int) -> dict[str, int | None]:
-    if job.encoder:
-        return {"gen_tokens": None, "depth": None}
-    return {"gen_tokens": job.options.gen_tokens, "depth": length if job.options.depth is None else job.options.depth}
-
-
 def _measure_copies(jobs: list[Job]) -> dict[int, float]:
     """Bytes per second by number of threads: measured once, so that targets are compared with one number."""
-    wanted = sorted({job.used_threads for job in jobs if not job.encoder})
+    wanted = sorted({job.used_threads for job in jobs if job.work.decodes})
     found = {}
     for place, threads in enumerate(wanted):
         jobs[0].progress("copying memory", place, len(wanted))
@@ -307,23 +290,6 @@ def _time_loads(job: Job) -> Loads:
     loads = time_loads(load, files, count)
     tell(2 * count, 2 * count)
     return loads
-
-
-def _time_rounds(job: Job, session: Any, baseline: Any) -> dict[int, Series]:
-    options = job.options
-    if job.encoder:
-        lengths = options.lengths if takes_text(session) else options.lengths[:1]
-        return time_encoder(session, baseline, lengths, options.warmup, options.repeat, job.tell("rounds"))
-    return time_decoder(
-        session,
-        baseline,
-        options.lengths,
-        options.gen_tokens,
-        options.depth,
-        options.warmup,
-        options.repeat,
-        job.tell("rounds"),
-    )
 
 
 def _size_experts(bundle: Bundle) -> dict[str, int] | None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from lime_edge.bench.work import Load, find_work
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, Selection
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.switching import ExpertSwitch
 
 COUNTS = (1, 10, 100)
 FIRST = ""  # what a session opens with: the bundle's first expert
@@ -161,38 +163,29 @@ def _list_modules(request: MemoryRequest) -> list[str]:
 
 
 def _import_engine(request: MemoryRequest) -> Bundle:
-    from lime_edge.targets.registry import load_runtime
+    from lime_edge.session.open import load_runtime
 
     bundle = Bundle.open(request.path)
-    load_runtime(bundle, request.target, "encoder" if bundle.manifest.model.get("kind") == "encoder" else "decoder")
+    load_runtime(bundle, request.target)
     return bundle
 
 
-def _open(bundle: Bundle, request: MemoryRequest) -> Any:
-    from lime_edge.session.encoder import open_encoder_session
-    from lime_edge.targets.registry import open_session
+def _open(bundle: Bundle, request: MemoryRequest) -> ExpertSwitch:
+    from lime_edge.session.open import open_any
 
-    if bundle.manifest.model.get("kind") == "encoder":
-        session: Any = open_encoder_session(bundle, request.target, SessionOptions(request.threads))
-    else:
-        length = max(request.tokens, request.before or 0) + request.decoded
-        session = open_session(bundle, request.target, SessionOptions(request.threads, length))
+    session = open_any(bundle, request.target, SessionOptions(request.threads, _describe_load(request).filled))
     if request.selection != FIRST:
         session.use(request.selection)
     return session
 
 
-def _answer(session: Any, request: MemoryRequest) -> None:
+def _answer(session: ExpertSwitch, request: MemoryRequest) -> None:
     """One prompt and its answer, or one call of an encoder."""
-    from lime_edge.bench.inputs import draw_inputs, draw_prompt
-    from lime_edge.bench.timing import time_round
+    find_work(session.bundle).answer(session, _describe_load(request))
 
-    if isinstance(session, Session):
-        vocab = session.bundle.manifest.model["vocab"]
-        before = None if request.before is None else draw_prompt(vocab, request.before)
-        time_round(session, draw_prompt(vocab, request.tokens), request.decoded, before)
-    else:
-        session.run(**draw_inputs(session, request.tokens))
+
+def _describe_load(request: MemoryRequest) -> Load:
+    return Load((request.tokens,), request.decoded, request.before)
 
 
 TASKS = {"imports": _list_modules, "stages": _walk_stages, "experts": _count_experts}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from lime_edge.bundle.experts import Expert, ExpertBank, check_name, read_expert
+from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.bundle.staging import write_file
 from lime_edge.errors import Faults, LimeEdgeError
@@ -181,9 +182,14 @@ class Bundle:
             )
         return reference
 
-    def open_bank(self) -> ExpertBank:
-        """The bundle's experts, read and checked."""
-        bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, self.read_reference())
+    def open_bank(self, subtract: Subtract | None = None) -> ExpertBank:
+        """The bundle's experts, read and checked.
+
+        Args:
+            subtract: how p - p_ref is computed, where an engine brings something faster than numpy.
+        """
+        reference = self.read_reference()
+        bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, reference, subtract or subtract_reference)
         for name in self.manifest.experts:
             file = self.path / expert_file(name)
             expert = read_expert(file)

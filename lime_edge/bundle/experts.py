@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lime_edge.bundle.residual import subtract_reference
+from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -126,13 +126,16 @@ class ExpertBank:
 
     Args:
         sites: the bundle's site table. fingerprint: of the original backbone.
-        reference: p_ref (sum_H,) float32.
+        reference: p_ref (sum_H,) float32. subtract: how p - p_ref is computed.
     """
 
-    def __init__(self, sites: SiteTable, fingerprint: str, reference: np.ndarray):
+    def __init__(
+        self, sites: SiteTable, fingerprint: str, reference: np.ndarray, subtract: Subtract = subtract_reference
+    ):
         self.sites = sites
         self.fingerprint = fingerprint
         self.reference = np.ascontiguousarray(reference, dtype=np.float32)
+        self._subtract = subtract
         self._vectors: dict[str, np.ndarray] = {}
         self._ready: OrderedDict[object, np.ndarray] = OrderedDict()  # oldest use first
         self._free: list[np.ndarray] = []
@@ -220,7 +223,7 @@ class ExpertBank:
             slot = self._free_slot()
             try:
                 if isinstance(selection, str):
-                    subtract_reference(self.vector(selection), self.reference, slot)
+                    self._subtract(self.vector(selection), self.reference, slot)
                 else:
                     self._mix_into(slot, selection)
                     slot -= self.reference

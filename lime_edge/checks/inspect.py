@@ -8,7 +8,7 @@ from typing import Any
 from lime_edge import terminal
 from lime_edge.bundle.bundle import Bundle, expert_file
 from lime_edge.bundle.golden import FILE as GOLDEN
-from lime_edge.runtimes.onnx.operators import explain_absence
+from lime_edge.session.open import explain_operators
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
@@ -76,8 +76,9 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
         ["total size", size(bundle.total_bytes)],
     ]
-    if any(target.get("functions") for target in m.targets.values()):
-        facts.append(["operators here", explain_absence() or "yes: the ONNX graph's functions run compiled"])
+    for name, target in m.targets.items():
+        if target.get("functions") and (absent := explain_operators(name)) is not None:
+            facts.append(["operators here", absent or f"yes: the {name} graph's functions run compiled"])
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
         [
@@ -162,7 +163,7 @@ def _site_survival(facts: dict[str, Any] | None) -> list[str]:
 
 
 def _model(facts: dict[str, Any]) -> str:
-    if facts.get("kind") == "encoder":
+    if "task" in facts:
         return f"{facts['name']} ({facts['architecture']}, {facts['task']})"
     return f"{facts['name']} ({facts['family']}, {facts['layers']} layers)"
 

@@ -182,11 +182,11 @@ def demo(
 
 def _open(path: Path, target: str | None, threads: int | None, max_length: int | None) -> Session:
     from lime_edge.bundle.bundle import Bundle
-    from lime_edge.session.decoder import SessionOptions
-    from lime_edge.targets.registry import open_session
+    from lime_edge.session.engines import SessionOptions
+    from lime_edge.session.open import open_decoder
 
     with terminal.err.status(f"opening {terminal.escape(str(path))}"):  # some engines import for seconds
-        return open_session(Bundle.open(path), target, SessionOptions(threads, max_length))
+        return open_decoder(Bundle.open(path), target, SessionOptions(threads, max_length))
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from lime_edge.bundle.bundle import Bundle, expert_file
 from lime_edge.bundle.vectors import read_vectors
 from lime_edge.checks.evaluate import Example, read_examples
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
-from lime_edge.session.decoder import Session, SessionOptions
+from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
 from lime_edge.session.generate import GenerationOptions
-from lime_edge.targets.registry import open_session
+from lime_edge.session.open import open_decoder
 
 NEW_TOKENS = 16
 ROUNDS = 20  # switches timed per expert
@@ -85,7 +86,7 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
             model or find_backbone(), examples / "adapter", output, compiling, find_device("cpu"), options, progress
         )
     bundle = Bundle.open(output)
-    session = open_session(bundle, options=SessionOptions(threads=threads))
+    session = open_decoder(bundle, options=SessionOptions(threads=threads))
     rows = [try_expert(session, name, first_example(examples, name)) for name in session.experts]
     folder, deliveries = examples / "new_expert", []
     if folder.is_dir():

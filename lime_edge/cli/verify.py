@@ -44,7 +44,8 @@ def verify(
     with 2 where the export stored nothing to compare with. Experts that were
     added later are listed as not checked.
     """
-    from lime_edge.checks.verify import refuse_misses, show_report, verify_bundle
+    from lime_edge.checks.report import refuse_misses, show_report
+    from lime_edge.checks.verify import verify_bundle
 
     with terminal.show_steps() as progress:
         report = verify_bundle(bundle, target or (), expert or (), threads, progress)

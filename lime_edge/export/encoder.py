@@ -37,7 +37,7 @@ from lime_edge.export.decoder import (
     copy_tokenizer,
     find_encoder,
 )
-from lime_edge.session.encoder import KIND
+from lime_edge.session.kinds import ENCODER
 from lime_edge.targets.devices import Device
 from lime_edge.targets.registry import load_exporters
 
@@ -161,7 +161,7 @@ def _describe(
         fingerprint=compiled.fingerprint,
         model={
             "name": backbone.name,
-            "kind": KIND,
+            "kind": ENCODER.name,
             "task": backbone.task,
             "family": config.model_type,
             "architecture": type(backbone.model).__name__,

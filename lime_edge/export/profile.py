@@ -18,7 +18,7 @@ from lime_edge.compiler.formats.checkpoint import read_checkpoint
 from lime_edge.compiler.model.profiling import average_routing, mix_experts
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
-from lime_edge.targets.registry import open_session
+from lime_edge.session.open import open_decoder
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +53,7 @@ def add_profile(
 
 def compare_profile(bundle: Path, examples: list[Example], name: str, progress: Progress) -> list[dict[str, Any]]:
     """Accuracy and loss of routed, of the profile, and of every single expert, the best of them first."""
-    session = open_session(Bundle.open(bundle))
+    session = open_decoder(Bundle.open(bundle))
     selections = ["routed", name, *(other for other in session.experts if other != name)]
     rows: list[dict[str, Any]] = []
     for index, selection in enumerate(selections):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ExpertBank, Selection, describe_selection
 from lime_edge.bundle.prompts import TextCodec
-from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.errors import LimeEdgeError
+from lime_edge.session.engines import Engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
-from lime_edge.session.switching import ROUTED, ExpertSwitch, SwitchableEngine
+from lime_edge.session.switching import ROUTED, ExpertSwitch
 
 ROOM = (
     "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
@@ -21,42 +22,6 @@ ROOM = (
 )
 STOP, LENGTH, FULL = "stop", "length", "cache"  # why a generation ended
 CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How to load.
-
-    threads: of the engine, None for the bundle's default. max_length: tokens the cache holds, None
-    for the model's context or 2048, whichever is less. providers: execution providers to try, in
-    order, instead of the bundle's.
-    Raises:
-        LimeEdgeError: threads or max_length below 1.
-    """
-
-    threads: int | None = None
-    max_length: int | None = None
-    providers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        with Faults("session", "leave it out for the bundle's own default") as faults:
-            for name in ("threads", "max_length"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    faults.add(name, "at least 1", value)
-
-
-class Engine(SwitchableEngine, Protocol):
-    """What a runtime file provides: a model with a cache that takes an expert residual."""
-
-    length: int
-    capacity: int
-
-    def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """Append ids (S,) int64 to the cache; logits (keep or S, V) float32 of the last positions."""
-
-    def rewind(self, length: int) -> None:
-        """Forget the cache after its first `length` tokens."""
 
 
 @dataclass(frozen=True)

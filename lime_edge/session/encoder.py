@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ExpertBank
-from lime_edge.errors import Faults, LimeEdgeError
-from lime_edge.session.decoder import SessionOptions
-from lime_edge.session.switching import ExpertSwitch, SwitchableEngine
-
-KIND = "encoder"
-
-
-class EncoderEngine(SwitchableEngine, Protocol):
-    """What a runtime file provides: a model without a cache that takes an expert residual."""
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name, for checked and complete inputs."""
-
-
-def open_encoder_session(
-    bundle: Bundle, target: str | None = None, options: SessionOptions | None = None
-) -> EncoderSession:
-    """Load an encoder bundle's artifact for one target.
-
-    Args:
-        target: None takes the bundle's first.
-    Raises:
-        LimeEdgeError: the bundle holds a decoder, was not exported for the target, or its engine is missing.
-    """
-    from lime_edge.targets.registry import load_runtime  # targets imports sessions
-
-    kind = bundle.manifest.model.get("kind")
-    if kind != KIND:
-        raise LimeEdgeError(f"{bundle.path}: expected an encoder, found a {kind or 'decoder'}", "use lime_edge.open")
-    target, runtime = load_runtime(bundle, target, "encoder")
-    bank = bundle.open_bank()
-    return EncoderSession(bundle, runtime.open_encoder_engine(bundle, options or SessionOptions()), bank, target)
+from lime_edge.errors import Faults
+from lime_edge.session.engines import EncoderEngine
+from lime_edge.session.switching import ExpertSwitch
 
 
 class EncoderSession(ExpertSwitch):

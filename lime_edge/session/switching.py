@@ -5,27 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ALWAYS_ON, ExpertBank, Selection, describe_selection, read_expert
 from lime_edge.errors import LimeEdgeError
+from lime_edge.session.engines import SwitchableEngine
 
 ROUTED, NONE = "routed", "none"
-
-
-class SwitchableEngine(Protocol):
-    """What every runtime file provides: a model that takes an expert residual."""
-
-    provider: str
-
-    def set_expert(self, residual: np.ndarray) -> None:
-        """Use d (sum_H,) float32 from the next call on."""
-
-    def set_routed(self) -> None:
-        """Weigh the bundle's own experts per token from the next call on."""
 
 
 class ExpertSwitch:
@@ -62,7 +49,7 @@ class ExpertSwitch:
     @property
     def operators(self) -> bool | None:
         """Whether the graph's functions run as compiled operators; None where the engine knows none."""
-        return getattr(self._switchable, "operators", None)
+        return self._switchable.operators
 
     def use(self, selection: Selection) -> None:
         """Switch the expert; nothing is reloaded ("routed" loads its graph once).

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.runtimes.coreml.interpreter import Interpreter, Values
 from lime_edge.runtimes.coreml.program import read_package
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.engines import SessionOptions
 
 COREML, INTERPRETER, ROUNDED = "CoreML", "interpreter", "interpreter-fp16"  # "CoreML:cpu_only" names the units too
 UNITS = {"all": "ALL", "cpu_and_ne": "CPU_AND_NE", "cpu_and_gpu": "CPU_AND_GPU", "cpu_only": "CPU_ONLY"}
@@ -41,6 +42,9 @@ def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEngine:
 
 class SwitchedPackage:
     """A loaded package whose expert can be switched: what language models and encoders share."""
+
+    operators: bool | None = None  # it knows none
+    subtract: Subtract | None = None  # numpy's
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["coreml"]

@@ -10,12 +10,12 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.coreml.decoder import SwitchedPackage
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.engines import SessionOptions
 
 EXPERT, IDS = "expert", "input_ids"
 
 
-def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> CoremlEncoderEngine:
+def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEncoderEngine:
     """Load the bundle's package.
 
     Raises:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.engines import SessionOptions
 
 
 def open_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEngine:
@@ -36,6 +37,9 @@ class SwitchedProgram:
 
     A routed bundle has a second method on the same weights: it is loaded at the first `set_routed`.
     """
+
+    operators: bool | None = None  # it knows none
+    subtract: Subtract | None = None  # numpy's
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["executorch"]

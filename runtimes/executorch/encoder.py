@@ -7,10 +7,10 @@ import numpy as np
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.runtimes.executorch.decoder import SwitchedProgram, wrap
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.session.engines import SessionOptions
 
 
-def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEncoderEngine:
+def open_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEncoderEngine:
     """Load the bundle's ExecuTorch program.
 
     Raises:

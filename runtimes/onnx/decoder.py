@@ -11,8 +11,8 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
-from lime_edge.runtimes.onnx.operators import find_library
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.runtimes.onnx.operators import find_library, find_subtract
+from lime_edge.session.engines import SessionOptions
 
 try:
     import onnxruntime as ort
@@ -66,7 +66,8 @@ class OnnxEngine:
         self._active = self._pinned
         self.provider = self._pinned[0].get_providers()[0]
         calls = set(facts.get("functions", ())) & REPLACED
-        self.operators = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
+        self.subtract = find_subtract()
+        self.operators: bool | None = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
 
     def _bind(self, session: ort.InferenceSession) -> tuple[ort.InferenceSession, ort.IOBinding]:
         """Bind what never changes: the cache, as past and as present: attention writes in place."""

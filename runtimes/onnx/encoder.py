@@ -9,12 +9,13 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.onnx.decoder import load_graph
-from lime_edge.session.decoder import SessionOptions
+from lime_edge.runtimes.onnx.operators import find_subtract
+from lime_edge.session.engines import SessionOptions
 
 EXPERT = "expert"
 
 
-def open_encoder_engine(bundle: Bundle, options: SessionOptions) -> OnnxEncoderEngine:
+def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEncoderEngine:
     """Load the bundle's ONNX graph.
 
     Raises:
@@ -33,6 +34,8 @@ class OnnxEncoderEngine:
         self._routed: Any = None
         self._routing = False
         self.provider = self._pinned.get_providers()[0]
+        self.operators: bool | None = None
+        self.subtract = find_subtract()
         self._residual = np.zeros(0, np.float32)
 
     def set_expert(self, residual: np.ndarray) -> None:

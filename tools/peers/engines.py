@@ -40,11 +40,11 @@ class Ours:
 
     def __init__(self, spec: Spec):
         from lime_edge.bundle.bundle import Bundle
-        from lime_edge.session.decoder import SessionOptions
-        from lime_edge.targets.registry import open_session
+        from lime_edge.session.engines import SessionOptions
+        from lime_edge.session.open import open_decoder
 
         options = SessionOptions(spec["threads"], spec["capacity"])
-        self.session = open_session(Bundle.open(spec["path"]), "onnx", options)
+        self.session = open_decoder(Bundle.open(spec["path"]), "onnx", options)
         if spec.get("selection"):
             self.session.use(spec["selection"])
         self.experts = len(self.session.experts)

@@ -127,7 +127,7 @@ class Graph:
 
         from lime_edge.bundle.bundle import Bundle
         from lime_edge.runtimes.onnx.decoder import load_graph, make_caches
-        from lime_edge.session.decoder import SessionOptions
+        from lime_edge.session.engines import SessionOptions
 
         bundle = Bundle.open(spec["path"])
         model = bundle.manifest.model

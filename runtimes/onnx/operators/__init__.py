@@ -11,6 +11,10 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
+
+from lime_edge.bundle.residual import Subtract, subtract_reference
+
 NAME = "_library"
 
 
@@ -19,6 +23,25 @@ def find_library() -> Path | None:
     """The shared library for `SessionOptions.register_custom_ops_library`, or None: `explain_absence` says why."""
     path = _find_file()
     return path if path is not None and not explain_absence() else None
+
+
+@cache
+def find_subtract() -> Subtract | None:
+    """The compiled d = p - p_ref: the bits of `subtract_reference`, in one pass; None where there is no library."""
+    library = find_library()
+    if library is None:
+        return None
+    compiled = ctypes.CDLL(str(library)).lime_edge_subtract
+    pointer = ctypes.c_void_p
+    compiled.argtypes, compiled.restype = (pointer, pointer, ctypes.c_int64, pointer), None
+
+    def subtract(vector: np.ndarray, reference: np.ndarray, out: np.ndarray) -> None:
+        if vector.dtype != np.float16:
+            subtract_reference(vector, reference, out)
+        else:
+            compiled(vector.ctypes.data, reference.ctypes.data, vector.size, out.ctypes.data)
+
+    return subtract
 
 
 def explain_absence() -> str:
