@@ -20,11 +20,11 @@ from lime_edge.bench.rounds import summarize
 from lime_edge.bench.timing import percentiles, time_round, time_switches
 from lime_edge.bench.work import Load, Work, find_work
 from lime_edge.bundle.bundle import Bundle, expert_file
-from lime_edge.bundle.experts import Selection, describe_selection
+from lime_edge.bundle.experts import ROUTED, Selection, describe_selection
 from lime_edge.errors import EXIT_MISSING, Faults, LimeEdgeError
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import load_runtime, open_any
-from lime_edge.session.switching import ROUTED, ExpertSwitch
+from lime_edge.session.switching import ExpertSwitch
 
 __all__ = [
     "FIRST",

@@ -19,7 +19,8 @@ from lime_edge.errors import Faults, LimeEdgeError
 
 FORMAT = "lime-edge-expert"
 SCHEMA = 1
-RESERVED = ("none", "routed")
+ROUTED, NONE = "routed", "none"
+RESERVED = (NONE, ROUTED)
 ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # variants: no p gives the original model back
 DTYPES = {"float16": np.float16, "float32": np.float32}
 Selection = str | Mapping[str, float] | None

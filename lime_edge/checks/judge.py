@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from lime_edge.bundle.experts import ROUTED
 from lime_edge.bundle.golden import Golden, Rows, condense
 from lime_edge.checks.replay import DECIDING
 from lime_edge.checks.report import MISSED, OK, Check
 from lime_edge.checks.tolerance import NARROW, choose_tolerance
-from lime_edge.session.switching import ROUTED
 
 LEAN, LEAN_SHARE = 0.25, 0.25  # see find_lean
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import ROUTED
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.switching import ROUTED
 
 NARROW, ROUTED_FACTOR, NARROW_FACTOR = 16, 2, 3  # see choose_tolerance
 

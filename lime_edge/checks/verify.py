@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import describe_selection, parse_selection
+from lime_edge.bundle.experts import ROUTED, describe_selection, parse_selection
 from lime_edge.bundle.golden import Golden, read_golden
 from lime_edge.checks.judge import judge
 from lime_edge.checks.replay import count_tokens, find_shortage, replay
@@ -15,7 +15,6 @@ from lime_edge.checks.tolerance import find_compute
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_any
-from lime_edge.session.switching import ROUTED
 from lime_edge.targets.registry import check_target
 
 Progress = Callable[[str, int, int], None]

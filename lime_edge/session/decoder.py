@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import ExpertBank, Selection, describe_selection
+from lime_edge.bundle.experts import ROUTED, ExpertBank, Selection, describe_selection
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.engines import Engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
-from lime_edge.session.switching import ROUTED, ExpertSwitch
+from lime_edge.session.switching import ExpertSwitch
 
 ROOM = (
     "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "

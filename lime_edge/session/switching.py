@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import ALWAYS_ON, ExpertBank, Selection, describe_selection, read_expert
+from lime_edge.bundle.experts import ALWAYS_ON, NONE, ROUTED, ExpertBank, Selection, describe_selection, read_expert
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.engines import SwitchableEngine
-
-ROUTED, NONE = "routed", "none"
 
 
 class ExpertSwitch:

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lime_edge.bundle.experts import ALWAYS_ON, describe_selection, parse_selection
+from lime_edge.bundle.experts import ALWAYS_ON, ROUTED, describe_selection, parse_selection
 from lime_edge.bundle.golden import PIXEL, Golden, Output, Rows, choose_columns, condense, stack_rows
 from lime_edge.compiler.compile_encoder import CompiledEncoder, feed_tokens
 from lime_edge.compiler.formats.encoder import Input
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import Cache, DecoderModule
-from lime_edge.session.switching import ROUTED
 
 PROMPTS, LENGTH, STEPS = 2, 12, 4  # prompts, tokens each, greedy steps from there
 IMAGES = 4
