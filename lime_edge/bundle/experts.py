@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from lime_edge.bundle.names import RESERVED, check_name
 from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.errors import Faults, LimeEdgeError
@@ -20,20 +20,10 @@ from lime_edge.errors import Faults, LimeEdgeError
 FORMAT = "lime-edge-expert"
 SCHEMA = 1
 ROUTED, NONE = "routed", "none"
-RESERVED = (NONE, ROUTED)
 ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # variants: no p gives the original model back
 DTYPES = {"float16": np.float16, "float32": np.float32}
 Selection = str | Mapping[str, float] | None
 READY_BYTES = 1 << 20  # fp32 residuals kept ready for a switch back, per session
-
-
-def check_name(name: object) -> str | None:
-    """What is wrong with an expert name, or None. It becomes a file name on every platform."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        return f"{name!r} is not a valid expert name (letters, digits, '.', '_', '-'; at most 64)"
-    if name.lower() in RESERVED:
-        return f"{name!r} is reserved"
-    return None
 
 
 def parse_selection(text: str) -> Selection:

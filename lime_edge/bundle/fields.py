@@ -1,0 +1,359 @@
+"""lime.json, field by field (schema 2): types, ranges and meanings. docs/bundle.schema.json is made from this file.
+
+Everything is frozen, a field that is not here is refused, and what is in range by itself is checked against the rest
+of the manifest in `lime_edge.bundle.manifest`. Engines see only numbers that passed both.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+from lime_edge.bundle.names import EXPERT_NAME, FILE_PATH, PLAIN_TEXT
+from lime_edge.bundle.sites import SiteTable
+
+FORMAT, SCHEMA = "lime-edge-bundle", 2
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
+FilePath = Annotated[str, Meta(pattern=FILE_PATH, max_length=512)]
+ExpertName = Annotated[str, Meta(pattern=EXPERT_NAME)]
+Text = Annotated[str, Meta(pattern=PLAIN_TEXT, max_length=512)]
+Turn = Annotated[str, Meta(max_length=1 << 16)]  # a piece of a prompt: any characters
+Count = Annotated[int, Meta(ge=0, le=1 << 31)]
+Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
+Layers = Annotated[int, Meta(ge=1, le=4096)]
+Width = Annotated[int, Meta(ge=1, le=1 << 24)]
+Threads = Annotated[int, Meta(ge=1, le=1024)]
+Virtual = Annotated[int, Meta(ge=0, le=65536)]
+Ratio = Annotated[float, Meta(ge=0, le=1e6)]
+Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it to run the model")]
+
+
+class Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """What every part of the manifest is."""
+
+
+class FileEntry(Strict, kw_only=True):
+    """A file of the bundle."""
+
+    size: Annotated[int, Meta(ge=0, le=1 << 50, description="bytes")]
+    sha256: Annotated[Sha256, Meta(description="of its bytes, lower-case hex")]
+
+
+class SiteEntry(Strict, kw_only=True):
+    """An adapted layer and where it lies in the flat expert vector."""
+
+    name: Annotated[Text, Meta(description="module name in the transformers model")]
+    width: Annotated[Width, Meta(description="H, numbers in an expert vector")]
+    offset: Annotated[Count, Meta(description="of its first number: the widths before it, added up")]
+
+
+class ExpertEntry(Strict, kw_only=True):
+    """An expert. Readers take its file from here and never make a file name of a name."""
+
+    name: Annotated[ExpertName, Meta(description="also unique where letter case does not count; not none, not routed")]
+    file: Annotated[FilePath, Meta(description="a safetensors file below `experts/`, listed in `files`")]
+    added: Annotated[bool, Meta(description="came or changed after the export: PyTorch never ran it")] = False
+
+
+class Always(Strict, tag_field="kind", tag="always", kw_only=True):
+    """The expert acts on every token."""
+
+
+class FromGenerationPrompt(Strict, tag_field="kind", tag="generation_prompt", kw_only=True):
+    """The expert acts from where the assistant's turn opens; before it the original model reads (d = -p_ref)."""
+
+    tokens: Annotated[
+        int, Meta(ge=1, le=4096, description="how many tokens the opening of the turn has: the prompt's last ones")
+    ]
+    text: Annotated[Turn | None, Meta(description="the opening itself, equal to `prompts.opening`")] = None
+
+
+class Fit(Strict, kw_only=True):
+    """How the adapter was judged to belong to the backbone, at export (docs/adapter-format.md)."""
+
+    verdict: Annotated[
+        Literal["identical", "within tolerance", "any backbone", "not recorded"],
+        Meta(
+            description="identical: same values; any backbone: a misfit was overridden; not recorded: the adapter does "
+            "not say what it was trained on"
+        ),
+    ]
+    vectors: Annotated[Ratio | None, Meta(description="relative distance of norm weights and biases")] = None
+    matrices: Annotated[Ratio | None, Meta(description="relative distance of matrices")] = None
+    misfits: Annotated[tuple[Text, ...], Meta(description="what was overridden")] = ()
+
+
+class Sketch(Strict, kw_only=True):
+    """A few of the backbone's own values, by which another copy of it is recognised (docs/adapter-format.md)."""
+
+    names: Annotated[Sha256, Meta(description="over names and shapes of all tensors")]
+    vectors: Annotated[str, Meta(max_length=1 << 17, description="base64 of float32: values of 1-D tensors")]
+    matrices: Annotated[str, Meta(max_length=1 << 17, description="base64 of float32: values of the others")]
+
+
+class Backbone(Strict, kw_only=True):
+    """The frozen base model."""
+
+    name: Annotated[Text, Meta(description="as the export was given it")]
+    family: Annotated[Text, Meta(description="llama, qwen2, bert, ...: model_type")]
+    fingerprint: Annotated[Sha256, Meta(description="over names, shapes and float32 values of its tensors")]
+    context: Annotated[int, Meta(ge=0, le=1 << 24, description="most tokens of a sequence; 0 where pixels come in")]
+    vocab: Annotated[Count, Meta(description="token ids are below it")]
+    hidden: Width
+    layers: Layers
+    vocabulary: Annotated[Sha256 | None, Meta(description="over the tokenizer's tokens and ids; null without one")] = (
+        None
+    )
+    sketch: Sketch | None = None
+    fit: Fit = Fit(verdict="not recorded")
+
+
+class DecoderFacts(Strict, kw_only=True):
+    """What a language model's readers need besides."""
+
+    heads: Annotated[int, Meta(ge=1, le=65536, description="of queries")]
+    kv_heads: Annotated[int, Meta(ge=1, le=65536, description="of keys and values: the cache's")]
+    head_dim: Annotated[int, Meta(ge=1, le=65536)]
+    eos: Annotated[tuple[Count, ...], Meta(max_length=64, description="token ids that end an answer")] = ()
+
+
+class Input(Strict, kw_only=True):
+    """An input of an encoder's graph."""
+
+    name: Text
+    dtype: Literal["int64", "float32"]
+    shape: Annotated[
+        tuple[Width | Literal["batch", "sequence"], ...],
+        Meta(min_length=1, max_length=8, description="axes by name vary"),
+    ]
+    limit: Annotated[Count, Meta(description="values are below it; 0: any")] = 0
+    default: Annotated[
+        Literal["", "ones", "zeros"], Meta(description="what a caller may leave out; empty: must be given")
+    ] = ""
+
+
+class EncoderFacts(Strict, kw_only=True):
+    """What readers of an encoder or vision model need besides."""
+
+    task: Text
+    architecture: Annotated[Text, Meta(description="class in transformers")]
+    labels: Annotated[tuple[Text, ...], Meta(max_length=1 << 17, description="by column of logits")] = ()
+    inputs: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
+    outputs: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
+
+
+class AdapterFacts(Strict, kw_only=True):
+    """The LiME adapter."""
+
+    variant: Literal["lora", "lora_fa", "dora", "slicefine", "prompt_tuning"]
+    rank: Annotated[int, Meta(ge=1, le=1 << 20)]
+    alpha: Annotated[float, Meta(ge=-1e9, le=1e9, description="the scale is alpha / rank")]
+    fold: Annotated[Text, Meta(description="what went into the weights: shared, none or an expert's name")]
+    single: Annotated[ExpertName | None, Meta(description="the bundle holds this expert alone and takes no other")] = (
+        None
+    )
+    expert_dtype: Annotated[Literal["float16", "float32"], Meta(description="of expert files")]
+    base: Annotated[Text | None, Meta(description="the base model's name in the adapter's configuration")] = None
+    routing: Annotated[Text, Meta(description="how its experts were trained")] = "pinned"
+    sha256: Annotated[Sha256 | None, Meta(description="of its adapter_model.safetensors")] = None
+    shared_id: Annotated[
+        Sha256 | None, Meta(description="over its shared vector and gamma, like adapter_id; null where it has none")
+    ] = None
+    license: Text | None = None
+
+
+class Quantization(Strict, kw_only=True):
+    """The integers, equal in all targets."""
+
+    quant: Literal["int4", "int8", "none"]
+    group: Annotated[int, Meta(ge=1, le=1 << 20, description="weights per int4 scale")]
+    scheme: Literal["symmetric", "asymmetric"]
+    rounding: Text
+    calibration: Text | None = None
+    matrices: Annotated[dict[Text, Count], Meta(description="how many of each width, int4 and int8")]
+    weight_bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
+    fallback_int8: Annotated[tuple[Text, ...], Meta(description="what the group does not divide")] = ()
+    weight_hash: Annotated[Sha256, Meta(description="over canonical integers and scales")]
+    survival: Annotated[Facts | None, Meta(description="what rounding left of the experts (docs/folding.md)")] = None
+
+
+class Speaker(Strict, kw_only=True):
+    """What stands around one role's text."""
+
+    prefix: Turn
+    suffix: Turn
+
+
+class Prompts(Strict, kw_only=True):
+    """The chat template as text around each turn: `begin`, every turn's prefix, text and suffix, `opening`.
+
+    Equal to the template on every conversation that was tried at export; a template that cannot be written so has a
+    `reason` and no roles: phones then take complete prompts, Python renders the template itself.
+    """
+
+    begin: Annotated[Turn, Meta(description="before everything, the first token's text included")] = ""
+    roles: Annotated[dict[Text, Speaker], Meta(max_length=16, description="system, user, assistant, ...")] = {}
+    opening: Annotated[Turn, Meta(description="opens the assistant's turn that is to be written")] = ""
+    default_system: Annotated[
+        Turn | None, Meta(description="text of a system turn that goes first where the conversation has none")
+    ] = None
+    strip: Annotated[
+        tuple[Text, ...], Meta(max_length=16, description="roles whose text loses white space at both ends")
+    ] = ()
+    reason: Annotated[Text | None, Meta(description="why there are no roles")] = None
+
+
+class TokenizerFacts(Strict, kw_only=True):
+    """How text becomes ids, for readers that bring no tokenizer library."""
+
+    file: Annotated[FilePath, Meta(description="tokenizer.json, in the Hugging Face tokenizers format")]
+    kind: Annotated[Text, Meta(description="byte-bpe, bpe, wordpiece, unigram, or another model type as it is named")]
+    split: Annotated[
+        Text | None,
+        Meta(description="name of the way text is cut before merging (docs/bundle-format.md), null: none of them"),
+    ] = None
+    classes: Annotated[FilePath | None, Meta(description="ranges of letters, numbers and spaces that the cut uses")] = (
+        None
+    )
+    begin: Annotated[
+        tuple[Count, ...], Meta(max_length=64, description="ids before a text where special tokens are asked for")
+    ] = ()
+    end: Annotated[tuple[Count, ...], Meta(max_length=64, description="ids after it")] = ()
+
+
+class Target(Strict, kw_only=True):
+    """What all targets say. `file` and `routed` are files or, for a Core ML package, folders of files."""
+
+    file: Annotated[FilePath, Meta(description="the artifact")]
+    providers: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16, description="in order of preference")]
+    threads: Annotated[Threads | None, Meta(description="null: the engine chooses")] = None
+    expert_input: Annotated[bool, Meta(description="false: one expert, in the weights")]
+    routed: Annotated[FilePath | None, Meta(description="where the routed graph or method is")] = None
+    compute: Annotated[
+        Literal["float32", "float16", "int8-dynamic", "int8-per-token"],
+        Meta(description="in what activations are computed: what verify allows for"),
+    ]
+    weight_hash: Sha256
+    layers: Annotated[int, Meta(ge=0, le=4096, description="with a cache; 0: an encoder")] = 0
+    virtual_tokens: Annotated[Virtual, Meta(description="prompt tuning: they come before a prompt")] = 0
+    inputs: Annotated[tuple[Input, ...], Meta(max_length=64, description="of an encoder")] = ()
+    outputs: Annotated[tuple[Text, ...], Meta(max_length=64, description="of an encoder")] = ()
+    report: Facts = {}
+
+
+class OnnxTarget(Target, tag_field="target", tag="onnx", kw_only=True):
+    """ONNX Runtime."""
+
+    opset: Annotated[int, Meta(ge=1, le=1000)]
+    functions: Annotated[
+        tuple[Text, ...], Meta(max_length=64, description="of the domain lime_edge that the graph calls")
+    ] = ()
+
+
+class Limits(Strict, kw_only=True):
+    """The largest call of a static encoder."""
+
+    batch: Annotated[int, Meta(ge=1, le=65536)]
+    sequence: Tokens
+
+
+class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=True):
+    """ExecuTorch."""
+
+    backend: Text
+    max_length: Annotated[Tokens | None, Meta(description="tokens of the cache, virtual ones not counted")] = None
+    prompt_length: Annotated[Tokens | None, Meta(description="most tokens of one call")] = None
+    rows: Annotated[Tokens | None, Meta(description="most positions whose logits one call gives")] = None
+    stock: Annotated[FilePath | None, Meta(description="the program for stock runners")] = None
+    limits: Limits | None = None
+
+
+class CoremlTarget(Target, tag_field="target", tag="coreml", kw_only=True):
+    """Core ML."""
+
+    minimum: Annotated[Literal["iOS18", "macOS15"], Meta(description="oldest system")]
+    compute_units: Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
+    max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
+    lengths: Annotated[tuple[Tokens, ...], Meta(max_length=64, description="token counts that a call may have")] = ()
+
+
+AnyTarget = OnnxTarget | ExecutorchTarget | CoremlTarget
+
+
+class Companion(Strict, kw_only=True):
+    """Files for another engine on the same artifact; every one of them is in `files`."""
+
+    target: Annotated[Text, Meta(description="whose artifact it goes with")]
+    folder: Annotated[FilePath, Meta(description="where it lies")]
+    experts: Annotated[
+        dict[ExpertName, FilePath], Meta(description="a file per expert, kept in step with `experts`")
+    ] = {}
+
+
+class ExportFacts(Strict, kw_only=True):
+    """What the export took."""
+
+    seconds: Annotated[float, Meta(ge=0, le=1e9)]
+    peak_memory: Annotated[int, Meta(ge=0, le=1 << 50, description="bytes, resident, of the process")]
+
+
+class Manifest(Strict, dict=True, kw_only=True):
+    """What lime.json says."""
+
+    manifest_sha256: Annotated[
+        Sha256, Meta(description="of lime.json itself, read with 64 zeros in place of these 64 digits")
+    ] = "0" * 64
+    format: Literal["lime-edge-bundle"] = FORMAT
+    schema: Annotated[Literal[2], Meta(description="readers refuse any other")] = SCHEMA
+    kind: Literal["decoder", "encoder", "vision-language"]
+    adapter_id: Annotated[Sha256, Meta(description="what an expert fits, see Identity")]
+    device: Annotated[Text, Meta(description="what --device was")] = "cpu"
+    backbone: Backbone
+    decoder: DecoderFacts | None = None
+    encoder: EncoderFacts | None = None
+    adapter: AdapterFacts
+    quantization: Quantization
+    default: Annotated[Text, Meta(description="what a bundle opens with: an expert's name, none or routed")]
+    activation: Annotated[Always | FromGenerationPrompt, Meta(description="on which tokens the expert acts")] = Always()
+    prompts: Annotated[Prompts | None, Meta(description="null for a model that holds no conversations")] = None
+    tokenizer: TokenizerFacts | None = None
+    expert_list: Annotated[tuple[ExpertEntry, ...], Meta(max_length=65536, description="in order")] = field(
+        name="experts", default=()
+    )
+    target_list: Annotated[
+        tuple[AnyTarget, ...], Meta(min_length=1, max_length=8, description="the first is what open takes by itself")
+    ] = field(name="targets")
+    companions: Annotated[
+        dict[Text, Companion], Meta(max_length=16, description="by name, written when asked for")
+    ] = {}
+    versions: Annotated[dict[Text, Text], Meta(max_length=64, description="of the packages that made it")] = {}
+    export: ExportFacts | None = None
+    site_list: Annotated[
+        tuple[SiteEntry, ...], Meta(min_length=1, max_length=65536, description="in the order of the expert vector")
+    ] = field(name="sites")
+    files: Annotated[
+        dict[FilePath, FileEntry],
+        Meta(max_length=1 << 18, description="every other file of the bundle, lime.json left out"),
+    ] = {}
+
+    @cached_property
+    def sites(self) -> SiteTable:
+        """The adapted layers, in order."""
+        return SiteTable.from_widths((site.name, site.width) for site in self.site_list)
+
+    @cached_property
+    def experts(self) -> dict[str, ExpertEntry]:
+        """By name, in order."""
+        return {entry.name: entry for entry in self.expert_list}
+
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """Experts that came or changed after the export."""
+        return tuple(entry.name for entry in self.expert_list if entry.added)
+
+    @cached_property
+    def targets(self) -> dict[str, AnyTarget]:
+        """By name (onnx, executorch, coreml), in order."""
+        return {str(target.__struct_config__.tag): target for target in self.target_list}

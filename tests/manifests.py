@@ -1,0 +1,71 @@
+"""A manifest of a tiny bundle, whole and valid, for tests that change one thing in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lime_edge.bundle.fields import (
+    AdapterFacts,
+    Backbone,
+    DecoderFacts,
+    ExpertEntry,
+    FileEntry,
+    Manifest,
+    OnnxTarget,
+    Quantization,
+    SiteEntry,
+)
+from lime_edge.bundle.manifest import SEAL, seal_of
+
+HASH = "0123456789abcdef" * 4
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    """Two experts on two sites (3 and 2 wide), one ONNX target; `changes` are fields of Manifest."""
+    facts: dict[str, Any] = {
+        "kind": "decoder",
+        "adapter_id": HASH,
+        "backbone": Backbone(name="tiny", family="llama", fingerprint=HASH, context=64, vocab=7, hidden=8, layers=1),
+        "decoder": DecoderFacts(heads=4, kv_heads=2, head_dim=8, eos=(2,)),
+        "adapter": AdapterFacts(variant="lora", rank=2, alpha=4.0, fold="shared", expert_dtype="float16"),
+        "quantization": Quantization(
+            quant="int4",
+            group=32,
+            scheme="symmetric",
+            rounding="nearest",
+            matrices={"int4": 3, "int8": 1},
+            weight_bytes=99,
+            weight_hash=HASH,
+        ),
+        "default": "one",
+        "expert_list": tuple(ExpertEntry(name=name, file=f"experts/{name}.safetensors") for name in ("one", "two")),
+        "target_list": (
+            OnnxTarget(
+                file="onnx/model.onnx",
+                providers=("CPUExecutionProvider",),
+                expert_input=True,
+                compute="int8-dynamic",
+                weight_hash=HASH,
+                layers=1,
+                opset=21,
+            ),
+        ),
+        "site_list": (SiteEntry(name="model.a", width=3, offset=0), SiteEntry(name="model.b", width=2, offset=3)),
+        "files": {
+            name: FileEntry(size=5, sha256=HASH)
+            for name in (
+                "experts/one.safetensors",
+                "experts/two.safetensors",
+                "onnx/model.onnx",
+                "reference.safetensors",
+            )
+        },
+    }
+    return Manifest(**(facts | changes))
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """The bytes of a lime.json whose own hash is made to fit, whatever the body says."""
+    data = json.dumps(body, indent=1).encode()
+    return SEAL.sub(lambda found: found[1] + seal_of(data).encode() + found[3], data, count=1)
