@@ -30,7 +30,7 @@ from lime_edge.targets.options import TargetOptions
 
 EXPERT, MASK = "expert", "attention_mask"
 UNSEEN = -30000.0  # added to the scores of padding; float16 holds it
-LONGEST = 512  # tokens of a text model whose context says nothing
+LONGEST = 512  # tokens; a longer context is cut here: the package enumerates it
 BATCH = 32  # largest batch of a routed call
 Progress = Callable[[str, int, int], None]
 
@@ -49,7 +49,8 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     begun, chosen = time.perf_counter(), options.coreml
     check_options(options, compiled.options.quant, compiled.options.group)
     minimum, module = read_minimum(chosen.minimum), compiled.module
-    lengths, longest = choose_lengths(compiled, chosen.prompt_lengths), find_context(compiled)
+    lengths = choose_lengths(compiled, chosen.prompt_lengths)
+    longest = max(lengths, default=1)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     progress("write coreml", 0, 1 + routed)
     with tempfile.TemporaryDirectory() as folder, module.replace_products(pack_product), silent():
@@ -98,19 +99,12 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
 
 
 def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """Enumerated lengths of a text: those asked for that the context holds, and the context itself; () for pixels."""
-    if not any("sequence" in entry.shape for entry in compiled.module.inputs):
-        return ()
-    context = find_context(compiled)
-    return tuple(sorted({length for length in wanted if length < context} | {context}))
+    """Enumerated lengths of a text: those asked for that the context holds, and the context itself; () for pixels.
 
-
-def find_context(compiled: CompiledEncoder) -> int:
-    """Tokens of the longest text: what the position table holds, less a padding row, LONGEST at most."""
-    config = compiled.checkpoint.backbone.config
-    positions = [m for n, m in compiled.module.model.named_modules() if n.endswith("position_embeddings")]
-    padding = max((getattr(m, "padding_idx", None) or -1) + 1 for m in positions) if positions else 0
-    return min(LONGEST, int(getattr(config, "max_position_embeddings", LONGEST)) - padding)
+    The context is that of the model, LONGEST at most.
+    """
+    context = min(compiled.checkpoint.backbone.context, LONGEST)
+    return tuple(sorted({length for length in wanted if length < context} | {context})) if context else ()
 
 
 # our products, as operations of torch that coremltools is told to translate
@@ -241,7 +235,7 @@ def convert(
 
     Args:
         lengths: enumerated, with a batch of one; None takes any length and batch.
-        longest: tokens of the longest text.
+        longest: tokens of the longest text; not read for pixels.
     Raises:
         LimeEdgeError: torch or coremltools refuses the model.
     """

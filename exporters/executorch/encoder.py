@@ -40,8 +40,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
     """
     provider = check_backend(options.executorch.backend, compiled.options.quant)
-    context = getattr(compiled.checkpoint.backbone.config, "max_position_embeddings", LONGEST)
-    limits = {"batch": BATCH, "sequence": min(int(context), LONGEST)}
+    limits = choose_limits(compiled)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     with compiled.module.replace_products(pack_product):
         methods = {"forward": make_method(compiled.module, limits, takes_expert, routed=False)}
@@ -71,6 +70,12 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
         LimeEdgeError: see check_lowering.
     """
     check_lowering(options, quant, group)
+
+
+def choose_limits(compiled: CompiledEncoder) -> dict[str, int]:
+    """The most inputs of one call and, of a text, tokens."""
+    context = compiled.checkpoint.backbone.context
+    return {"batch": BATCH} | ({"sequence": min(context, LONGEST)} if context else {})
 
 
 def pack_product(product: CompiledProduct | CompiledTable) -> nn.Module:

@@ -76,7 +76,7 @@ def export_encoder_bundle(
             (stage / target).mkdir()
             facts = exporter.export(compiled, stage / target, options.target_options, progress)
             targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
-        encode, context = find_encoder(stage / "tokenizer"), _find_context(checkpoint.backbone)
+        encode, context = find_encoder(stage / "tokenizer"), checkpoint.backbone.context
         write_golden(stage, ask_encoder(compiled, encode, context, progress))
         progress("hash", 0, 1)
         source = calibration.source if calibration and compiled.rounding == "gptq" else None
@@ -110,7 +110,7 @@ def _find_calibration(
         return None
     if compiling.quant != "int4" or compiling.rounding != "gptq":
         return None
-    codec, context = TextCodec(tokenizer), _find_context(checkpoint.backbone)
+    codec, context = TextCodec(tokenizer), checkpoint.backbone.context
 
     def encode(text: str) -> list[int]:
         return codec.encode(text, add_special_tokens=True)[: context or None]
@@ -128,18 +128,6 @@ def _plain_words(vocabulary: Mapping[str, int]) -> list[str]:
     """Whole words of a WordPiece vocabulary, where only a word's later pieces are marked, in id order."""
     ordered = sorted(vocabulary, key=vocabulary.__getitem__)
     return [word for word in ordered if len(word) > 3 and word.isascii() and word.isalpha() and word.islower()]
-
-
-def _find_context(backbone: EncoderBackbone) -> int:
-    """Tokens that the model takes; 0 for pixels. A position table with a padding row starts counting after it."""
-    if backbone.inputs[0].name != "input_ids":
-        return 0
-    context = int(backbone.config.max_position_embeddings)
-    for name, module in backbone.model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            return context - padding - 1
-    return context
 
 
 def _describe(
@@ -165,7 +153,7 @@ def _describe(
             "task": backbone.task,
             "family": config.model_type,
             "architecture": type(backbone.model).__name__,
-            "context": _find_context(backbone),
+            "context": backbone.context,
             "vocab": getattr(config, "vocab_size", 0),
             "hidden": config.hidden_size,
             "layers": config.num_hidden_layers,

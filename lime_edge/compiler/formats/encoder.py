@@ -35,6 +35,7 @@ TASKS = {
 }
 POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 7
+UNTOLD_CONTEXT = 512  # tokens, where neither a table nor the config says
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class EncoderBackbone:
         """The transformers config."""
         return self.model.config
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text, as its own tables say; 0 for pixels."""
+        return find_text_context(self.model) if self.inputs[0].name == "input_ids" else 0
+
 
 @dataclass(frozen=True)
 class EncoderCheckpoint:
@@ -109,6 +115,21 @@ def is_encoder(model_dir: Path) -> bool:
     names = config.get("architectures") or [""]
     kept_apart = config.get("is_encoder_decoder") or config.get("is_decoder") or config.get("model_type") in FAMILIES
     return not kept_apart and str(names[0]).endswith(tuple(TASKS))
+
+
+def find_text_context(model: nn.Module) -> int:
+    """Tokens of the longest text that a model takes.
+
+    A position table with a padding row gives the first token the row after it, so that the rows up to it are never a
+    token's. A model without a table of positions says what it was trained for.
+
+    Source: transformers, RobertaEmbeddings.create_position_ids_from_input_ids.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return int(getattr(model.config, "max_position_embeddings", 0)) or UNTOLD_CONTEXT
 
 
 def read_encoder_checkpoint(model: Path, adapter: Path) -> EncoderCheckpoint:
