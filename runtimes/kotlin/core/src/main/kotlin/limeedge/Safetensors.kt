@@ -4,7 +4,7 @@ import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
 /** A tensor of a safetensors file: where its bytes lie. [data] is little endian and holds exactly the tensor. */
-internal class Tensor(val dtype: String, val shape: List<Int>, val data: ByteBuffer) {
+internal class StoredTensor(val dtype: String, val shape: List<Int>, val data: ByteBuffer) {
     /** Number of values. */
     val size: Int get() = shape.fold(1) { product, axis -> product * axis }
 
@@ -35,7 +35,7 @@ internal class Tensor(val dtype: String, val shape: List<Int>, val data: ByteBuf
  *
  * Source: the format's description in the safetensors project's README.
  */
-internal class Safetensors private constructor(val metadata: Map<String, String>, val tensors: Map<String, Tensor>) {
+internal class Safetensors private constructor(val metadata: Map<String, String>, val tensors: Map<String, StoredTensor>) {
     class Malformed(message: String) : Exception(message)
 
     companion object {
@@ -67,7 +67,7 @@ internal class Safetensors private constructor(val metadata: Map<String, String>
             return value.entries.associate { (name, text) -> name as String to text as String }
         }
 
-        private fun readTensors(header: Map<*, *>, bytes: ByteArray, start: Int): Map<String, Tensor> {
+        private fun readTensors(header: Map<*, *>, bytes: ByteArray, start: Int): Map<String, StoredTensor> {
             val found = header.filterKeys { it != METADATA }.map { (name, value) -> Entry.read(name as String, value) }
             var end = 0L
             for (entry in found.sortedWith(compareBy({ it.begin }, { it.end }))) {
@@ -77,7 +77,7 @@ internal class Safetensors private constructor(val metadata: Map<String, String>
             if (end != (bytes.size - start).toLong()) throw Malformed("holds ${bytes.size - start} bytes, tensors need $end")
             return found.associate { entry ->
                 val data = ByteBuffer.wrap(bytes, start + entry.begin.toInt(), (entry.end - entry.begin).toInt())
-                entry.name to Tensor(entry.dtype, entry.shape, data.slice())
+                entry.name to StoredTensor(entry.dtype, entry.shape, data.slice())
             }
         }
 

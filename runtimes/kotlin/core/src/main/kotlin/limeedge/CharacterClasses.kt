@@ -1,0 +1,35 @@
+package limeedge
+
+/**
+ * What is a letter, a number and white space, by ranges of code points.
+ *
+ * Java's own classes follow the Unicode version of the machine at hand and differ from the tokenizer library's in
+ * thousands of places, so a bundle brings the library's.
+ */
+internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: IntArray) {
+    /** The kinds that the splits tell apart. */
+    enum class Kind { LETTER, NUMBER, SPACE, OTHER }
+
+    private val starts: IntArray
+    private val ends: IntArray
+    private val kinds: Array<Kind>
+
+    init {
+        val ranges = listOf(letters to Kind.LETTER, numbers to Kind.NUMBER, spaces to Kind.SPACE)
+            .flatMap { (bounds, kind) -> (bounds.indices step 2).map { Triple(bounds[it], bounds[it + 1], kind) } }
+            .sortedBy { it.first }
+        starts = IntArray(ranges.size) { ranges[it].first }
+        ends = IntArray(ranges.size) { ranges[it].second }
+        kinds = Array(ranges.size) { ranges[it].third }
+    }
+
+    private val ascii = Array(128) { search(it) }
+
+    /** The kind of a code point. */
+    fun kind(point: Int): Kind = if (point < 128) ascii[point] else search(point)
+
+    private fun search(point: Int): Kind {
+        val at = starts.binarySearch(point).let { if (it >= 0) it else -it - 2 }
+        return if (at >= 0 && point <= ends[at]) kinds[at] else Kind.OTHER
+    }
+}
