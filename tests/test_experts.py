@@ -159,3 +159,11 @@ def test_selections_read_as_typed() -> None:
     assert describe_selection({"a": 0.5, "b": 0.5}) == "a=0.5,b=0.5"
     with pytest.raises(LimeEdgeError, match="not a number"):
         parse_selection("a=half")
+
+
+def test_a_blend_is_summed_in_float64() -> None:
+    """Every language must get the same numbers: products of float16 vectors are not rounded to float16."""
+    bank, weights = make_bank(), {"one": 0.7, "two": 0.3}
+    vectors = {name: bank.vector(name).astype(np.float64) for name in weights}
+    expected = sum(weight * vectors[name] for name, weight in weights.items()).astype(np.float32)
+    np.testing.assert_array_equal(bank.mix(weights), expected)

@@ -199,7 +199,7 @@ class ExpertBank:
                 raise LimeEdgeError(f"blend weights sum to {total:g}, expected 1", hint)
             mixed = np.zeros(out.shape, np.float64)
             for name, weight in selection.items():
-                mixed += weight * self.vector(name)
+                mixed += np.multiply(weight, self.vector(name), dtype=np.float64)  # weight * float16 would be float16
             np.copyto(out, mixed, casting="same_kind")
 
     def residual(self, selection: Selection) -> np.ndarray:
