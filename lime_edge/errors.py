@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 
 EXIT_INPUT = 2  # bad command line, bad or damaged input
@@ -81,3 +82,11 @@ def need(module: str, extra: str) -> LimeEdgeError:
         f"pip install 'lime-edge[{extra}]'",
         EXIT_MISSING,
     )
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A hint that names what was probably meant, or empty: "did you mean 'movie'?"."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""

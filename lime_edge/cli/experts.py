@@ -10,19 +10,19 @@ import numpy as np
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.command import App
+from lime_edge.cli.options import BundlePath, Json
+from lime_edge.cli.streams import receive
 from lime_edge.errors import LimeEdgeError
 
 if TYPE_CHECKING:
     from lime_edge.bundle.experts import Expert
 
-experts_app = typer.Typer(no_args_is_help=True, help="The experts of a bundle: list, add, pack, remove, blend.")
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")]
+experts_app = App(no_args_is_help=True, help="The experts of a bundle: list, add, pack, remove, blend.")
 
 
 @experts_app.command("list")
-def list_experts(
-    bundle: BundlePath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def list_experts(bundle: BundlePath, as_json: Json = False) -> None:
     """Names, sizes and how far each is from the folded reference."""
     from lime_edge.bundle.bundle import Bundle, expert_file
 
@@ -57,10 +57,15 @@ def list_experts(
 def add(
     bundle: BundlePath,
     file: Annotated[
-        Path, typer.Argument(help="An expert file (.safetensors), or a folder of vectors (adapter_config.json).")
+        Path,
+        typer.Argument(
+            help="An expert file (.safetensors; - reads one from standard input), or a folder of vectors "
+            "(adapter_config.json)."
+        ),
     ],
     name: Annotated[str | None, typer.Option(help="Store it under this name.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an expert of the same name.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Add an expert to a bundle: delivered skills need no new export."""
     from lime_edge.bundle.bundle import Bundle
@@ -68,15 +73,20 @@ def add(
     from lime_edge.bundle.vectors import read_vectors
 
     opened = Bundle.open(bundle)
-    experts = read_vectors(file, opened) if file.is_dir() else [read_expert(file)]
+    with receive(file, ".safetensors") as given:
+        experts = read_vectors(given, opened) if given.is_dir() else [read_expert(given)]
     if name:
         experts = [replace(_only(experts, None, file), name=name)]
     for expert in experts:
         opened.check_expert(expert, replace_existing=force)
     for expert in experts:
         opened = opened.add_expert(expert, replace_existing=force)
-    added = ", ".join(repr(expert.name) for expert in experts)
-    terminal.out.print(f"added {added}: {len(opened.manifest.experts)} experts in {bundle}")
+    names = [expert.name for expert in experts]
+    if as_json:
+        terminal.print_json({"bundle": str(bundle), "added": names, "experts": list(opened.manifest.experts)})
+        return
+    added = ", ".join(map(repr, names))
+    terminal.out.print(f"added {added}: {len(opened.manifest.experts)} experts in {bundle}", soft_wrap=True)
 
 
 @experts_app.command("pack")
@@ -86,6 +96,7 @@ def pack(
     bundle: Annotated[Path, typer.Option(help="A bundle of the same backbone and shared adapter.")],
     expert: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a folder of vectors into one file to deliver: session.install and experts add take it."""
     from lime_edge.bundle.bundle import Bundle
@@ -97,7 +108,10 @@ def pack(
     chosen = _only(read_vectors(folder, Bundle.open(bundle)), expert, folder)
     data = chosen.to_bytes()
     write_file(output, data)
-    terminal.out.print(f"{output}: expert {chosen.name!r}, {terminal.show_size(len(data))}")
+    if as_json:
+        terminal.print_json({"file": str(output), "expert": chosen.name, "bytes": len(data)})
+        return
+    terminal.out.print(f"{output}: expert {chosen.name!r}, {terminal.show_size(len(data))}", soft_wrap=True)
 
 
 def _only(experts: list[Expert], name: str | None, where: Path) -> Expert:
@@ -109,12 +123,19 @@ def _only(experts: list[Expert], name: str | None, where: Path) -> Expert:
 
 
 @experts_app.command("remove")
-def remove(bundle: BundlePath, name: Annotated[str, typer.Argument(help="The expert to take out.")]) -> None:
+def remove(
+    bundle: BundlePath,
+    name: Annotated[str, typer.Argument(help="The expert to take out.")],
+    as_json: Json = False,
+) -> None:
     """Take an expert out of a bundle."""
     from lime_edge.bundle.bundle import Bundle
 
     changed = Bundle.open(bundle).remove_expert(name)
-    terminal.out.print(f"removed {name!r}: {len(changed.manifest.experts)} experts in {bundle}")
+    if as_json:
+        terminal.print_json({"bundle": str(bundle), "removed": [name], "experts": list(changed.manifest.experts)})
+        return
+    terminal.out.print(f"removed {name!r}: {len(changed.manifest.experts)} experts in {bundle}", soft_wrap=True)
 
 
 @experts_app.command(
@@ -125,6 +146,7 @@ def blend(
     recipe: Annotated[str, typer.Argument(help="NAME=WEIGHT,NAME=WEIGHT; weights sum to 1.")],
     name: Annotated[str, typer.Option(help="Name of the new expert.")],
     force: Annotated[bool, typer.Option(help="Replace an expert of the same name.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a fixed mixture of experts as a new expert."""
     from lime_edge.bundle.bundle import Bundle
@@ -136,5 +158,8 @@ def blend(
     mixed = bank.mix(selection).astype(opened.manifest.adapter["expert_dtype"])
     note = f"blend of {describe_selection(selection)}"
     expert = Expert(name, mixed, bank.fingerprint, bank.sites.hash, note)
-    opened.add_expert(expert, replace_existing=force)
-    terminal.out.print(f"added {name!r}, a {note}")
+    changed = opened.add_expert(expert, replace_existing=force)
+    if as_json:
+        terminal.print_json({"bundle": str(bundle), "added": [name], "experts": list(changed.manifest.experts)})
+        return
+    terminal.out.print(f"added {name!r}, a {note}", soft_wrap=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +12,8 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import Json
+from lime_edge.cli.options import TARGETS, Json, Quiet, complete_from, split_names
+from lime_edge.cli.streams import receive
 from lime_edge.errors import LimeEdgeError
 from lime_edge.targets.options import CoremlOptions, ExecutorchOptions, TargetOptions
 
@@ -22,6 +26,8 @@ EXPORT_EXAMPLES = """
  lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o smollm2.lime
 
  lime-edge export model.gguf --adapter my-adapter/ -o pi.lime --device raspberry-pi --quant int8
+
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o phone.lime --target executorch,coreml
 
  lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
 
@@ -39,15 +45,28 @@ def export(
     adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write (OUT.lime).")],
     target: Annotated[
-        list[str] | None, typer.Option(help="onnx (default), executorch or coreml; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...", help="onnx (default), executorch, coreml: one or several.", autocompletion=TARGETS
+        ),
     ] = None,
-    quant: Annotated[str, typer.Option(help="int4, int8 or none (float32).")] = "int4",
+    quant: Annotated[
+        str,
+        typer.Option(help="int4, int8 or none (float32).", autocompletion=complete_from("int4", "int8", "none")),
+    ] = "int4",
     group_size: Annotated[
         int | None, typer.Option(help="Weights per int4 scale; the device's default otherwise.")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="gptq (int4, calibrated), search or nearest.")] = "gptq",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="gptq (int4, calibrated), search or nearest.",
+            autocompletion=complete_from("gptq", "search", "nearest"),
+        ),
+    ] = "gptq",
     calibration: Annotated[
-        Path | None, typer.Option(help="JSONL of prompts like the ones to come, for gptq; built-in text otherwise.")
+        Path | None,
+        typer.Option(help="JSONL of prompts like the ones to come (- is standard input); built-in text otherwise."),
     ] = None,
     keep_int8: Annotated[
         str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
@@ -56,7 +75,13 @@ def export(
         str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
     ] = "shared",
     single: Annotated[bool, typer.Option(help="With --fold NAME: that expert only, no branch.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, raspberry-pi, jetson or android: defaults.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, raspberry-pi, jetson or android: defaults.",
+            autocompletion=complete_from("cpu", "raspberry-pi", "jetson", "android"),
+        ),
+    ] = "cpu",
     max_seq_len: Annotated[
         int,
         typer.Option(min=1, help="ExecuTorch, Core ML: tokens the cache holds (Core ML: x32).", rich_help_panel=STATIC),
@@ -80,6 +105,7 @@ def export(
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compile a model and its LiME adapter into a bundle.
@@ -89,9 +115,10 @@ def export(
     """
     from lime_edge.targets.devices import find_device
 
-    chosen = find_device(device)
+    begin = time.perf_counter()
+    chosen, targets = find_device(device), split_names(target) or ["onnx"]
+    refuse_hub_name(model)
     try:
-        from lime_edge.checks.inspect import show_bundle
         from lime_edge.compiler.compile import CompileOptions
         from lime_edge.export.decoder import ExportOptions, export_bundle
         from lime_edge.export.encoder import export_encoder_bundle, is_encoder
@@ -105,15 +132,55 @@ def export(
         ExecutorchOptions(max_seq_len, backend, stock_runner),
         CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
     )
-    refuse_idle_options(target or ["onnx"], static)
-    options = ExportOptions(tuple(target or ["onnx"]), tokenizer, force, calibration, static)
-    with terminal.show_steps() as progress:
+    refuse_idle_options(targets, static)
+    with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
+        options = ExportOptions(tuple(targets), tokenizer, force, prompts, static)
         write = export_encoder_bundle if is_encoder(model) else export_bundle
         write(model, adapter, output, compiling, chosen, options, progress)
-    show_bundle(output, as_json, sites)
+    show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)
     warn_of_overflow(output)
     report_delegation(output, as_json)
+
+
+def show_result(path: Path, as_json: bool, sites: bool, seconds: float) -> None:
+    """What was written, and what it took."""
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.checks.inspect import describe_bundle, print_bundle
+
+    bundle, peak = Bundle.open(path), measure_peak()
+    if as_json:
+        taken = {"seconds": round(seconds, 2), "peak_rss_bytes": peak}
+        terminal.print_json(describe_bundle(bundle) | {"export": taken})
+    elif not terminal.is_quiet():
+        print_bundle(bundle, sites)
+        memory = f", {terminal.show_size(peak)} of memory at the peak" if peak else ""
+        terminal.out.print(f"exported in {seconds:.0f} s{memory}", soft_wrap=True)
+
+
+def measure_peak() -> int | None:
+    """The most memory this process has held so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def refuse_hub_name(model: Path) -> None:
+    """A name on the Hugging Face hub is no folder: say how to download it.
+
+    Raises:
+        LimeEdgeError: `model` looks like OWNER/NAME and is not there.
+    """
+    name = model.as_posix()
+    if not model.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise LimeEdgeError(
+            f"{name}: no such folder; lime-edge downloads nothing",
+            f"if it is a model on the Hugging Face hub: hf download {name} --local-dir {model.name}\n"
+            f"  then: lime-edge export {model.name} --adapter ...",
+        )
 
 
 def refuse_idle_options(targets: list[str], static: TargetOptions) -> None:
@@ -157,8 +224,7 @@ def warn_of_losses(path: Path) -> None:
     from lime_edge.checks.inspect import SURVIVAL_HINT, find_losses
 
     for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
-        text = f"[bold yellow]warning:[/bold yellow] {terminal.escape(line)}\n  hint: {SURVIVAL_HINT}"
-        terminal.err.print(text, soft_wrap=True)
+        terminal.warn(line, SURVIVAL_HINT)
 
 
 def warn_of_overflow(path: Path) -> None:
@@ -168,12 +234,10 @@ def warn_of_overflow(path: Path) -> None:
     for target, facts in Bundle.open(path).manifest.targets.items():
         peak = facts.get("peak")
         if peak and not peak["value"] < peak["limit"] / 2:
-            text = (
-                f"[bold yellow]warning:[/bold yellow] {target}: {terminal.escape(peak['site'])} reaches "
-                f"{peak['value']:.0f}, float16 ends at {peak['limit']:.0f}\n  hint: compare with lime-edge verify, "
-                "or take a target that computes in float32 (--target onnx)"
+            terminal.warn(
+                f"{target}: {peak['site']} reaches {peak['value']:.0f}, float16 ends at {peak['limit']:.0f}",
+                "compare with lime-edge verify, or take a target that computes in float32 (--target onnx)",
             )
-            terminal.err.print(text, soft_wrap=True)
 
 
 def report_delegation(path: Path, as_json: bool) -> None:
@@ -182,14 +246,12 @@ def report_delegation(path: Path, as_json: bool) -> None:
 
     facts = Bundle.open(path).manifest.targets.get("executorch", {})
     for name, count in facts.get("delegation", {}).items():
-        if not as_json:
+        if not as_json and not terminal.is_quiet():
             took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts['providers'][0]}"
             terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
         if count["fallen"]:
             fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
-            terminal.err.print(
-                f"[bold yellow]warning:[/bold yellow] executorch {name}: not taken by "
-                f"{facts['providers'][0]}: {terminal.escape(fallen)}\n  hint: these run on the slow "
-                "portable kernels; please report the model",
-                soft_wrap=True,
+            terminal.warn(
+                f"executorch {name}: not taken by {facts['providers'][0]}: {fallen}",
+                "these run on the slow portable kernels; please report the model",
             )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.options import Json
 
 EXAMPLES = """
 
@@ -52,7 +53,7 @@ def import_checkpoint(
         typer.Option(help="Expert vectors for a PEFT LoRA (.safetensors); may be repeated."),
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing output directory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a checkpoint of the LiME authors' code, or a PEFT LoRA, into an adapter directory.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.options import Json
 
 EXAMPLES = """
 
@@ -33,7 +34,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="peft or gguf.")] = "peft",
     model: Annotated[Path | None, typer.Option(help="The base model: checked with peft, needed with gguf.")] = None,
     force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write one expert as a plain LoRA, for PEFT or llama.cpp: B' = diag(p) B.
 

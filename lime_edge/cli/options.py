@@ -1,17 +1,66 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what the shell may complete them with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lime_edge import terminal
+
+
+def _complete_experts(ctx: Any, incomplete: str) -> list[str]:
+    """Names in the bundle that the line already has, read from its lime.json alone."""
+    words = [str(value) for value in ctx.params.values() if value] + list(ctx.args)
+    for word in words:
+        try:
+            names = json.loads((Path(word) / "lime.json").read_text(encoding="utf-8"))["experts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return [name for name in [*names, "none"] if str(name).startswith(incomplete)]
+    return []
+
+
+def complete_from(*words: str) -> Any:
+    """A completion with fixed words; the last of several behind commas is completed."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+    return complete
+
+
+def split_names(given: list[str] | None) -> list[str]:
+    """["onnx,executorch", "coreml"] to ["onnx", "executorch", "coreml"]: an option that may be repeated, or not."""
+    return [name.strip() for part in given or () for name in part.split(",") if name.strip()]
+
+
+def _hush(wanted: bool) -> bool:
+    if wanted:
+        terminal.be_quiet()
+    return wanted
+
+
+TARGETS = complete_from("onnx", "executorch", "coreml")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Target = Annotated[str | None, typer.Option(help="Which artifact to run; the bundle's first by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_hush, help="No progress bars and no notes: the result, warnings.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(help="Which artifact to run; the bundle's first by default.", autocompletion=TARGETS),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
 ExpertOption = Annotated[
     str | None,
-    typer.Option("--expert", "-e", help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; else the bundle's first."),
+    typer.Option(
+        "--expert",
+        "-e",
+        help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; else the bundle's first.",
+        autocompletion=_complete_experts,
+    ),
 ]

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.options import Json, Quiet
+from lime_edge.cli.streams import receive
 
 EXAMPLES = """
 
@@ -26,11 +28,14 @@ def profile(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle of the routed checkpoint.")],
     model: Annotated[Path, typer.Option(help="The backbone it was exported from.")],
     adapter: Annotated[Path, typer.Option(help="The adapter it was exported from.")],
-    data: Annotated[Path, typer.Option(help='The task: JSONL, {"prompt", "answer", "labels"?} a line.')],
+    data: Annotated[
+        Path, typer.Option(help='The task: JSONL, {"prompt", "answer", "labels"?} a line; - is standard input.')
+    ],
     name: Annotated[str, typer.Option(help="Name of the new expert.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an expert of the same name.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Average the routing over a task's examples and add the mixture to the bundle as one pinned expert.
 
@@ -45,7 +50,8 @@ def profile(
         raise need(error.name or "torch", "export") from None
     from lime_edge.checks.evaluate import read_examples
 
-    examples = read_examples(data)[:limit]
+    with receive(data, ".jsonl") as file:
+        examples = read_examples(file)[:limit]
     with terminal.show_steps() as progress:
         spread = add_profile(bundle, model, adapter, examples, name, force, progress)
         rows = compare_profile(bundle, examples, name, progress)

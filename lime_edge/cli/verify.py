@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import BundlePath, Json, Threads
+from lime_edge.cli.options import TARGETS, BundlePath, Json, Quiet, Threads, split_names
 
 EXAMPLES = """
 
@@ -29,12 +29,14 @@ def register(app: typer.Typer) -> None:
 def verify(
     bundle: BundlePath,
     target: Annotated[
-        list[str] | None, typer.Option(help="Only this artifact; may be repeated. All of them by default.")
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="Only these artifacts. All of them by default.", autocompletion=TARGETS),
     ] = None,
     expert: Annotated[
         list[str] | None, typer.Option("--expert", "-e", help="Only this selection; may be repeated.")
     ] = None,
     threads: Threads = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Check a bundle on this machine: its files, and every expert on every target against PyTorch.
@@ -48,7 +50,7 @@ def verify(
     from lime_edge.checks.verify import verify_bundle
 
     with terminal.show_steps() as progress:
-        report = verify_bundle(bundle, target or (), expert or (), threads, progress)
+        report = verify_bundle(bundle, split_names(target), expert or (), threads, progress)
     if as_json:
         terminal.print_json(report.describe())
     else:

@@ -12,6 +12,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.engines import SessionOptions
+from lime_edge.session.health import Health
 from lime_edge.session.kinds import DECODER, ENCODER, Kind, SessionT, find_kind, require_kind
 from lime_edge.session.switching import ExpertSwitch
 from lime_edge.targets.registry import check_target
@@ -76,3 +77,8 @@ def explain_operators(target: str) -> str | None:
         return None
     operators: Any = importlib.import_module(name)
     return operators.explain_absence()
+
+
+def examine_engine(target: str) -> Health:
+    """What a target's engine says about itself on this machine; nothing is loaded but the engine."""
+    return importlib.import_module(f"{RUNTIMES}.{check_target(target)}.health").examine()

@@ -1,0 +1,104 @@
+"""One answer: printed as it comes, timed, and what ended it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from lime_edge import terminal
+from lime_edge.bundle.experts import describe_selection
+from lime_edge.session.decoder import FULL, LENGTH, STOP, Session
+from lime_edge.session.generate import GenerationOptions, TextStream
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said: text, tokens, seconds to the first token and in all, and what ended it."""
+
+    text: str
+    tokens: int
+    first_s: float
+    seconds: float
+    ended: str | None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first; None where there are none."""
+        spent = self.seconds - self.first_s
+        return (self.tokens - 1) / spent if self.tokens > 1 and spent > 0 else None
+
+    def describe(self) -> str:
+        """In one line: "12 tokens, first after 31 ms, then 180 tokens/s, ended by length"."""
+        speed = f", then {self.tokens_per_s:.0f} tokens/s" if self.tokens_per_s else ""
+        return f"{self.tokens} tokens, first after {self.first_s * 1e3:.0f} ms{speed}, ended by {self.ended}"
+
+    def facts(self) -> dict[str, Any]:
+        """As --json prints it."""
+        return {
+            "answer": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.ended,
+            "first_token_ms": self.first_s * 1e3,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+        }
+
+
+def answer_once(
+    session: Session, prompt: str, options: GenerationOptions, system: str | None, raw: bool, as_json: bool
+) -> None:
+    """Print the answer to one prompt, as it comes or as one JSON document."""
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+    text = prompt if raw else session.codec.render_chat(messages)
+    answer = stream_answer(session, text, options, show=not as_json)
+    if as_json:
+        facts = {"expert": describe_selection(session.selection), "target": session.target, "prompt": prompt}
+        terminal.print_json(facts | {"provider": session.provider} | answer.facts())
+    say_limits(session, answer, options)
+
+
+def stream_answer(
+    session: Session, prompt: str, options: GenerationOptions, keep_cache: bool = False, show: bool = True
+) -> Answer:
+    """Generate an answer and print its pieces; Ctrl-C ends it and keeps what there is."""
+    pieces: list[str] = []
+    begin = time.perf_counter()
+    first, tokens, ended = 0.0, 0, ""
+    stream = TextStream(session.codec.decode, options.stop)
+
+    def give(piece: str) -> None:
+        pieces.append(piece)
+        if show:
+            print(piece, end="", flush=True)
+
+    try:
+        with closing(session.generate_ids(prompt, options, keep_cache)) as ids:  # type: ignore[type-var]
+            for token in ids:
+                tokens += 1
+                first = first or time.perf_counter() - begin
+                give(stream.push(token))
+                if stream.stopped:
+                    ended = STOP
+                    break
+        give(stream.finish())
+    except KeyboardInterrupt:
+        ended = INTERRUPTED
+    if show:
+        print()
+    seconds = time.perf_counter() - begin
+    return Answer("".join(pieces), tokens, first or seconds, seconds, ended or session.finish_reason)
+
+
+def say_limits(session: Session, answer: Answer, options: GenerationOptions) -> None:
+    """Say on standard error that a limit, or the user, cut the answer, and which."""
+    if answer.ended == FULL:
+        room = "a larger --max-length, or for executorch and coreml an export with a larger --max-seq-len, makes room"
+        terminal.note(f"(cut short: the cache of {session.max_length} tokens is full; {room})")
+    elif answer.ended == LENGTH:
+        terminal.note(f"(cut short after {options.max_new_tokens} tokens; a larger --max-new-tokens gives more)")
+    elif answer.ended == INTERRUPTED:
+        terminal.note("(interrupted)")

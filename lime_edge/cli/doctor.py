@@ -1,0 +1,58 @@
+"""lime-edge doctor: what works on this machine, and what to install for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lime_edge import terminal
+from lime_edge.cli.options import Json
+
+if TYPE_CHECKING:
+    from lime_edge.checks.doctor import Finding
+
+EXAMPLES = """
+
+[bold]Examples[/bold]
+
+ lime-edge doctor                          (this machine)
+
+ lime-edge doctor smollm2.lime --json      (and whether this bundle runs on it)
+"""
+MARKS = {"good": "[green]ok[/green]", "note": "[yellow]--[/yellow]", "bad": "[bold red]no[/bold red]"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `doctor`."""
+    app.command(epilog=EXAMPLES)(doctor)
+
+
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Also look at this bundle.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what works on this machine and what to install for the rest: engines, packages, memory, disk.
+
+    Ends with 2 where the bundle is bad, with 4 where no engine works (or none for the bundle), with 5 where nothing
+    can be written here, else with 0.
+    """
+    from lime_edge.checks.doctor import examine
+
+    diagnosis = examine(bundle)
+    if as_json:
+        terminal.print_json(diagnosis.describe())
+    else:
+        for finding in diagnosis.findings:
+            show_finding(finding)
+        terminal.out.print(f"works here: {'; '.join(diagnosis.works)}", soft_wrap=True)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+def show_finding(finding: Finding) -> None:
+    """One line, and under it what to do."""
+    text = terminal.escape(f"{finding.topic}, {finding.what}: {finding.found}")
+    terminal.out.print(f"{MARKS[finding.state]}  {text}", soft_wrap=True)
+    if finding.hint:
+        terminal.out.print(f"      {terminal.escape(finding.hint)}", soft_wrap=True)

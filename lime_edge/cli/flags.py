@@ -1,0 +1,74 @@
+"""From the library's words to the command line's: errors name parameters, people type options."""
+
+from __future__ import annotations
+
+import re
+
+FLAGS = {  # parameter -> the option it is set with; what has no option keeps its name
+    "adapter": "--adapter",
+    "backend": "--backend",
+    "baseline": "--baseline",
+    "bundle": "--bundle",
+    "calibration": "--calibration",
+    "compute_units": "--compute-units",
+    "data": "--data",
+    "depth": "--depth",
+    "device": "--device",
+    "expert": "--expert",
+    "experts": "--experts",
+    "fold": "--fold",
+    "force": "--force",
+    "form": "--format",
+    "gen_tokens": "--gen-tokens",
+    "group": "--group-size",
+    "hyper": "--hyper",
+    "keep_int8": "--keep-int8",
+    "limit": "--limit",
+    "max_length": "--max-length",
+    "max_new_tokens": "--max-new-tokens",
+    "max_seq_len": "--max-seq-len",
+    "minimum": "--minimum-os",
+    "model": "--model",
+    "name": "--name",
+    "names": "--names",
+    "output": "--output",
+    "prompt_lengths": "--prompt-lengths",
+    "prompt_tokens": "--prompt-tokens",
+    "quant": "--quant",
+    "raw": "--raw",
+    "repeat": "--repeat",
+    "report": "--report",
+    "rounding": "--rounding",
+    "seed": "--seed",
+    "settings": "--set",
+    "single": "--single",
+    "stock_runner": "--stock-runner",
+    "stop": "--stop",
+    "system": "--system",
+    "target": "--target",
+    "targets": "--target",
+    "temperature": "--temperature",
+    "threads": "--threads",
+    "tokenizer": "--tokenizer",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "verify": "--verify",
+}
+PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
+
+
+def translate(text: str) -> str:
+    """Parameters in backticks as options: `quant` to --quant, `force=True` to --force, `fold=movie` to --fold movie."""
+    return PARAMETER.sub(_translate_one, text)
+
+
+def _translate_one(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    flag = FLAGS.get(name)
+    if flag is None:
+        return found.group()
+    if value in (None, "True"):
+        return flag
+    if value == "False":
+        return f"--no-{flag[2:]}"
+    return f"{flag} {value.strip(chr(34) + chr(39))}"
