@@ -50,7 +50,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     check_options(options, compiled.options.quant, compiled.options.group)
     minimum, module = read_minimum(chosen.minimum), compiled.module
     lengths = choose_lengths(compiled, chosen.prompt_lengths)
-    longest = max(lengths, default=1)
+    longest = max(lengths, default=LONGEST)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     progress("write coreml", 0, 1 + routed)
     with tempfile.TemporaryDirectory() as folder, module.replace_products(pack_product), silent():
