@@ -33,10 +33,10 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 	$(BIN)/lime-edge demo
 
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
-	$(PYTEST) -m 'not check'
+	$(PYTEST) -m 'small or not check'
 
 check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, clean installations
-	$(PYTEST) -m check
+	$(PYTEST) -m 'check and not small'
 
 lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages in their place
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures of the test-suite: tiny models, adapters and bundles, each made once per run.
+"""Fixtures of the test-suite: tiny models, adapters and bundles, each made once per run, whichever worker asks first.
 
 torch is imported when something is made: the runtime's tests also run where there is none, with bundles made
 beforehand (see prebuilt.py).
@@ -6,10 +6,14 @@ beforehand (see prebuilt.py).
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from prebuilt import prebuilt_directory, serve_prebuilt
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on busy cores wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "200"  # of a terminal: rich reads it when it is imported, and pytest-xdist sets it to less
 
 Make = Callable[..., Path]
 
@@ -30,21 +35,42 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _remember(root: Path, make: Callable[..., Path]) -> Make:
-    """`make(directory, *args, **options)`, once for equal arguments."""
-    made: dict[str, Path] = {}
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of this run for all its workers: pytest-xdist gives each a folder inside the run's."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
+def remember(folder: Path, make: Make) -> Make:
+    """`make(directory, *args, **options)`, once for equal arguments; other workers wait and take what was made.
+
+    Args:
+        folder: for the directories, named by a hash of the arguments. make: returns what it made, in `folder`.
+    """
+    folder.mkdir(exist_ok=True)
 
     def get(*args: Any, **options: Any) -> Path:
-        key = json.dumps([args, options], sort_keys=True, default=str)
-        if key not in made:
-            made[key] = make(root / str(len(made)), *args, **options)
-        return made[key]
+        key = hashlib.sha256(json.dumps([args, options], sort_keys=True, default=str).encode()).hexdigest()[:12]
+        done = folder / f"{key}.done"
+        with _lock(folder / f"{key}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder / key, ignore_errors=True)  # of a test that failed half-way
+                done.write_text(make(folder / key, *args, **options).name)
+            return folder / done.read_text()
 
     return get
 
 
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def tiny_model(shared_folder: Path) -> Make:
     """tiny_model(family="llama", **config_changes): a model directory, see `models.make_model`."""
 
     def make(directory: Path, family: str = "llama", **changes: Any) -> Path:
@@ -52,11 +78,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
         return make_model(directory, family, **changes)
 
-    return _remember(tmp_path_factory.mktemp("models"), make)
+    return remember(shared_folder / "models", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make) -> Make:
+def tiny_adapter(shared_folder: Path, tiny_model: Make) -> Make:
     """tiny_adapter(model=None, **options): an adapter directory, see `models.make_adapter`."""
 
     def make(directory: Path, model: Path | None = None, **options: Any) -> Path:
@@ -64,11 +90,11 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make) -> 
 
         return make_adapter(directory, model or tiny_model(), **options)
 
-    return _remember(tmp_path_factory.mktemp("adapters"), make)
+    return remember(shared_folder / "adapters", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny_adapter: Make) -> Make:
+def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Make:
     """tiny_bundle(model=None, adapter=None, **options): a bundle; `targets` of the export, `options` are
     CompileOptions' fields.
 
@@ -96,4 +122,4 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny
         )
         return output
 
-    return _remember(tmp_path_factory.mktemp("bundles"), make)
+    return remember(shared_folder / "bundles", make)

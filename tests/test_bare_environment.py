@@ -11,6 +11,7 @@ import pytest
 
 import lime_edge
 
+pytestmark = pytest.mark.check
 Make = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 

@@ -22,6 +22,7 @@ from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.formats.checkpoint import read_checkpoint
 from lime_edge.session.open import open_encoder
 
+pytestmark = pytest.mark.check
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
 DECODER_LIMIT = 1e-4
 ENCODER_LIMIT = 2e-2  # against the fixture itself, float16 weights and all

@@ -31,6 +31,7 @@ from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 from lime_edge.targets.options import CoremlOptions, TargetOptions
 
+pytestmark = pytest.mark.check
 QUANTS = {"bert-lora-cls": "int8", "vit-lora-cls": "int4"}
 
 

@@ -35,6 +35,7 @@ from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_decoder
 from lime_edge.targets.options import CoremlOptions, TargetOptions
 
+pytestmark = pytest.mark.check
 EXACT, NATIVE = "interpreter", "interpreter-fp16"
 LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1
 SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
@@ -181,6 +182,7 @@ def test_prompt_tuning(conditioning: str, tiny_model: Make, tmp_path: Path, tiny
     assert min(np.abs(seen[0][:18] - seen[1][:18]).max(), np.abs(seen[1] - seen[2]).max()) > 0.01
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("variant", ["lora", "slicefine"])
 def test_a_single_expert_has_no_branch(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     model = tiny_model("llama", attention_bias=True)
@@ -265,6 +267,7 @@ def test_the_package_holds_the_integers_of_onnx(
     assert targets["onnx"]["weight_hash"] == targets["coreml"]["weight_hash"] == compiled.weight_hash()
 
 
+@pytest.mark.small
 def test_mixed_precision_is_kept(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """int4 with the sensitive matrices at int8: each in its own width."""
     model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
@@ -333,6 +336,7 @@ def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_p
         export(replace(compiled, vectors=loud), tmp_path, TargetOptions(), lambda *_: None)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize(
     "options,problem,hint",
     [

@@ -24,6 +24,7 @@ from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_encoder
 
+pytestmark = pytest.mark.check
 TARGET = "executorch"
 
 

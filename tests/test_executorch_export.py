@@ -38,6 +38,7 @@ from lime_edge.session.generate import GenerationOptions
 from lime_edge.targets.devices import find_device
 from lime_edge.targets.options import ExecutorchOptions, TargetOptions
 
+pytestmark = pytest.mark.check
 LENGTH = 41  # more rows than one call gives, and beyond every window
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}
 MODELS: dict[str, Case] = {
@@ -157,6 +158,7 @@ def test_summaries_leave_virtual_tokens_out(conditioning: str) -> None:
 # the program
 
 
+@pytest.mark.small
 def test_one_bundle_two_targets(tiny_bundle: Make) -> None:
     """The same experts, the same weights, the same answers."""
     bundle = tiny_bundle(targets=("onnx", "executorch"))
@@ -336,6 +338,7 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
         check_provider(["XnnpackBackend"], ("CUDA",))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize(
     "options, group, refusal",
     [

@@ -28,6 +28,7 @@ from lime_edge.exporters.executorch.decoder import choose_sizes
 from lime_edge.exporters.executorch.program import DecoderProgram, list_groups
 from lime_edge.exporters.onnx.weights import unpack_codes
 
+pytestmark = pytest.mark.check
 QUANTS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"},
     "int4": {"quant": "int4", "int8_kinds": ("qkv",)},

@@ -24,7 +24,7 @@ from lime_edge.session.generate import GenerationOptions
 Make = Callable[..., Path]
 PROMPTS = ([5, 17, 200, 31], [9, 9, 40], [123], [7, 8, 250, 251, 30, 31, 77, 78, 4, 99])
 OPTIONS = GenerationOptions(max_new_tokens=4, ignore_eos=True)
-SESSION_TARGETS = ("onnx", "executorch", "coreml")
+SESSION_TARGETS = ("onnx", *(pytest.param(name, marks=pytest.mark.check) for name in ("executorch", "coreml")))
 
 
 @pytest.fixture(scope="module", params=("onnx",) if prebuilt_directory() else SESSION_TARGETS)
