@@ -70,14 +70,16 @@ def draw_group(shape: Shape, seed: int = 0, variant: str = "lora") -> tuple[Comp
     return model, branch
 
 
-def draw_inputs(shape: Shape, rows: tuple[int, int], total: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
-    """x, y and stream of (batch, tokens), and the expert (total,) where there is one."""
+def draw_inputs(
+    shape: Shape, rows: tuple[int, int], total: int = 0, seed: int = 0, experts: int = 1
+) -> dict[str, np.ndarray]:
+    """x, y and stream of (batch, tokens), and the expert (experts, total) where there is one."""
     random = np.random.default_rng(seed)
     feeds = {
         name: random.standard_normal((*rows, width), np.float32)
         for name, width in (("x", shape.inputs), ("y", shape.width), ("stream", shape.width))
     }
-    return feeds | ({"expert": random.standard_normal(total, np.float32)} if total else {})
+    return feeds | ({"expert": random.standard_normal((experts, total), np.float32)} if total else {})
 
 
 def start_graph(file: Path, shape: Shape) -> Graph:
@@ -186,7 +188,7 @@ def compute_pinned(model: CompiledModel, shape: Shape, feeds: Arrays) -> torch.T
         site, branch = model.sites.find(f"part{index}"), model.branches.get(f"part{index}")
         if site is not None and branch is not None and branch.a is not None and branch.b is not None:
             delta = x @ branch.a.double().T @ branch.b.double().T
-            piece = piece + d[site.offset : site.offset + site.width] * delta
+            piece = piece + d[:, None, site.offset : site.offset + site.width] * delta
         columns.append(piece)
     return torch.cat(columns, dim=-1)
 

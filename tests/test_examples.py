@@ -219,7 +219,7 @@ def follow_recipe(
         inputs = {
             "input_ids": ids,
             "attention_mask": np.ones((1, total), np.int64),
-            "expert": d,
+            "expert": d[None],
             "logits_to_keep": np.array([1]),
         } | cache
         if shared:

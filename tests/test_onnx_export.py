@@ -311,7 +311,9 @@ def test_rotation_of_its_own_in_a_batch_padded_on_the_right(
         if value.name.startswith("past_key_values")
     }
     names = [value.name for value in engine.get_outputs()]
-    outputs = dict(zip(names, engine.run(None, {"input_ids": prompt, "attention_mask": mask} | state), strict=True))
+    ours = give_defaults(engine)
+    feeds = {"input_ids": prompt, "attention_mask": mask} | ours | state
+    outputs = dict(zip(names, engine.run(None, feeds), strict=True))
     for index, length in enumerate(lengths):
         assert_close(outputs["logits"][index, :length], wanted[index][:length], f"prompt of {length}")
     state = {
@@ -321,9 +323,15 @@ def test_rotation_of_its_own_in_a_batch_padded_on_the_right(
     }
     step = np.array([[int(row[0, -1])] for row in rows])
     mask = np.array([[1] * (length + 1) + [0] * (room - length - 1) for length in lengths])
-    (logits, *_) = engine.run(["logits"], {"input_ids": step, "attention_mask": mask} | state)
+    (logits, *_) = engine.run(["logits"], {"input_ids": step, "attention_mask": mask} | ours | state)
     for index, length in enumerate(lengths):
         assert_close(logits[index], wanted[index][length:], f"step after {length}")
+
+
+def give_defaults(engine: ort.InferenceSession) -> dict[str, np.ndarray]:
+    """The inputs of ours: the folded expert, all logits."""
+    sizes = {value.name: value.shape for value in engine.get_inputs()}
+    return {"expert": np.zeros((1, sizes["expert"][1]), np.float32), "logits_to_keep": np.zeros(1, np.int64)}
 
 
 # the graph
@@ -334,9 +342,12 @@ def test_rotation_of_its_own_in_a_batch_padded_on_the_right(
 def test_names_are_those_of_onnxruntime_genai(
     name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
 ) -> None:
-    """What its decoder-only pipeline binds, and two inputs more, which both have a default."""
+    """What its decoder-only pipeline binds, and two inputs more, which both have a default in its graph only."""
     bundle = tiny_bundle(*build(CASES[name], tiny_model, tiny_adapter), quant=quant)
-    graph = onnx.load(bundle / "onnx/model.onnx", load_external_data=False).graph
+    pinned = onnx.load(bundle / "onnx/model.onnx", load_external_data=False).graph
+    assert not {value.name for value in pinned.input} & {tensor.name for tensor in pinned.initializer}
+    graph = onnx.load(bundle / "onnx/genai.onnx", load_external_data=False).graph
+    assert [value.name for value in graph.input] == [value.name for value in pinned.input]
     layers = range(CASES[name].changes.get("num_hidden_layers", 2))
     past = {f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")}
     defaults = {tensor.name for tensor in graph.initializer}
@@ -350,14 +361,14 @@ def test_names_are_those_of_onnxruntime_genai(
 def test_without_the_runtime_caches_that_grow_and_a_batch(
     tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
 ) -> None:
-    """As another program runs it: two rows, separate past and present, defaults for the inputs of ours."""
+    """As another program runs it: two rows, separate past and present."""
     model, adapter = build(CASES["qwen2-sliding"], tiny_model, tiny_adapter)
     engine = ort.InferenceSession(
         tiny_bundle(model, adapter, fold="expert2") / "onnx/model.onnx", providers=["CPUExecutionProvider"]
     )
     ids = torch.cat([draw_ids(LENGTH, 5), draw_ids(LENGTH, 6)])
     unfolded = unfold(model, adapter)
-    unfolded.use(2)  # the folded expert: what the default, a zero residual, means
+    unfolded.use(2)  # the folded expert: what a zero residual means
     wanted = unfolded.logits({"input_ids": ids}).numpy()
     names = [value.name for value in engine.get_outputs()]
     state = {
@@ -371,7 +382,7 @@ def test_without_the_runtime_caches_that_grow_and_a_batch(
             "input_ids": ids[:, done : done + count].numpy(),
             "attention_mask": np.ones((2, done + count), np.int64),
         }
-        outputs = dict(zip(names, engine.run(None, inputs | state), strict=True))
+        outputs = dict(zip(names, engine.run(None, inputs | give_defaults(engine) | state), strict=True))
         parts.append(outputs.pop("logits"))
         state = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
         done += count
@@ -392,7 +403,11 @@ def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: 
     groups = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"}]
     whole = [layers * (group <= set(case.targets)) for group in groups]
     gapped = sum(layers * bool(group & set(case.targets)) for group in groups) - sum(whole)
-    branches = {"ExpertBranch": sum(whole[:2]), "GappedExpertBranch": gapped, "ExpertBranchNorm": sum(whole[2:])}
+    branches = {
+        "ExpertRowsBranch": sum(whole[:2]),
+        "GappedExpertRowsBranch": gapped,
+        "ExpertRowsBranchNorm": sum(whole[2:]),
+    }
     silu = "hidden_act" not in case.changes
     products, norms = 4 * layers + 1, 1 + (2 * layers if case.family == "qwen3" else 0)
     wanted = branches | {
@@ -400,7 +415,7 @@ def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: 
         "SwiGLU": layers * silu,
         "Gelu": layers * (not silu),
         "QuickGelu": 0,
-        "SkipSimplifiedLayerNormalization": 2 * layers - branches["ExpertBranchNorm"],
+        "SkipSimplifiedLayerNormalization": 2 * layers - branches["ExpertRowsBranchNorm"],
         "SimplifiedLayerNormalization": norms,
     }
     tied = case.changes.get("tie_word_embeddings", False)
@@ -414,7 +429,7 @@ def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: 
     assert set(inside) == called, f"{name}, {quant}: functions {set(inside)}, called {called}"
     for op, nodes in inside.items():
         assert nodes["MatMul"] == 2 * (op != "SwiGLU"), f"{op}: {nodes}"
-        assert nodes["SkipSimplifiedLayerNormalization"] == (op == "ExpertBranchNorm"), f"{op}: {nodes}"
+        assert nodes["SkipSimplifiedLayerNormalization"] == (op == "ExpertRowsBranchNorm"), f"{op}: {nodes}"
 
 
 def count_operators(bundle: Path) -> tuple[Counter[str], dict[str, Counter[str]]]:

@@ -216,6 +216,6 @@ def test_adapter_bytes_are_those_of_onnxruntime(count: int, tmp_path: Path) -> N
     wanted, file = ort.AdapterFormat(), tmp_path / "wanted.onnx_adapter"
     wanted.set_adapter_version(1)
     wanted.set_model_version(1)
-    wanted.set_parameters({"expert": ort.OrtValue.ortvalue_from_numpy(residual)})
+    wanted.set_parameters({"expert": ort.OrtValue.ortvalue_from_numpy(residual[None])})
     wanted.export_adapter(str(file))
     assert encode_adapter(residual) == file.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,17 @@ from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.exporters.onnx.functions import BRANCH_NORM, make_branch_norm, make_swiglu
 from lime_edge.runtimes.onnx import operators as onnx_operators
 
-ROWS = ((1, 1), (1, 8), (2, 1), (1, 9), (3, 11), (1, 0), (1, 1))  # in one session, one after the other: shapes change
+ROWS = (
+    (1, 1),
+    (1, 8),
+    (2, 1),
+    (1, 9),
+    (3, 11),
+    (13, 1),
+    (1, 0),
+    (0, 1),
+    (1, 1),
+)  # in one session, one after the other: shapes change
 SHAPES = {
     "one vector": Shape(64, (64,), (8,)),
     "float16": Shape(64, (64,), (8,), half=True),
@@ -83,14 +94,14 @@ def test_library_is_built_with_this_installation() -> None:
 
 
 def check_pinned(file: Path, shape: Shape, what: str, threads: int = 1) -> None:
-    """All of ROWS, with the operators and without them."""
+    """All of ROWS, with one expert for all and with one for each, with the operators and without them."""
     model = write_pinned(file, shape)
     for operators in BOTH:
         session = load(file, operators, threads)
-        for seed, rows in enumerate(ROWS):
-            feeds = draw_inputs(shape, rows, model.sites.total, seed)
+        for seed, (rows, mixed) in enumerate(product(ROWS, BOTH)):
+            feeds = draw_inputs(shape, rows, model.sites.total, seed, rows[0] if mixed else 1)
             wanted = compute_pinned(model, shape, feeds)
-            assert_equal(run(session, feeds)[0], wanted, f"{what}, {rows}, operators {operators}")
+            assert_equal(run(session, feeds)[0], wanted, f"{what}, {rows}, mixed {mixed}, operators {operators}")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -107,8 +118,8 @@ def test_branch_and_norm(name: str, threads: int, file: Path) -> None:
     model = write_pinned(file, shape, gain=gain)
     for operators in BOTH:
         session = load(file, operators, threads)
-        for seed, rows in enumerate(ROWS):
-            feeds = draw_inputs(shape, rows, model.sites.total, seed)
+        for seed, (rows, mixed) in enumerate(product(ROWS, BOTH)):
+            feeds = draw_inputs(shape, rows, model.sites.total, seed, rows[0] if mixed else 1)
             total = compute_pinned(model, shape, feeds) + torch.from_numpy(feeds["stream"]).double()
             wanted = torch.nn.functional.rms_norm(total, (shape.width,), torch.from_numpy(gain).double(), EPSILON)
             normalised, summed = run(session, feeds)
@@ -234,7 +245,7 @@ def test_one_tensor_as_several_inputs(file: Path) -> None:
     """x, y and stream are one tensor, made in the graph: nothing of it may be overwritten before it is read."""
     shape = Shape(24, (24,), (8,))
     random = np.random.default_rng(0)
-    arrays = {"x": (2, 11, 24), "a": (24, 8), "b": (8, 24), "expert": (24,), "gain": (24,)}
+    arrays = {"x": (2, 11, 24), "a": (24, 8), "b": (8, 24), "expert": (1, 1, 24), "gain": (24,)}
     feeds = {name: random.standard_normal(size, np.float32) for name, size in arrays.items()}
     stand_in = feeds | {"y": feeds["x"], "stream": feeds["x"]}
     order = ["x", "y", "a", "b", "expert", "stream", "gain"]

@@ -23,12 +23,12 @@ from lime_edge.runtimes.onnx.operators import find_library
 TOLERANCE = 1e-4  # absolute and relative, for float32
 PROMPT = [5, 17, 200, 31, 9, 9, 40, 123, 7, 8, 250, 251, 30, 31, 77, 78, 4, 99]  # more rows than one thread takes
 NEW = [12, 260, 3]
-OPERATORS = {"ExpertBranch", "GappedExpertBranch", "ExpertBranchNorm", "RoutedBranch", "SwiGLU"}
+OPERATORS = {"ExpertRowsBranch", "GappedExpertRowsBranch", "ExpertRowsBranchNorm", "RoutedBranch", "SwiGLU"}
 RUN = {  # which of them a bundle's graphs call, of ADAPTERS
-    "rank8": {"ExpertBranch", "ExpertBranchNorm", "SwiGLU"},
-    "gaps": {"GappedExpertBranch", "ExpertBranchNorm", "SwiGLU"},
+    "rank8": {"ExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU"},
+    "gaps": {"GappedExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU"},
 }
-ROUTED = {"RoutedBranch", "ExpertBranch", "ExpertBranchNorm", "SwiGLU"}
+ROUTED = {"RoutedBranch", "ExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU"}
 
 
 @pytest.fixture(params=ADAPTERS)
@@ -87,6 +87,7 @@ def run_all(bundle: Path, operators: bool) -> tuple[dict[str, np.ndarray], set[s
         rows = [session.logits(PROMPT)] + [session.extend([token]).copy() for token in NEW]
         logits[name] = np.concatenate(rows)
     engine = session._engine
-    graphs = [graph[0] for graph in (engine._pinned, engine._routed) if graph]  # type: ignore[attr-defined]
+    loaded = engine._graphs  # type: ignore[attr-defined]
+    graphs = [graph for graph in (loaded.pinned, loaded._routed_graph) if graph]
     events = [event for graph in graphs for event in json.loads(Path(graph.end_profiling()).read_text())]
     return logits, {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}

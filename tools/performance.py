@@ -29,6 +29,7 @@ from lime_edge.cli.demo import find_backbone
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
 from lime_edge.compiler.formats.checkpoint import read_checkpoint
 from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.exporters.onnx.experts import EXPERT
 from lime_edge.runtimes.onnx.operators import find_library
 
 ADAPTER = Path("examples/demo_adapter/routed")
@@ -57,10 +58,8 @@ class Decoding:
         self.binding.bind_ortvalue_input("logits_to_keep", self._hold(np.ones(1, np.int64)))
         self.binding.bind_ortvalue_output("logits", self._hold(np.zeros((1, 1, config.vocab), np.float32)))
         residual = np.random.default_rng(0).normal(0, 0.1, model.sites.total).astype(np.float32)
-        for entry in self.session.get_overridable_initializers():
-            if entry.name.startswith("expert"):
-                size = entry.shape[0]
-                self.binding.bind_ortvalue_input(entry.name, self._hold(residual[:size].copy()))
+        if any(entry.name == EXPERT for entry in self.session.get_inputs()):
+            self.binding.bind_ortvalue_input(EXPERT, self._hold(residual[None]))
         self.mask, self.length = np.ones((1, CAPACITY), np.int64), 0
 
     def _hold(self, array: np.ndarray) -> ort.OrtValue:

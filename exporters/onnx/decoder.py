@@ -15,9 +15,10 @@ from lime_edge import __version__
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
+from lime_edge.exporters.onnx.companion import write_defaulted
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
 from lime_edge.exporters.onnx.functions import SWIGLU, make_swiglu
-from lime_edge.exporters.onnx.graph import LIME, MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx.graph import LIME, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx.prompt import prepend_virtual
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.targets.genai import CONFIG
@@ -45,6 +46,8 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     graph.data_path.touch()
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
+    if model.virtual is None:
+        write_defaulted(directory / FILE, float(model.variant == "slicefine"))
     facts = {
         "file": f"onnx/{FILE}",
         "opset": OPSET,
@@ -244,9 +247,8 @@ class DecoderWriter:
         """Final norm, the last `logits_to_keep` positions (0: all), logits."""
         g, model = self.graph, self.model
         x, _ = self._norm("model.norm.weight", "/model/norm", stream, update)
-        g.input("logits_to_keep", TensorProto.INT64, [1])
-        g.initializers.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "logits_to_keep"))
-        start = g.node("Neg", ["logits_to_keep"], "/head/Neg")
+        g.input(LOGITS_TO_KEEP, TensorProto.INT64, [1])
+        start = g.node("Neg", [LOGITS_TO_KEEP], "/head/Neg")
         end = g.constant("/head/end", np.array([np.iinfo(np.int64).max], np.int64))
         x = g.node("Slice", [x, start, end, "axis_1"], "/head/Slice")
         name = model.head_name

@@ -17,6 +17,7 @@ from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors
 from lime_edge.compiler.model.compiled import CompiledModel, GroupBranch
 from lime_edge.exporters.onnx.functions import (
     BRANCH_NORM,
+    EXPERT_AXIS,
     EXPERT_BRANCH,
     GAPPED_BRANCH,
     LARGE,
@@ -29,6 +30,7 @@ from lime_edge.exporters.onnx.functions import (
 from lime_edge.exporters.onnx.graph import LIME, Graph
 from lime_edge.exporters.onnx.routing import RoutingNodes, find_shares
 
+EXPERT = "expert"  # the graph's input
 # What the operators compute at once, and what they refuse beyond. Source: runtimes/onnx/operators/operators.h
 RANK_MULTIPLE = 8
 MOST_RANK, MOST_PARTS, MOST_EXPERTS = 1024, 8, 256
@@ -37,23 +39,24 @@ Make = Callable[[str], onnx.FunctionProto]
 
 
 class PinnedExperts:
-    """One flat input (sum_H,), of which each group takes its stretch."""
+    """One input (rows, sum_H), of which each group takes its stretch: 1 row, or one for each row of the batch."""
+
+    rows = "/lime/Rows/output"  # (rows, 1, sum_H): a row's residual is the same for all its tokens
 
     def __init__(self, model: CompiledModel, graph: Graph):
         self.model, self.graph = model, graph
 
     def declare(self) -> None:
-        """Declare the input; its default is the expert that is folded in."""
-        total = self.model.sites.total
-        self.graph.input("expert", TensorProto.FLOAT, [total])
-        neutral = np.full(total, 1.0 if self.model.variant == "slicefine" else 0.0, np.float32)
-        self.graph.initializers.append(onnx.numpy_helper.from_array(neutral, "expert"))
+        """Declare the input."""
+        self.graph.input(EXPERT, TensorProto.FLOAT, ["expert_rows", self.model.sites.total])
+        axis = self.graph.constant("/lime/axis", np.array([1], np.int64))
+        self.graph.node("Unsqueeze", [EXPERT, axis], "/lime/Rows", [self.rows])
 
     def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
         """y + d * (B A x) of a group with products, (B, S, N)."""
         a, b = pack_branch(self.graph, branch, path)
         attributes = {**find_parts(branch), "offsets": [part.site.offset if part.site else 0 for part in branch.parts]}
-        inputs = [x, y, a, b, "expert"]
+        inputs = [x, y, a, b, self.rows]
         if not branch.gaps:
             start = branch.find_runs()[0][0]
             span = {"start": [start], "end": [start + branch.width]}
@@ -65,23 +68,29 @@ class PinnedExperts:
         return call(self.graph, GAPPED_BRANCH, make_gapped_branch, branch, inputs, f"{path}/lime", **attributes)
 
     def multiply(self, branch: GroupBranch, y: str, hidden: str, path: str) -> str:
-        """The multiplier (N,) of SliceFine's groups and embeddings, 1 where no site is."""
-        names: list[str] = []
-        for index, (offset, width) in enumerate(branch.find_runs()):
-            limits = [
-                self.graph.constant(f"{path}/lime/{kind}_{index}", np.array([value], np.int64))
-                for kind, value in (("start", offset), ("end", offset + width), ("axis", 0))
-            ]
-            names.append(self.graph.node("Slice", ["expert", *limits], f"{path}/lime/Slice_{index}"))
+        """The multiplier (rows, 1, N) of SliceFine's groups and embeddings, 1 where no site is."""
         if not branch.gaps:
-            return names[0]
-        pieces: list[str] = []
-        for index, part in enumerate(branch.parts):
+            start = branch.find_runs()[0][0]
+            limits = [
+                self.graph.constant(f"{path}/lime/{kind}", np.array([value], np.int64))
+                for kind, value in (("start", start), ("end", start + branch.width), ("axis", EXPERT_AXIS))
+            ]
+            return self.graph.node("Slice", [self.rows, *limits], f"{path}/lime/Slice")
+        places = np.full(branch.width, self.model.sites.total, np.int64)  # one past the last: the one that is padded
+        column = 0
+        for part in branch.parts:
             if part.site is not None:
-                pieces.append(names.pop(0))
-            if rest := part.width - part.adapted:
-                pieces.append(self.graph.constant(f"{path}/lime/fill_{index}", np.ones(rest, np.float32)))
-        return self.graph.node("Concat", pieces, f"{path}/lime/Concat", axis=0)
+                places[column : column + part.adapted] = np.arange(part.adapted) + part.site.offset
+            column += part.width
+        inputs = [self._padded, self.graph.constant(f"{path}/lime/places", places)]
+        return self.graph.node("Gather", inputs, f"{path}/lime/Gather", axis=EXPERT_AXIS)
+
+    @cached_property
+    def _padded(self) -> str:
+        """(rows, 1, sum_H + 1), the last a one."""
+        pads = self.graph.constant("/lime/pads", np.array([0, 0, 0, 0, 0, 1], np.int64))
+        one = self.graph.constant("/lime/one", np.array(1, np.float32))
+        return self.graph.node("Pad", [self.rows, pads, one], "/lime/Pad")
 
 
 class RoutedExperts:

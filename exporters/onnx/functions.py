@@ -1,7 +1,8 @@
 """Functions of the model that ONNX Runtime may replace by one operator each: the branch, routing, the gate.
 
 A graph calls them by name; the model holds their bodies. A runtime that registers operators of these names (see
-runtimes/onnx/operators) runs those, every other one runs the bodies: same file, same answers.
+runtimes/onnx/operators) runs those, every other one runs the bodies: same file, same answers. A function whose meaning
+changes takes another name: operators of another time then find nothing to replace.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.onnx.graph import MICROSOFT, FunctionBody
 from lime_edge.exporters.onnx.routing import RoutingNodes
 
-EXPERT_BRANCH, GAPPED_BRANCH, BRANCH_NORM = "ExpertBranch", "GappedExpertBranch", "ExpertBranchNorm"
+EXPERT_BRANCH, GAPPED_BRANCH, BRANCH_NORM = "ExpertRowsBranch", "GappedExpertRowsBranch", "ExpertRowsBranchNorm"
 ROUTED_BRANCH, SWIGLU = "RoutedBranch", "SwiGLU"
+EXPERT_AXIS = 2  # of the expert (rows, 1, sum_H): 1 row, or one for each row of the batch
 LARGE = "Large"  # before the name where a body is meant that no operator replaces
 BRANCH_INPUTS = ["x", "y", "a", "b"]
 BRANCH_ATTRIBUTES = ["widths", "ranks", "offsets"]
@@ -35,7 +37,10 @@ ROUTING_ATTRIBUTES = [
 
 
 def make_branch(name: str) -> onnx.FunctionProto:
-    """out (..., N) = y + expert[start:end] * (x a b), x (..., K), a (K, R), b (R, N), expert (sum_H,)."""
+    """out = y + expert[..., start:end] * (x a b).
+
+    x (B, S, K), y and out (B, S, N), a (K, R), b (R, N), expert (1 or B, 1, sum_H).
+    """
     body = FunctionBody()
     _add_branch(body, _take_stretch(body), "out")
     return body.make_function(name, [*BRANCH_INPUTS, "expert"], ["out"], BRANCH_ATTRIBUTES + SPAN)
@@ -44,12 +49,12 @@ def make_branch(name: str) -> onnx.FunctionProto:
 def make_gapped_branch(name: str) -> onnx.FunctionProto:
     """As `make_branch`, the expert's places (N,) int64 given one by one; any place will do where b has zeros."""
     body = FunctionBody()
-    _add_branch(body, body.node("Gather", ["expert", "places"], "residual"), "out")
+    _add_branch(body, body.node("Gather", ["expert", "places"], "residual", axis=EXPERT_AXIS), "out")
     return body.make_function(name, [*BRANCH_INPUTS, "expert", "places"], ["out"], BRANCH_ATTRIBUTES)
 
 
 def make_branch_norm(name: str) -> onnx.FunctionProto:
-    """The branch, then sum = stream + it and out = RMSNorm(sum) * gain, all (..., N)."""
+    """The branch, then sum = stream + it and out = RMSNorm(sum) * gain, all (B, S, N)."""
     body = FunctionBody()
     _add_branch(body, _take_stretch(body), "update")
     outputs = ["out", "", "", "sum"]
@@ -96,9 +101,9 @@ def _add_branch(body: FunctionBody, residual: str, out: str) -> None:
 
 
 def _take_stretch(body: FunctionBody) -> str:
-    """expert[start:end]"""
+    """expert[..., start:end]"""
     limits = [body.attribute("first", "start"), body.attribute("stop", "end")]
-    axis = body.constant("axis", np.array([0], np.int64))
+    axis = body.constant("axis", np.array([EXPERT_AXIS], np.int64))
     return body.node("Slice", ["expert", *limits, axis], "residual")
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 MICROSOFT = "com.microsoft"
 LIME = "lime_edge"
+LOGITS_TO_KEEP = "logits_to_keep"  # the input that says how many of the last positions get logits
 OPSET = 21
 IR_VERSION = 10
 ALIGNMENT = 4096  # page: ONNX Runtime maps the file

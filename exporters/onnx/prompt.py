@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 from onnx import TensorProto
 
 from lime_edge.compiler.maths.prompt_tuning import route_static
 from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
-from lime_edge.exporters.onnx.experts import RoutedExperts
+from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx.graph import Graph
 
 PATH = "/prompt"
@@ -26,7 +25,6 @@ def prepend_virtual(model: CompiledModel, graph: Graph, embeds: str, routed: Rou
     tokens = model.virtual
     assert tokens is not None
     graph.input("virtual_ids", TensorProto.INT64, ["batch_size", "virtual_length"])
-    graph.initializers.append(onnx.numpy_helper.from_array(np.zeros((1, 0), np.int64), "virtual_ids"))
     if routed is not None:
         prompt = _routed_prompt(model, tokens, graph, embeds, routed)
         ids = graph.node("Squeeze", ["virtual_ids", graph.constant("axis_0", np.array([0], np.int64))], f"{PATH}/Ids")
@@ -37,7 +35,7 @@ def prepend_virtual(model: CompiledModel, graph: Graph, embeds: str, routed: Rou
         if model.single is None:
             delta = graph.constant(f"{PATH}/delta", tokens.delta.numpy())
             moved = graph.node("Gather", [delta, "virtual_ids"], f"{PATH}/Delta")
-            moved = graph.node("Mul", [moved, "expert"], f"{PATH}/Mul")
+            moved = graph.node("Mul", [moved, PinnedExperts.rows], f"{PATH}/Mul")
             virtual = graph.node("Add", [virtual, moved], f"{PATH}/Add")
     return graph.node("Concat", [virtual, embeds], f"{PATH}/Concat", axis=1)
 

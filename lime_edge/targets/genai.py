@@ -18,7 +18,7 @@ from lime_edge.bundle.experts import ALWAYS_ON
 if TYPE_CHECKING:
     from lime_edge.bundle.bundle import Manifest
 
-CONFIG = "onnx/genai_config.json"
+CONFIG, GRAPH = "onnx/genai_config.json", "onnx/genai.onnx"
 ORIGINAL = "none"  # the adapter that gives the original model back; no expert can have this name
 TOKENIZER = "tokenizer"
 MOST_TOKENS = 2048  # the cache that GenAI allocates unless its user sets max_length
@@ -57,7 +57,7 @@ def write_genai(stage: Path, manifest: Manifest, vectors: Mapping[str, np.ndarra
 
 
 def encode_adapter(residual: np.ndarray) -> bytes:
-    """An `.onnx_adapter` with one parameter, `expert`: a flatbuffer, the same bytes as ORT's AdapterFormat writes.
+    """An `.onnx_adapter` with one parameter, `expert` (1, sum_H): a flatbuffer, the bytes of ORT's AdapterFormat.
 
     Args:
         residual: d (sum_H,) float32.
@@ -71,8 +71,8 @@ def encode_adapter(residual: np.ndarray) -> bytes:
     head += struct.pack("<i4I2I", -28, 1, 1, 1, 4, 1, 16)
     head += struct.pack("<6H", 12, 20, 4, 8, 12, 16)  # the vtable of both tables: its size, theirs, four fields
     # Parameter: vtable 12 bytes back; where name and shape are, from here; float32; where the data is, its length
-    head += struct.pack("<i5I", 12, 36 + size, 16 + size, 1, 4, size)
-    return head + data + struct.pack("<IqI", 1, residual.size, 0) + struct.pack("<I8s", 6, b"expert")
+    head += struct.pack("<i5I", 12, 44 + size, 16 + size, 1, 4, size)
+    return head + data + struct.pack("<I2qI", 2, 1, residual.size, 0) + struct.pack("<I8s", 6, b"expert")
 
 
 def describe_config(model: dict[str, Any], threads: int | None, has_tokenizer: bool) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def describe_config(model: dict[str, Any], threads: int | None, has_tokenizer: b
     if threads:
         session["intra_op_num_threads"] = threads
     decoder = {
-        "filename": "model.onnx",
+        "filename": Path(GRAPH).name,
         "hidden_size": model["hidden"],
         "head_size": model["head_dim"],
         "num_attention_heads": model["heads"],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.runtimes.onnx.decoder import load_graph
+from lime_edge.runtimes.onnx.loading import load_graph
 from lime_edge.runtimes.onnx.operators import find_subtract
 from lime_edge.session.engines import SessionOptions
 

@@ -126,7 +126,8 @@ class Graph:
         from safetensors.numpy import load_file
 
         from lime_edge.bundle.bundle import Bundle
-        from lime_edge.runtimes.onnx.decoder import load_graph, make_caches
+        from lime_edge.runtimes.onnx.caches import Caches
+        from lime_edge.runtimes.onnx.loading import load_graph
         from lime_edge.session.engines import SessionOptions
 
         bundle = Bundle.open(spec["path"])
@@ -134,7 +135,7 @@ class Graph:
         self.session = load_graph(bundle, self.file, SessionOptions(spec["threads"]))
         self.binding = self.session.io_binding()
         capacity = spec["capacity"] + self.virtual
-        self.caches = make_caches(model, capacity)
+        self.caches = Caches(model, 1, capacity).buffers
         for name, buffer in self.caches.items():
             value = wrap(buffer)
             self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)

@@ -60,7 +60,7 @@ class Projection(nn.Module):
         self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
 
     def forward(self, x: Tensor, expert: Tensor | None) -> Tensor:
-        """x: (B, S, D); expert: flat residual (sum_H,), or None to route. Returns (B, S, N)."""
+        """x: (B, S, D); expert: see DecoderModule.forward. Returns (B, S, N)."""
         if self.multiplier is not None and (self.a is None or self.b is None):
             y = F.linear(x, self.weight)
             y = y * self.multiplier(y, y, expert)
@@ -110,6 +110,8 @@ class Prefix(nn.Module):
             assert self.routing is not None
             weights = route_prompt(self.tokens, self.routing, self.bank.shape[0], embeds)
             expert = weights @ self.bank
+        elif expert.dim() == 2:
+            expert = expert.unsqueeze(1)
         return (self.base + expert * self.delta).expand(embeds.shape[0], -1, -1)
 
 

@@ -31,7 +31,7 @@ class Multiplier(nn.Module):
         self.references = nn.ParameterList([nn.Parameter(model.reference[i:j], False) for i, j in ends])
 
     def forward(self, y: Tensor, delta: Tensor, expert: Tensor | None) -> Tensor:
-        """(N,) for a flat residual (sum_H,), or (B, S, N) routed where expert is None.
+        """(N,) for a residual (sum_H,), (rows, 1, N) for (rows, sum_H), or (B, S, N) routed where expert is None.
 
         Args:
             y: (B, S, N) before the residual (SliceFine: before the bias). delta: (B, S, N).
@@ -39,12 +39,13 @@ class Multiplier(nn.Module):
         return self._route(y, delta) if expert is None else self._pick(expert)
 
     def _pick(self, expert: Tensor) -> Tensor:
-        pieces = []
+        rows, pieces = expert if expert.dim() == 1 else expert.unsqueeze(1), []
         for part in self.parts:
             offset = part.site.offset if part.site else 0
-            vector = expert[offset : offset + part.width] if part.site else None
-            pieces.append(self._widen(vector, part, expert))
-        return torch.cat(pieces)
+            vector = rows[..., offset : offset + part.width] if part.site else None
+            piece = self._widen(vector, part, rows)
+            pieces.append(piece.expand(*rows.shape[:-1], -1))
+        return torch.cat(pieces, dim=-1)
 
     def _widen(self, vector: Tensor | None, part: Part, like: Tensor) -> Tensor:
         """A member's multiplier: its residual, or what leaves the output as it is where it has none."""

@@ -1,17 +1,17 @@
 /* The part of ONNX Runtime's C interface that these operators need, declared here because its Python wheel has no
  * header. The function table only ever grows, and a position never changes its meaning.
- * Source of positions and structures: onnxruntime_c_api.h of ONNX Runtime 1.23; used as version 20 of the interface. */
+ * Source of positions and structures: onnxruntime_c_api.h of ONNX Runtime 1.29; used as version 24 of the interface, the
+ * first that tells a tensor's shape without allocating. */
 #ifndef LIME_EDGE_ABI_H
 #define LIME_EDGE_ABI_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define ORT_VERSION 20
+#define ORT_VERSION 24
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;
-typedef struct OrtShape OrtShape; /* OrtTensorTypeAndShapeInfo */
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtDomain OrtDomain; /* OrtCustomOpDomain */
 typedef struct OrtKernelInfo OrtKernelInfo;
@@ -32,11 +32,7 @@ typedef OrtStatus *(*create_domain_fn)(const char *name, OrtDomain **domain);
 typedef OrtStatus *(*domain_add_fn)(OrtDomain *domain, const void *operator);
 typedef OrtStatus *(*add_domain_fn)(OrtSessionOptions *options, OrtDomain *domain);
 typedef OrtStatus *(*get_data_fn)(OrtValue *value, void **data);
-typedef OrtStatus *(*get_element_type_fn)(const OrtShape *shape, int *type);
-typedef OrtStatus *(*count_dimensions_fn)(const OrtShape *shape, size_t *count);
-typedef OrtStatus *(*get_dimensions_fn)(const OrtShape *shape, int64_t *dimensions, size_t count);
-typedef OrtStatus *(*get_shape_fn)(const OrtValue *value, OrtShape **shape);
-typedef void (*release_shape_fn)(OrtShape *shape);
+typedef OrtStatus *(*get_shape_fn)(const OrtValue *value, int *type, const int64_t **dimensions, size_t *count);
 typedef OrtStatus *(*get_float_fn)(const OrtKernelInfo *info, const char *name, float *value);
 typedef OrtStatus *(*get_integer_fn)(const OrtKernelInfo *info, const char *name, int64_t *value);
 typedef OrtStatus *(*get_integers_fn)(const OrtKernelInfo *info, const char *name, int64_t *values, size_t *count);
@@ -51,17 +47,13 @@ typedef OrtStatus *(*parallel_for_fn)(const OrtKernelContext *context, void (*ta
 #define ORT_DOMAIN_ADD(api) ((domain_add_fn)(api)[27])
 #define ORT_ADD_DOMAIN(api) ((add_domain_fn)(api)[28])
 #define ORT_GET_DATA(api) ((get_data_fn)(api)[51])
-#define ORT_GET_ELEMENT_TYPE(api) ((get_element_type_fn)(api)[60])
-#define ORT_COUNT_DIMENSIONS(api) ((count_dimensions_fn)(api)[61])
-#define ORT_GET_DIMENSIONS(api) ((get_dimensions_fn)(api)[62])
-#define ORT_GET_SHAPE(api) ((get_shape_fn)(api)[65])
 #define ORT_GET_FLOAT(api) ((get_float_fn)(api)[85])
 #define ORT_GET_INTEGER(api) ((get_integer_fn)(api)[86])
 #define ORT_GET_INPUT(api) ((get_input_fn)(api)[90])
 #define ORT_GET_OUTPUT(api) ((get_output_fn)(api)[91])
-#define ORT_RELEASE_SHAPE(api) ((release_shape_fn)(api)[99])
 #define ORT_GET_INTEGERS(api) ((get_integers_fn)(api)[163])
 #define ORT_PARALLEL_FOR(api) ((parallel_for_fn)(api)[274])
+#define ORT_GET_SHAPE(api) ((get_shape_fn)(api)[414]) /* GetTensorElementTypeAndShapeDataReference */
 
 typedef struct OrtOperator OrtOperator; /* OrtCustomOp: its members in their order */
 struct OrtOperator {

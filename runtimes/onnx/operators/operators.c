@@ -2,6 +2,10 @@
  * ONNX Runtime uses these where they are registered and the function's own nodes elsewhere. */
 #include <stdlib.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "runtime.h"
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -83,7 +87,6 @@ static const Entry *entry(const OrtOperator *self) { return (const Entry *)(cons
 static OrtStatus *create(const OrtOperator *self, OrtApi api, const OrtKernelInfo *info, void **result) {
     Kernel *kernel = calloc(1, sizeof *kernel);
     if (kernel == NULL) return ORT_CREATE_STATUS(api)(ORT_FAIL, "lime_edge: out of memory");
-    kernel->rows = -1;
     OrtStatus *failed = entry(self)->create(self, api, info, kernel);
     if (failed != NULL)
         free(kernel);
@@ -149,17 +152,22 @@ static void release_in_place(int *inputs, int *outputs) {
      .release_may_inplace = release_in_place}
 
 static const Entry ENTRIES[] = {
-    {OPERATOR(lime_edge_compute_branch, offer_first), "ExpertBranch", 5, 1, create_branch},
-    {OPERATOR(lime_edge_compute_branch, offer_first), "GappedExpertBranch", 6, 1, create_branch},
-    {OPERATOR(lime_edge_compute_branch_norm, offer_second), "ExpertBranchNorm", 7, 2, create_branch_norm},
+    {OPERATOR(lime_edge_compute_branch, offer_first), "ExpertRowsBranch", 5, 1, create_branch},
+    {OPERATOR(lime_edge_compute_branch, offer_first), "GappedExpertRowsBranch", 6, 1, create_branch},
+    {OPERATOR(lime_edge_compute_branch_norm, offer_second), "ExpertRowsBranchNorm", 7, 2, create_branch_norm},
     {OPERATOR(lime_edge_compute_routed, offer_first), "RoutedBranch", 9, 1, create_routed},
     {OPERATOR(lime_edge_compute_gate, NULL), "SwiGLU", 1, 1, create_gate},
 };
 
-/* 1 where this processor has what the operators are compiled for. */
+/* 1 where this processor, and the system that saves its registers, has what the operators are compiled for. The
+ * instruction is asked itself: __builtin_cpu_supports lacks "f16c" in clang 17 and needs a symbol that not every C library has. */
 EXPORTED int lime_edge_supported(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const unsigned needed = bit_FMA | bit_F16C | bit_AVX | bit_OSXSAVE, saved = 6; /* both halves of the registers */
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & saved) == saved && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) != 0;
 #else
     return 1;
 #endif
@@ -170,7 +178,7 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
     OrtDomain *domain = NULL;
     OrtApi api = base->get_api(ORT_VERSION);
     if (api == NULL)
-        return ORT_CREATE_STATUS(base->get_api(1))(ORT_FAIL, "lime_edge: ONNX Runtime 1.20 or newer is needed");
+        return ORT_CREATE_STATUS(base->get_api(1))(ORT_FAIL, "lime_edge: ONNX Runtime 1.24 or newer is needed");
     API = api;
     if (!lime_edge_supported()) return refuse("lime_edge: these operators need a processor with AVX2, FMA and F16C");
     TRY(ORT_CREATE_DOMAIN(api)("lime_edge", &domain)); /* lives as long as the library, as its operators do */

@@ -1,10 +1,14 @@
-/* What the operators compute, apart from ONNX Runtime. All tensors are row-major float32, weights may be float16. */
+/* What the operators compute, apart from ONNX Runtime. All tensors are row-major float32, weights may be float16.
+ *
+ * A row is one token. Rows that are given together share what is read of the weights; each row's sums are added in the
+ * same order however many there are, so a row's answer has the same bits alone and in a batch. */
 #ifndef LIME_EDGE_OPERATORS_H
 #define LIME_EDGE_OPERATORS_H
 
 #include <stdint.h>
 
 enum { MOST_PARTS = 8, MOST_RANK = 1024, MOST_EXPERTS = 256 };
+enum { ROWS_AT_ONCE = 4 };
 
 /* Members of a group (q, k, v), side by side in its output; rank 0: the expert does not change this one. */
 typedef struct {
@@ -17,12 +21,12 @@ typedef struct {
  * meanwhile. */
 void lime_edge_fetch(const Parts *parts, const void *b, int half, const float *d);
 
-/* hidden (R,) = x (K,) a (K, R) */
-void lime_edge_project(const Parts *parts, const float *x, const void *a, int half, float *hidden);
+/* hidden (rows, R) = x (rows, K) a (K, R); rows: 1 to ROWS_AT_ONCE */
+void lime_edge_project(const Parts *parts, int64_t rows, const float *x, const void *a, int half, float *hidden);
 
-/* out (N,) = y + d * (hidden b), b (R, N) block-diagonal; d: the flat residual. out may be y. */
-void lime_edge_add_branch(const Parts *parts, const float *hidden, const float *y, const void *b, int half,
-                          const float *d, float *out);
+/* out (rows, N) = y + d * (hidden b), b (R, N) block-diagonal; d: each row's flat residual. out may be y. */
+void lime_edge_add_branch(const Parts *parts, int64_t rows, const float *hidden, const float *y, const void *b,
+                          int half, const float *const *d, float *out);
 
 /* delta (count,) = (hidden b)[first:first + count], the columns of one part whose ranks begin at `row` */
 void lime_edge_read_columns(const Parts *parts, const float *hidden, const void *b, int half, int64_t row, int64_t rank,

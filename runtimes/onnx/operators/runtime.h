@@ -6,18 +6,15 @@
 #include "operators.h"
 
 #define API lime_edge_api
-enum { MOST_DIMENSIONS = 8, MOST_INPUTS = 8, ROWS_PER_TASK = 8 };
+enum { MOST_DIMENSIONS = 8, ROWS_PER_TASK = 2 * ROWS_AT_ONCE };
 
 extern OrtApi API; /* of the ONNX Runtime that registered last */
 
+/* What a call of the graph says once and for all; several threads may be in one kernel, so nothing here ever changes. */
 typedef struct {
-    Parts parts;
+    Parts parts; /* without inputs and rank, which the tensors say */
     Routing routing;
     float epsilon;
-    int half; /* whether a and b are float16 */
-    /* Asking for shapes costs as much as a branch: they are checked when the number of tokens or a tensor changes. */
-    int64_t rows;                 /* of the call that was last checked; -1: none was */
-    void *addresses[MOST_INPUTS]; /* of its inputs, but y */
 } Kernel;
 
 #define TRY(call)                            \
@@ -31,32 +28,19 @@ static inline OrtStatus *refuse(const char *reason) { return ORT_CREATE_STATUS(A
 /* One tensor of a call. */
 typedef struct {
     void *data;
-    int64_t dimensions[MOST_DIMENSIONS];
+    const int64_t *dimensions; /* ONNX Runtime's own, for as long as the call lasts */
     size_t count;
     int type;
 } Tensor;
 
-static inline OrtStatus *read_shape(const OrtValue *value, Tensor *tensor) {
-    OrtShape *shape = NULL;
-    TRY(ORT_GET_SHAPE(API)(value, &shape));
-    OrtStatus *failed = ORT_COUNT_DIMENSIONS(API)(shape, &tensor->count);
-    if (failed == NULL && (tensor->count < 1 || tensor->count > MOST_DIMENSIONS))
-        failed = refuse("lime_edge: a tensor of 1 to 8 dimensions is expected");
-    if (failed == NULL) failed = ORT_GET_DIMENSIONS(API)(shape, tensor->dimensions, tensor->count);
-    if (failed == NULL) failed = ORT_GET_ELEMENT_TYPE(API)(shape, &tensor->type);
-    ORT_RELEASE_SHAPE(API)(shape);
-    return failed;
-}
-
-static inline OrtStatus *read_data(const OrtKernelContext *context, size_t index, const OrtValue **value, void **data) {
-    TRY(ORT_GET_INPUT(API)(context, index, value));
-    return ORT_GET_DATA(API)((OrtValue *)*value, data);
-}
-
 static inline OrtStatus *read_tensor(const OrtKernelContext *context, size_t index, Tensor *tensor) {
     const OrtValue *value = NULL;
-    TRY(read_data(context, index, &value, &tensor->data));
-    return read_shape(value, tensor);
+    TRY(ORT_GET_INPUT(API)(context, index, &value));
+    if (value == NULL) return refuse("lime_edge: an input is missing");
+    TRY(ORT_GET_SHAPE(API)(value, &tensor->type, &tensor->dimensions, &tensor->count));
+    if (tensor->count < 1 || tensor->count > MOST_DIMENSIONS)
+        return refuse("lime_edge: a tensor of 1 to 8 dimensions is expected");
+    return ORT_GET_DATA(API)((OrtValue *)value, &tensor->data);
 }
 
 static inline OrtStatus *read_floats(const OrtKernelContext *context, size_t index, Tensor *tensor) {
@@ -64,23 +48,31 @@ static inline OrtStatus *read_floats(const OrtKernelContext *context, size_t ind
     return tensor->type == ORT_FLOAT ? NULL : refuse("lime_edge: a float32 tensor is expected");
 }
 
-static inline OrtStatus *make_output(OrtKernelContext *context, size_t index, const Tensor *like, float **data) {
+/* Whether a tensor has exactly these dimensions. */
+static inline int is_vector(const Tensor *tensor, int64_t length) {
+    return tensor->count == 1 && tensor->dimensions[0] == length;
+}
+
+static inline int is_matrix(const Tensor *tensor, int64_t rows, int64_t columns) {
+    return tensor->count == 2 && tensor->dimensions[0] == rows && tensor->dimensions[1] == columns;
+}
+
+static inline int is_batch(const Tensor *tensor, int64_t batch, int64_t tokens, int64_t width) {
+    return tensor->count == 3 && tensor->dimensions[0] == batch && tensor->dimensions[1] == tokens &&
+           tensor->dimensions[2] == width;
+}
+
+static inline OrtStatus *make_output(OrtKernelContext *context, size_t index, const int64_t *dimensions, size_t count,
+                                     float **data) {
     OrtValue *value = NULL;
-    TRY(ORT_GET_OUTPUT(API)(context, index, like->dimensions, like->count, &value));
+    TRY(ORT_GET_OUTPUT(API)(context, index, dimensions, count, &value));
     return ORT_GET_DATA(API)(value, (void **)data);
 }
 
-static inline int64_t count_rows(const Tensor *tensor) {
-    int64_t rows = 1;
-    for (size_t i = 0; i + 1 < tensor->count; i++) rows *= tensor->dimensions[i];
-    return rows;
-}
-
-static inline int64_t last(const Tensor *tensor) { return tensor->dimensions[tensor->count - 1]; }
-
-/* Rows in order on this thread, or spread over ONNX Runtime's own threads where there are many. */
+/* Rows in order on this thread, or spread over ONNX Runtime's own threads where there are many. `run` takes a stretch of
+ * at most ROWS_PER_TASK. */
 typedef struct {
-    void (*run)(const void *job, int64_t row);
+    void (*run)(const void *job, int64_t first, int64_t end);
     const void *job;
     int64_t rows;
 } Task;
@@ -88,17 +80,29 @@ typedef struct {
 static inline void run_task(void *data, size_t index) {
     const Task *task = data;
     const int64_t first = (int64_t)index * ROWS_PER_TASK, end = first + ROWS_PER_TASK;
-    for (int64_t row = first; row < end && row < task->rows; row++) task->run(task->job, row);
+    task->run(task->job, first, end < task->rows ? end : task->rows);
 }
 
-static inline OrtStatus *run_rows(const OrtKernelContext *context, int64_t rows, void (*run)(const void *, int64_t),
-                                  const void *job) {
+static inline OrtStatus *run_rows(const OrtKernelContext *context, int64_t rows,
+                                  void (*run)(const void *, int64_t, int64_t), const void *job) {
     Task task = {run, job, rows};
     const size_t tasks = (size_t)((rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
     if (tasks > 1) return ORT_PARALLEL_FOR(API)(context, run_task, tasks, 0, &task);
     if (tasks) run_task(&task, 0);
     return NULL;
 }
+
+/* What every branch reads: x (B, S, K), y (B, S, N), a (K, R), b (R, N). */
+typedef struct {
+    Parts parts;
+    const float *x, *y;
+    const void *a, *b;
+    int half; /* whether a and b are float16 */
+    int64_t dimensions[3], rows; /* y's; B S */
+} Operands;
+
+/* Inputs 0 to 3 of a call, every dimension of them checked: each may differ from one call to the next. */
+OrtStatus *lime_edge_read_operands(const Kernel *kernel, const OrtKernelContext *context, Operands *operands);
 
 /* The operators' computations. kernel: a Kernel. */
 OrtStatus *lime_edge_compute_branch(void *kernel, OrtKernelContext *context);

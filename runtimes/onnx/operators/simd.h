@@ -35,6 +35,15 @@ INLINE vec spread(float value) { return (vec){value, value, value, value, value,
 INLINE vec spread(float value) { return (vec){value, value, value, value}; }
 #endif
 
+/* sum + one * two, rounded once: spelled out so that no compiler rounds it twice in one place and once in another. */
+INLINE vec fuse(vec one, vec two, vec sum) {
+#if defined(__x86_64__)
+    return (vec)_mm256_fmadd_ps((__m256)one, (__m256)two, (__m256)sum);
+#else
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)one, (float32x4_t)two);
+#endif
+}
+
 INLINE float add_lanes(vec v) {
     float sum = 0;
     for (int i = 0; i < WIDE; i += 4) sum += (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]);

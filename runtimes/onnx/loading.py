@@ -1,0 +1,96 @@
+"""Loading a bundle's ONNX graphs: execution providers, threads, operators."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
+from lime_edge.runtimes.onnx.operators import find_library
+from lime_edge.session.engines import SessionOptions
+
+try:
+    import onnxruntime as ort
+except ImportError as error:  # pragma: no cover - exercised in a bare environment
+    raise need("onnxruntime", "onnx") from error
+
+OPERATORS = "LIME_EDGE_OPERATORS"
+
+
+class Graphs:
+    """A bundle's loaded graphs: the pinned one, and from its first use on the routed one over the same weight file."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions):
+        facts = bundle.manifest.targets["onnx"]
+        self._load = partial(load_graph, bundle, options=options)
+        self._routed_file = facts.get("routed")
+        self._routed_graph: ort.InferenceSession | None = None
+        self.takes_expert = bool(facts["expert_input"])
+        self.pinned = self._load(facts["file"])
+
+    @property
+    def routed(self) -> ort.InferenceSession:
+        """The graph that weighs the frozen bank."""
+        if self._routed_graph is None:
+            assert self._routed_file is not None, "the session asks for it only where there is one"
+            self._routed_graph = self._load(self._routed_file)
+        return self._routed_graph
+
+
+def choose_providers(wanted: tuple[str, ...]) -> list[str]:
+    """The wanted execution providers that this build has, in order.
+
+    Raises:
+        LimeEdgeError: none of them is there.
+    """
+    available = ort.get_available_providers()
+    chosen = [name for name in wanted if name in available]
+    if not chosen:
+        raise LimeEdgeError(
+            f"none of the execution providers {', '.join(wanted)} is available",
+            f"this onnxruntime has {', '.join(available)}",
+            EXIT_MISSING,
+        )
+    return chosen
+
+
+def plan_providers(bundle: Bundle, options: SessionOptions) -> list[str]:
+    """The execution providers that the bundle's graphs are loaded with."""
+    return choose_providers(options.providers or tuple(bundle.manifest.targets["onnx"]["providers"]))
+
+
+def choose_operators(providers: list[str]) -> Path | None:
+    """The library with operators for the graph's functions, or None where their own nodes are to run.
+
+    Those are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait.
+    The environment variable LIME_EDGE_OPERATORS=0 leaves them out.
+    """
+    if providers != ["CPUExecutionProvider"] or os.environ.get(OPERATORS, "").lower() in ("0", "false", "off", "no"):
+        return None
+    return find_library()
+
+
+def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.InferenceSession:
+    """Load one of the bundle's graphs with the threads and execution providers that are meant.
+
+    Args:
+        name: path inside the bundle.
+    Raises:
+        LimeEdgeError: no execution provider, or ONNX Runtime refuses the file.
+    """
+    facts, settings = bundle.manifest.targets["onnx"], ort.SessionOptions()
+    settings.log_severity_level = 3
+    if threads := options.threads or facts.get("threads"):
+        settings.intra_op_num_threads = threads
+    providers = plan_providers(bundle, options)
+    if library := choose_operators(providers):
+        settings.register_custom_ops_library(str(library))
+    file = bundle.path / name
+    try:
+        return ort.InferenceSession(str(file), settings, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        first = str(error).splitlines()[0]
+        hint = "lime-edge inspect BUNDLE --verify compares the hashes"
+        raise LimeEdgeError(f"{file}: ONNX Runtime cannot load it: {first}", hint) from None
