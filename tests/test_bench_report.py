@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ import pytest
 from test_bench_compare import make_run
 
 from lime_edge.bench import measure as bench
-from lime_edge.bench.report import DATA, PAGE, PLOTS, check_report, write_report
+from lime_edge.bench import plots
+from lime_edge.bench.lora import size_lora
+from lime_edge.bench.plots import PLOTS
+from lime_edge.bench.report import DATA, PAGE, check_report, write_report
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.sites import SiteTable
 from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
 
@@ -185,3 +191,95 @@ def test_without_matplotlib_nothing_is_measured(
         cli.main()
     assert end.value.code == 4 and "pip install 'lime-edge[report]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# the pictures
+
+
+def draw(name: str, document: dict[str, Any]) -> Any:
+    """The figure of one plot, before it becomes pixels."""
+    from matplotlib.figure import Figure
+
+    kept: list[Figure] = []
+
+    class Kept(Figure):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            kept.append(self)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(plots, "find_figure", lambda: Kept)
+    try:
+        assert plots.render(PLOTS[name], document)
+    finally:
+        patch.undo()
+    return kept[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(PLOTS) - {"call_latency"}))
+def test_every_picture_names_model_and_machine_and_is_read_at_400_pixels(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    document = make_document(make_run(), make_run(decode=4.0, prompt_tokens=512))
+    figure = draw(name, document)
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    said = " ".join(text.get_text() for text in texts)
+    for word in (PLOTS[name].title, "tiny & <random> int4", "expert movie", "Cortex-A76 <4 cores>", "2 threads"):
+        assert word in " ".join(said.split()), f"{name}: {word!r} is nowhere in {said!r}"
+    for text in texts:
+        pixels = text.get_fontsize() / 72 * 400 / figure.get_size_inches()[0]
+        assert pixels >= 9.9, f"{name}: {text.get_text()!r} is {pixels:.1f} pixels high"
+    width, height = figure.get_size_inches()
+    drawn = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+    assert drawn.x0 > -0.02 and drawn.y0 > -0.02 and drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02, "cut off"
+
+
+def test_lines_that_coincide_are_told_apart() -> None:
+    """Two runs with the same numbers: both lines show, the lower one is wider, in other dashes and markers."""
+    figure = draw("rounds", make_document(make_run(), make_run(prompt_tokens=512)))
+    lower, upper = figure.axes[0].get_lines()
+    assert list(lower.get_ydata()) == list(upper.get_ydata())
+    assert lower.get_linewidth() >= upper.get_linewidth() + 1 and lower.get_markersize() > upper.get_markersize()
+    assert lower.get_color() != upper.get_color() and lower.get_marker() != upper.get_marker()
+    assert lower.get_linestyle() != upper.get_linestyle()
+
+
+def test_bars_stand_beside_their_baseline() -> None:
+    run = make_run(decode=5.0, ttft=100.0)
+    run["rounds"]["baseline_decode_ms"], run["rounds"]["baseline_ttft_ms"] = [4.0] * 5, [80.0] * 5
+    for name, values in (("decode", (200.0, 250.0)), ("first_token", (100.0, 80.0)), ("prefill", (1280.0, 1600.0))):
+        widths = [bar.get_width() for bar in draw(name, make_document(run)).axes[0].patches]
+        assert widths == pytest.approx(values), name
+    ratios = draw("overhead", make_document(run)).axes[0].patches
+    assert [bar.get_x() for bar in ratios] == [1.0, 1.0] and ratios[0].get_width() == pytest.approx(0.25)
+
+
+def test_many_skills_stand_beside_loras() -> None:
+    run = make_run(expert_bytes={"file": 1_000, "lora": 50_000})
+    document = make_document(run)
+    for line in document["runs"]:
+        line["memory"]["artifact_bytes"] = 2_000_000
+    disk = {line.get_label(): list(line.get_ydata()) for line in draw("skills_bytes", document).axes[0].get_lines()}
+    assert disk["LiME experts"] == pytest.approx([2.001, 2.01, 2.1])
+    assert disk["LoRA of the same rank (calculated)"] == pytest.approx([2.05, 2.5, 7.0])
+    memory = {line.get_label(): list(line.get_ydata()) for line in draw("skills_memory", document).axes[0].get_lines()}
+    assert memory["LiME experts, onnx"] == pytest.approx([50.0] * 3)
+    assert memory["LoRA of the same rank (calculated)"] == pytest.approx([50.05, 50.5, 55.0])
+
+
+def test_the_bytes_of_a_lora_are_those_of_its_tensors(
+    tiny_bundle: Callable[..., Path], tiny_adapter: Callable[..., Path], tiny_model: Callable[..., Path]
+) -> None:
+    from safetensors.numpy import load_file
+
+    for targets in (
+        ("q_proj", "v_proj"),
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ):
+        adapter = tiny_adapter(None, targets=targets)
+        manifest = Bundle.open(tiny_bundle(tiny_model(), adapter)).manifest
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        numbers = sum(t.size for name, t in tensors.items() if name.endswith((".A", ".B")))
+        assert numbers and size_lora(manifest.model, manifest.adapter["rank"], manifest.sites) == 2 * numbers, targets
+    assert size_lora(manifest.model, 8, SiteTable.from_widths([("encoder.query", 8)])) is None

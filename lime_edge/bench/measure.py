@@ -14,6 +14,7 @@ from typing import Any
 import lime_edge
 from lime_edge.bench.energy import find_meter
 from lime_edge.bench.load import Loads, time_loads
+from lime_edge.bench.lora import size_lora
 from lime_edge.bench.machine import SYS, count_cores, describe_machine, measure_copy, read_temperature
 from lime_edge.bench.memory import FIRST, MemoryRequest, find_imports, measure_experts, measure_stages
 from lime_edge.bench.rounds import summarize
@@ -292,8 +293,9 @@ def _time_loads(job: Job) -> Loads:
     return loads
 
 
-def _size_experts(bundle: Bundle) -> dict[str, int] | None:
-    """Bytes of one expert: its file, its vector in memory, its float32 residual while it is kept ready."""
+def _size_experts(bundle: Bundle) -> dict[str, int | None] | None:
+    """Bytes of one expert: its file, its vector in memory, its float32 residual while it is kept ready; and of a LoRA
+    in its place."""
     manifest = bundle.manifest
     if not manifest.experts:
         return None
@@ -303,6 +305,7 @@ def _size_experts(bundle: Bundle) -> dict[str, int] | None:
         "file": manifest.files[expert_file(manifest.experts[0])].size,
         "vector": total * (4 if wide else 2),
         "ready": total * 4,
+        "lora": size_lora(manifest.model, manifest.adapter["rank"], manifest.sites),
     }
 
 

@@ -57,6 +57,14 @@ def describe(document: Facts) -> str:
     )
 
 
+def describe_setting(document: Facts) -> str:
+    """Model and machine, as a picture's subtitle says them."""
+    machine, first = document["machine"], document["runs"][0]
+    threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["threads"] else ""
+    where = machine.get("board") or machine["cpu"]
+    return f"{document['model']} {first['quant']}, expert {first['expert']}; {where}, {machine['cores']} cores{threads}"
+
+
 def write_markdown(table: Table) -> str:
     """A Markdown table under its title."""
     lines = [
@@ -156,6 +164,11 @@ def _show_experts(run: Facts) -> str:
     return " / ".join(terminal.show_size(found[count]["rss_bytes"]) for count in ("1", "10", "100"))
 
 
+def _show_lora(run: Facts) -> str:
+    size = pick(run, "expert_bytes.lora")
+    return NOTHING if size is None else f"{terminal.show_size(size)} (calculated)"
+
+
 def _show_stages(run: Facts) -> str:
     sizes = [stage["rss_bytes"] for stage in run["memory"]["stages"].values()]
     return NOTHING if None in sizes else " / ".join(terminal.show_size(size) for size in sizes)
@@ -199,6 +212,7 @@ ROWS: tuple[tuple[str, Callable[[Facts], str]], ...] = (
     ("python / imports / opened / prompt / switches", _show_stages),
     ("memory with 1 / 10 / 100 experts", _show_experts),
     ("an expert's file", _size("expert_bytes.file")),
+    ("a LoRA of the same rank", _show_lora),
     ("artifact", _size("memory.artifact_bytes")),
     ("bundle", _size("bundle_bytes")),
     ("weights read beside a copy of memory", _show_bandwidth),

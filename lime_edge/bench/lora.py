@@ -1,0 +1,33 @@
+"""What a LoRA of the same rank on the same layers would take: calculated, to set beside an expert's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lime_edge.bundle.sites import SiteTable
+
+READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # layers whose input is the model's width
+
+
+def size_lora(model: Mapping[str, Any], rank: int, sites: SiteTable) -> int | None:
+    """Bytes of one float16 LoRA: r (D + H) numbers a layer; None where a layer's input width D is not known.
+
+    Args:
+        model: the manifest's facts of a language model: hidden, heads, head_dim.
+        rank: r. sites: names and output widths H.
+    """
+    inner = {site.name.rsplit(".", 1)[0]: site.width for site in sites if site.name.endswith(("gate_proj", "up_proj"))}
+    numbers = 0
+    for site in sites:
+        parent, _, last = site.name.rpartition(".")
+        if last in READS_HIDDEN:
+            width = model.get("hidden")
+        elif last == "o_proj":
+            width = model["heads"] * model["head_dim"] if "heads" in model else None
+        else:
+            width = inner.get(parent) if last == "down_proj" else None
+        if width is None:
+            return None
+        numbers += rank * (int(width) + site.width)
+    return 2 * numbers
