@@ -1,8 +1,9 @@
-"""Sampling, stop strings, streaming."""
+"""Options, stop strings, streaming."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,46 +12,50 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.session.generate import (
     GenerationOptions,
     TextStream,
-    filter_probabilities,
-    make_sampler,
     stream_tokens,
 )
-
-LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
-
-
-def test_temperature_is_a_softmax() -> None:
-    got = filter_probabilities(LOGITS, GenerationOptions(temperature=0.5))
-    expected = np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-
-
-def test_top_k_keeps_the_likeliest() -> None:
-    got = filter_probabilities(LOGITS, GenerationOptions(temperature=1.0, top_k=2))
-    np.testing.assert_allclose(got, [2 / 3, 1 / 3, 0, 0], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.89, 3), (1.0, 4)])
-def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p: float, kept: int) -> None:
-    got = filter_probabilities(LOGITS.astype(np.float64), GenerationOptions(temperature=1.0, top_p=top_p))
-    assert int((got > 0).sum()) == kept
-    assert got.sum() == pytest.approx(1)
-
-
-def test_sampling_follows_the_probabilities_and_the_seed() -> None:
-    options = GenerationOptions(temperature=1.0, seed=3)
-    pick, again = make_sampler(options), make_sampler(options)
-    drawn = [pick(LOGITS) for _ in range(4000)]
-    assert drawn == [again(LOGITS) for _ in range(4000)]
-    np.testing.assert_allclose(np.bincount(drawn) / 4000, np.exp(LOGITS), atol=0.03)
-    assert drawn != [make_sampler(GenerationOptions(temperature=1.0, seed=4))(LOGITS) for _ in range(4000)]
 
 
 def test_bad_options_are_all_named() -> None:
     with pytest.raises(LimeEdgeError) as caught:
-        GenerationOptions(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, stop=("",))
-    for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop strings"):
+        GenerationOptions(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, seed=-1, stop=("",))
+    for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop strings"):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": True},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"top_k": 1.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_p": None},
+        {"seed": 2**64},
+        {"seed": 0.5},
+        {"stop": (3,)},
+        {"stop": 3},
+        {"stop": ""},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(LimeEdgeError, match=f"generation options: {next(iter(bad))}"):
+        GenerationOptions(**bad)
+
+
+def test_the_whole_range_is_taken() -> None:
+    GenerationOptions(10**9, 1e-300, 10**9, 1e-300, 2**64 - 1)
+    GenerationOptions(np.int64(3), np.float32(0.5), np.int32(4), 1, 0)  # type: ignore[arg-type]
+
+
+def test_one_stop_string_is_one() -> None:
+    assert GenerationOptions(stop="END").stop == ("END",)
+    assert GenerationOptions(stop=["a", "b"]).stop == ("a", "b")
 
 
 def test_tokens_stop_at_eos_and_at_the_limit() -> None:

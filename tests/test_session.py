@@ -6,7 +6,10 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, Selection
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import Segment, Session
+from lime_edge.session.decoder import CHUNK, Segment, Session, plan_chunks
 from lime_edge.session.generate import GenerationOptions
 
 Make = Callable[..., Path]
@@ -349,3 +352,247 @@ def test_why_a_generation_ended(bundle: Path) -> None:
     session.bundle.manifest.model["eos"] = [full[3]]
     found = list(session.generate_ids(prompt, GenerationOptions(room)))
     assert session.finish_reason == "stop" and found == full[: full.index(full[3])]
+
+
+# one generation, one thread
+
+DISTURBANCES: dict[str, Callable[[Session, Path], object]] = {
+    "use": lambda session, _: session.use(session.experts[1]),
+    "logits": lambda session, _: session.logits([5, 6]),
+    "extend": lambda session, _: session.extend([5]),
+    "reset": lambda session, _: session.reset(),
+    "install": lambda session, path: session.install(expert_of(path, 1), name=session.experts[0]),
+    "another generation": lambda session, _: next(session.generate_ids([9, 9, 40], OPTIONS)),
+}
+
+
+def expert_of(path: Path, index: int) -> Path:
+    return path / "experts" / f"expert{index}.safetensors"
+
+
+@pytest.mark.parametrize("by", DISTURBANCES)
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_disturbed_generation_raises(bundle: Path, by: str, after: int) -> None:
+    """At its next token, the end included, and the session is as good as new."""
+    session = open_session(bundle)
+    expected = answer(session, PROMPTS[0])
+    stream = session.generate_ids(PROMPTS[0], OPTIONS)
+    assert [next(stream) for _ in range(after)] == expected[:after]
+    DISTURBANCES[by](session, bundle)
+    with pytest.raises(LimeEdgeError, match=f"this generation was disturbed by {by}"):
+        next(stream)
+    assert session.finish_reason is None
+    fresh = open_session(bundle)
+    if by == "install":
+        fresh.install(expert_of(bundle, 1), name="expert0")
+    fresh.use(session.selection)
+    assert answer(session, PROMPTS[3]) == answer(fresh, PROMPTS[3])
+
+
+def test_text_is_disturbed_like_ids_and_stop_strings_end_it_first(bundle: Path) -> None:
+    session = open_session(bundle)
+    stream = session.generate("hello there", OPTIONS)
+    next(stream)
+    session.reset()
+    with pytest.raises(LimeEdgeError, match="disturbed by reset"):
+        list(stream)
+
+
+def test_the_later_generation_goes_on(bundle: Path) -> None:
+    session = open_session(bundle)
+    expected = answer(session, PROMPTS[3])
+    first, second = (session.generate_ids(PROMPTS[3], OPTIONS) for _ in range(2))
+    begun = [next(first)]
+    assert list(second) == expected and begun == expected[:1]
+    with pytest.raises(LimeEdgeError, match="disturbed by another generation"):
+        next(first)
+    assert session.finish_reason == "length"
+
+
+def test_what_changes_nothing_disturbs_nothing(bundle: Path) -> None:
+    """The same selection again, another expert installed or removed, a switch that fails, a look at the cache."""
+    session = open_session(bundle)
+    expected = answer(session, PROMPTS[0])
+    stream = session.generate_ids(PROMPTS[0], OPTIONS)
+    found = [next(stream)]
+    session.use(session.selection)
+    session.install(expert_of(bundle, 1), name="other")
+    found.append(next(stream))
+    session.remove("other")
+    with pytest.raises(LimeEdgeError):
+        session.use("missing")
+    assert session.cache and session.max_length == 32
+    assert found + list(stream) == expected
+
+
+def run_in_thread(work: Callable[[], object]) -> list[object]:
+    """What `work` gave or raised in a thread of its own, in a list."""
+    found: list[object] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except LimeEdgeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="helper")
+    thread.start()
+    thread.join()
+    return found
+
+
+USES: dict[str, Callable[[Session, Path], object]] = {
+    "use": lambda session, _: session.use(session.experts[0]),
+    "logits": lambda session, _: session.logits([5, 6]),
+    "extend": lambda session, _: session.extend([5]),
+    "reset": lambda session, _: session.reset(),
+    "install": lambda session, path: session.install(expert_of(path, 1), name="other"),
+    "remove": lambda session, _: session.remove("expert3"),
+    "generate": lambda session, _: list(session.generate("hello", OPTIONS)),
+    "generate_ids": lambda session, _: list(session.generate_ids([5, 6], OPTIONS)),
+    "hand_over": lambda session, _: session.hand_over(),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_second_thread_is_refused(bundle: Path, name: str) -> None:
+    session = open_session(bundle)
+    session.logits(PROMPTS[0])
+    (found,) = run_in_thread(lambda: USES[name](session, bundle))
+    assert isinstance(found, LimeEdgeError) and "belongs to the thread 'MainThread', 'helper' may not" in str(found)
+    assert "hand_over()" in found.hint
+    assert answer(session, PROMPTS[0])
+
+
+def test_a_running_generation_does_not_change_threads(bundle: Path) -> None:
+    session = open_session(bundle)
+    expected = answer(session, PROMPTS[0])
+    stream = session.generate_ids(PROMPTS[0], OPTIONS)
+    found = [next(stream)]
+    (refused,) = run_in_thread(lambda: next(stream))
+    assert isinstance(refused, LimeEdgeError)
+    stream = session.generate_ids(PROMPTS[0], OPTIONS)  # the refusal ended the first
+    found = [next(stream)]
+    session.hand_over()
+    (rest,) = run_in_thread(lambda: list(stream))
+    assert found + list(rest) == expected  # type: ignore[call-overload]
+
+
+def test_a_session_is_handed_over(bundle: Path) -> None:
+    """Opened here, used there; given back by its owner, or taken when that has ended."""
+    session = open_session(bundle)
+    (there,) = run_in_thread(lambda: answer(session, PROMPTS[0]))
+    with pytest.raises(LimeEdgeError, match="belongs to the thread 'helper'"):
+        session.logits([5])
+    session.hand_over()
+    assert answer(session, PROMPTS[0]) == there
+
+
+def test_two_threads_at_once_one_is_refused(bundle: Path) -> None:
+    session, start = open_session(bundle), threading.Barrier(4)
+
+    def work() -> object:
+        start.wait()
+        return [answer(session, prompt) for prompt in PROMPTS]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.exception() for one in [pool.submit(work) for _ in range(4)]]
+    refused = [error for error in found if error is not None]
+    assert len(refused) == 3 and all(isinstance(error, LimeEdgeError) for error in refused)
+
+
+def test_sessions_in_threads_do_not_bleed(bundle: Path) -> None:
+    """Four sessions, four experts, at the same time; every answer is that of a session alone."""
+    rounds = 4 if find_target(bundle) == "coreml" else 40
+    names = open_session(bundle).experts[:4]
+
+    def work(name: str) -> list[list[int]]:
+        session = open_session(bundle)
+        session.use(name)
+        return [answer(session, prompt) for _ in range(rounds) for prompt in PROMPTS]
+
+    expected = {name: work(name) for name in names}
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(names, pool.map(work, names), strict=True))
+    assert found == expected
+
+
+# what is refused in words
+
+
+@pytest.mark.parametrize("name", ["none", "routed", "", "../x", "a b", "x" * 65, 3])
+def test_install_checks_the_name_it_is_given(bundle: Path, name: str) -> None:
+    session = open_session(bundle)
+    with pytest.raises(LimeEdgeError, match="install: .* is (not a valid expert name|reserved)"):
+        session.install(expert_of(bundle, 1), name=name)
+    assert session.experts == Bundle.open(bundle).manifest.experts
+
+
+def test_an_engine_that_fails_is_one_clear_error_and_the_session_survives(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(bundle)
+    expected = session.logits(PROMPTS[3]).copy()
+    feed, calls = session._engine.feed, []
+
+    def fail(ids: np.ndarray, keep: int) -> np.ndarray:
+        calls.append(ids.size)
+        if len(calls) == 2:
+            raise RuntimeError("Non-zero status code\nand more")
+        return feed(ids, keep)
+
+    monkeypatch.setattr(session._engine, "feed", fail)
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 4)
+    with pytest.raises(LimeEdgeError, match=r"the engine failed: RuntimeError: Non-zero status code\n  hint") as error:
+        session.logits(PROMPTS[3])
+    assert "lime-edge verify" in error.value.hint
+    assert session.cache == (Segment(session.experts[0], 4),) and session._engine.length == 4
+    np.testing.assert_allclose(session.extend(PROMPTS[3][4:], keep=0), expected[4:], atol=1e-4, rtol=1e-4)
+
+
+def test_logits_that_are_no_numbers_end_a_generation(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(bundle)
+    monkeypatch.setattr(session._engine, "feed", lambda ids, keep: np.full((1, 300), np.nan, np.float32))
+    with pytest.raises(LimeEdgeError, match="logits hold nan: no token can be picked"):
+        answer(session, PROMPTS[0])
+
+
+@pytest.mark.parametrize("blend", [{"expert0": None}, {"expert0": "1"}, {"expert0": float("nan")}, {}])
+def test_weights_that_are_no_numbers_are_refused(bundle: Path, blend: dict) -> None:
+    with pytest.raises(LimeEdgeError, match="blend"):
+        open_session(bundle).use(blend)
+
+
+# where prompts are cut
+
+
+def test_chunks_end_at_multiples_in_the_cache_and_none_is_a_single_token() -> None:
+    assert plan_chunks(0, 1500) == [CHUNK, 2 * CHUNK, 1500]
+    assert plan_chunks(500, 1500) == [12, 524, 1036, 1500]
+    for held in (0, 1, 500, 510, 511, 512, 513, 1023):
+        for count in (1, 2, 3, 4, 511, 512, 513, 514, 1024, 1025):
+            sizes = np.diff([0, *plan_chunks(held, count)])
+            assert sizes.sum() == count and sizes.max() <= CHUNK + 2
+            assert sizes.min() > 1 or count == 1
+
+
+def test_int4_answers_do_not_depend_on_what_was_kept(make_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty prompts that share beginnings, read anew or after a kept beginning: the same logits, to the bit.
+
+    Core ML alone pads what is left of a prompt to enumerated lengths, and float products of other sizes add up in
+    another order: there they are equal to float32's rounding.
+    """
+    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 8)
+    bundle = make_bundle(quant="int4")
+    keeping, anew = open_session(bundle), open_session(bundle)
+    draw = random.Random(1)
+    stem = [draw.randrange(300) for _ in range(25)]
+    options = replace(OPTIONS, max_new_tokens=1)
+    for round_ in range(60 if find_target(bundle) == "onnx" else 12):
+        prompt = stem[: draw.randrange(1, 25)] + [draw.randrange(300) for _ in range(draw.randrange(4))]
+        list(keeping.generate_ids(prompt, options, keep_cache=True))
+        list(anew.generate_ids(prompt, options))
+        following = [draw.randrange(300)]
+        found, expected = keeping.extend(following)[-1], anew.extend(following)[-1]
+        error = 1e-5 if find_target(bundle) == "coreml" else 0.0
+        assert np.abs(found - expected).max() <= error, f"round {round_}: {np.abs(found - expected).max()}"

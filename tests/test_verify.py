@@ -383,6 +383,16 @@ def test_an_engine_that_fails_is_missed(tiny_bundle: Make, monkeypatch: pytest.M
     assert {(check.result, check.why) for check in checks} == {(MISSED, "RuntimeError: Non-zero status code")}
 
 
+def test_an_engine_that_fails_inside_a_session_says_so(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Non-zero status code\nmore")
+
+    monkeypatch.setattr("lime_edge.runtimes.onnx.decoder.OnnxEngine.feed", fail)
+    checks = verify_bundle(tiny_bundle(quant="int4"), threads=1).checks
+    why = "onnx: the engine failed: RuntimeError: Non-zero status code"
+    assert {(check.result, check.why) for check in checks} == {(MISSED, why)}
+
+
 def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left out where others can be checked; an error where it was asked for, or where nothing is left."""
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)

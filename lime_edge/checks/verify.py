@@ -105,9 +105,11 @@ def verify_target(
         try:
             session.use(parse_selection(label))
             checks.append(judge(golden, target, label, replay(session, golden, label), compute))
-        except Exception as error:  # the engines' own share no public base
-            lines = str(error).splitlines() or [""]
-            checks.append(Check(target, label, MISSED, f"{type(error).__name__}: {lines[0]}"))
+        except LimeEdgeError as error:
+            checks.append(Check(target, label, MISSED, error.problem))
+        except Exception as error:  # answers of a shape that nobody expects
+            first = next(iter(str(error).splitlines()), "")
+            checks.append(Check(target, label, MISSED, f"{type(error).__name__}: {first}"))
     progress(target, len(wanted), len(wanted))
     return session.provider, checks
 

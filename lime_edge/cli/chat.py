@@ -124,7 +124,7 @@ class Chat:
 
             words = [*self._commands, *self.session.experts]
             readline.set_completer_delims(" ,")
-            readline.set_completer(lambda text, n: ([w for w in words if w.startswith(text)] + [None])[n])  # type: ignore[list-item]
+            readline.set_completer(lambda text, n: ([w for w in words if w.startswith(text)] + [None])[n])
             readline.parse_and_bind("tab: complete")
 
     # answering

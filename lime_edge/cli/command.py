@@ -10,7 +10,9 @@ from typer.core import TyperCommand
 
 from lime_edge.errors import LimeEdgeError, suggest
 
-UsageError = typer.BadParameter.__mro__[1]  # the parser's own: public in no version, its module has moved
+UsageError: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # the parser's own: public in no version, its module has moved
 
 
 class Command(TyperCommand):
@@ -18,11 +20,12 @@ class Command(TyperCommand):
 
     def make_parser(self, ctx: Any) -> Any:
         """The parser of one call, with a look at what it found."""
-        parser = super().make_parser(ctx)
+        parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> Any:
             values, rest, order = parse(args=args)
+            option: Any
             for option, times in Counter(order).items():
                 if option.param_type_name == "option" and times > 1 and not (option.multiple or option.is_flag):
                     raise LimeEdgeError(f"{option.opts[0]} takes one value, {times} were given", "keep one of them")

@@ -120,6 +120,7 @@ def export(
     refuse_hub_name(model)
     try:
         from lime_edge.compiler.compile import CompileOptions
+        from lime_edge.compiler.formats.prequantized import refuse_prequantized
         from lime_edge.export.decoder import ExportOptions, export_bundle
         from lime_edge.export.encoder import export_encoder_bundle, is_encoder
     except ModuleNotFoundError as error:
@@ -133,6 +134,7 @@ def export(
         CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
     )
     refuse_idle_options(targets, static)
+    refuse_prequantized(model)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
         options = ExportOptions(tuple(targets), tokenizer, force, prompts, static)
         write = export_encoder_bundle if is_encoder(model) else export_bundle

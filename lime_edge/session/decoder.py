@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ROUTED, ExpertBank, Selection, describe_selection
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.engines import Engine
+from lime_edge.session.engines import Engine, blame_engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.session.switching import ExpertSwitch
+from lime_edge.session.turn import Turn
 
 ROOM = (
     "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
@@ -41,7 +43,11 @@ class Session(ExpertSwitch):
     generation ended: "stop" (end token or stop string), "length" (max_new_tokens), "cache" (it is
     full), None before the first and where one was left before its end.
 
-    Use it as a context manager or let it go out of scope; it is not safe for several threads.
+    One generation at a time: whatever changes cache or expert under a running one ends it with an error at its
+    next token, never with an answer that is half another's. One thread at a time: the first that uses the session
+    owns it, any other is refused; `hand_over` gives it on. Sessions share nothing: open one per thread.
+
+    Use it as a context manager or let it go out of scope.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, bank: ExpertBank, target: str):
@@ -49,6 +55,7 @@ class Session(ExpertSwitch):
         self._codec: TextCodec | None = None
         self._ids: list[int] = []
         self._segments: list[Segment] = []
+        self._turn = Turn()
         self.finish_reason: str | None = None
         super().__init__(bundle, engine, bank, target)
 
@@ -62,9 +69,20 @@ class Session(ExpertSwitch):
         Raises:
             LimeEdgeError: see ExpertSwitch.use.
         """
+        before = self._selection
         super().use(selection)
-        if not keep_cache and any(s.selection != describe_selection(selection) for s in self._segments):
-            self.reset()
+        if self._selection != before:
+            self._turn.disturb("use")
+        if not keep_cache and any(s.selection != describe_selection(self._selection) for s in self._segments):
+            self._turn.disturb("use")
+            self._rewind(0)
+
+    def install(self, path: Path | str, name: str | None = None) -> str:
+        """Add an expert file while running; see ExpertSwitch.install. Replacing the one in use starts a new cache."""
+        installed = super().install(path, name)
+        if self._uses(installed):
+            self._turn.disturb("install")
+        return installed
 
     # the cache
 
@@ -80,6 +98,8 @@ class Session(ExpertSwitch):
 
     def reset(self) -> None:
         """Start a new cache."""
+        self._owner.check()
+        self._turn.disturb("reset")
         self._rewind(0)
 
     def _rewind(self, length: int) -> None:
@@ -95,33 +115,49 @@ class Session(ExpertSwitch):
     def _feed(self, ids: Sequence[int], keep: int) -> np.ndarray:
         """Append tokens; logits of the last `keep` positions of this call (0: all)."""
         array = self._check_ids(ids)
-        room = self._engine.capacity - self._engine.length
-        if len(ids) > room:
-            total = len(ids) + self._engine.length
-            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {total} are needed", ROOM)
-        chunk = CHUNK
+        if keep < 0:
+            raise LimeEdgeError(f"keep: expected 0 or more, found {keep}", "0 keeps the logits of every position")
+        held = self._engine.length
+        if array.size > self._engine.capacity - held:
+            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {array.size + held} are needed", ROOM)
         if self._selection == ROUTED:
-            if self._engine.length and array.size > 1:
+            if held and array.size > 1:
                 raise LimeEdgeError(
-                    f"routed: {array.size} tokens after a cache of {self._engine.length}",
+                    f"routed: {array.size} tokens after a cache of {held}",
                     "a routed prompt is run in one call, then token by token",
                 )
-            chunk = array.size
+            stops = [array.size]
+        else:
+            stops = plan_chunks(held, array.size)
         first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
-        parts = []
-        for start in range(0, array.size, chunk):
-            piece = array[start : start + chunk]
-            wanted = start + piece.size - max(start, first)
-            rows = self._engine.feed(piece, max(wanted, 1))
+        parts, start = [], 0
+        for stop in stops:
+            wanted = stop - max(start, first)
+            rows = self._feed_chunk(array[start:stop], max(wanted, 1))
             if wanted > 0:
-                parts.append(rows if array.size <= chunk else rows.copy())
-        self._ids.extend(ids)
-        self._note(len(ids))
+                parts.append(rows if len(stops) == 1 else rows.copy())
+            start = stop
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _feed_chunk(self, ids: np.ndarray, keep: int) -> np.ndarray:
+        """One call of the engine; what the session knows of the cache changes with it, or not at all."""
+        try:
+            rows = self._engine.feed(ids, keep)
+        except Exception as error:
+            self._engine.rewind(len(self._ids))
+            if isinstance(error, LimeEdgeError):
+                raise
+            raise blame_engine(self.target, error) from error
+        self._ids.extend(ids.tolist())
+        self._note(ids.size)
+        return rows
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
         vocab = self.bundle.manifest.model["vocab"]
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists of several lengths
+            array = np.empty(0, object)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
             raise LimeEdgeError(
                 f"token ids: expected a non-empty list of integers, found shape {array.shape} {array.dtype}",
@@ -150,7 +186,9 @@ class Session(ExpertSwitch):
         Returns:
             (S or keep, V) float32; with keep=1 overwritten by the next call: copy it to keep it.
         """
-        self.reset()
+        self._owner.check()
+        self._turn.disturb("logits")
+        self._rewind(0)
         return self._feed(input_ids, keep)
 
     def extend(self, input_ids: Sequence[int], keep: int = 1) -> np.ndarray:
@@ -158,6 +196,8 @@ class Session(ExpertSwitch):
 
         With keep=1 the array is overwritten by the next call: copy it to keep it.
         """
+        self._owner.check()
+        self._turn.disturb("extend")
         return self._feed(input_ids, keep)
 
     def generate(
@@ -172,17 +212,18 @@ class Session(ExpertSwitch):
         Args:
             prompt: complete text (chat template applied) or token ids.
             options: see GenerationOptions; `changes` are fields of it (max_new_tokens=64).
-            keep_cache: keep the longest prefix that the cache already holds.
+            keep_cache: keep the longest prefix that the cache already holds (docs/sampling.md says what that changes).
+        Yields:
+            Text, as soon as it is certain. Nothing is checked or computed before the first piece is asked for.
+        Raises:
+            LimeEdgeError: bad ids or options, no room, logits that are no numbers, an engine that fails; after a
+                piece, that something else changed the session's cache or expert, or that another thread goes on.
         """
         options = replace(options or GenerationOptions(), **changes)
-        codec = self.codec
-        stream = TextStream(codec.decode, options.stop)
-        for token in self.generate_ids(prompt, options, keep_cache):
+        stream = TextStream(self.codec.decode, options.stop)
+        for token in self._run(prompt, options, keep_cache, lambda: stream.stopped):
             if piece := stream.push(token):
                 yield piece
-            if stream.stopped:
-                self.finish_reason = STOP
-                return
         if piece := stream.finish():
             yield piece
 
@@ -190,28 +231,46 @@ class Session(ExpertSwitch):
         self, prompt: str | Sequence[int], options: GenerationOptions | None = None, keep_cache: bool = False
     ) -> Iterator[int]:
         """Stream token ids; as `generate`, without a tokenizer when the prompt is ids."""
-        options = options or GenerationOptions()
+        return self._run(prompt, options or GenerationOptions(), keep_cache, lambda: False)
+
+    def _run(
+        self, prompt: str | Sequence[int], options: GenerationOptions, keep_cache: bool, stopped: Callable[[], bool]
+    ) -> Iterator[int]:
+        """One generation, from its first `next` on.
+
+        Args:
+            stopped: asked after every token: has the text come to a stop string?
+        Raises:
+            LimeEdgeError: bad ids, no room, or, after a token, that something changed cache or expert meanwhile.
+        """
+        self._owner.check()
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_ids(ids)
+        room = self._engine.capacity - len(ids)
+        if room < 1:
+            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}", ROOM)
+        turn = self._turn.begin()
         keeps = keep_cache and self._selection != ROUTED  # routing must see the whole prompt in one call
         shared = self._shared_prefix(ids) if keeps else 0
         self._rewind(shared)
         eos = self.bundle.manifest.model.get("eos", ())
-        room = self._engine.capacity - len(ids)
-        if room < 1:
-            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}", ROOM)
         self.finish_reason, count = None, 0
         limit = min(options.max_new_tokens, room)
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731
         for token in stream_tokens(self._feed(ids[shared:], 1)[-1], step, replace(options, max_new_tokens=limit), eos):
             count += 1
             yield token
+            self._owner.check()
+            self._turn.check(turn)
+            if stopped():
+                self.finish_reason = STOP
+                return
         self.finish_reason = STOP if count < limit else (FULL if limit < options.max_new_tokens else LENGTH)
 
     def _shared_prefix(self, ids: Sequence[int]) -> int:
-        """Tokens the cache already holds; at least one is left to feed."""
+        """Tokens the cache already holds; at least two are left to feed, for a call of one may round otherwise."""
         count = 0
-        for mine, theirs in zip(self._ids, ids[:-1], strict=False):
+        for mine, theirs in zip(self._ids, ids[:-2], strict=False):
             if mine != theirs:
                 break
             count += 1
@@ -228,4 +287,24 @@ class Session(ExpertSwitch):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._owner.release()
         self.reset()
+
+
+def plan_chunks(held: int, count: int) -> list[int]:
+    """Where to cut `count` tokens that follow `held`: at multiples of CHUNK in the cache, whatever is held already.
+
+    So a prompt is cut alike whether or not its beginning was kept. No piece is a single token where there are two:
+    engines run one row in other products than many, and in a quantized bundle the two round differently.
+
+    Returns:
+        The end of each piece, the last one `count`.
+    """
+    stops, start = [], 0
+    while start < count:
+        stop = min(count, (held + start) // CHUNK * CHUNK + CHUNK - held)
+        while stop < count and 1 in (stop - start, count - stop):
+            stop += 1
+        stops.append(stop)
+        start = stop
+    return stops

@@ -9,13 +9,13 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ExpertBank
-from lime_edge.errors import Faults
-from lime_edge.session.engines import EncoderEngine
+from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.session.engines import EncoderEngine, blame_engine
 from lime_edge.session.switching import ExpertSwitch
 
 
 class EncoderSession(ExpertSwitch):
-    """An opened encoder or vision bundle on one target; not safe for several threads.
+    """An opened encoder or vision bundle on one target, for one thread at a time (see `hand_over`).
 
     `use` switches the expert of the calls that follow. Nothing is kept between calls.
     """
@@ -45,7 +45,14 @@ class EncoderSession(ExpertSwitch):
         Raises:
             LimeEdgeError: an input is missing, unknown, of the wrong shape, or holds ids out of range.
         """
-        return self._engine.run(self._check(inputs))
+        self._owner.check()
+        checked = self._check(inputs)
+        try:
+            return self._engine.run(checked)
+        except LimeEdgeError:
+            raise
+        except Exception as error:
+            raise blame_engine(self.target, error) from error
 
     def _check(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Complete arrays in the dtypes of the graph; all faults at once."""

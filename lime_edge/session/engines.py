@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from lime_edge.bundle.residual import Subtract
-from lime_edge.errors import Faults
+from lime_edge.errors import Faults, LimeEdgeError
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,12 @@ class EncoderEngine(SwitchableEngine, Protocol):
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name, for checked and complete inputs."""
+
+
+def blame_engine(target: str, error: Exception) -> LimeEdgeError:
+    """What the user is told when an engine fails while it runs (the engines' own errors share no base)."""
+    first = next(iter(str(error).splitlines()), "")
+    return LimeEdgeError(
+        f"{target}: the engine failed: {type(error).__name__}: {first}",
+        "lime-edge verify BUNDLE tells whether the artifact is whole and runs here",
+    )

@@ -1,24 +1,27 @@
-"""From logits to text: sampling, stop strings, streaming."""
+"""From logits to text: options, stop strings, streaming."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
 from lime_edge.errors import Faults
+from lime_edge.session.sampling import make_sampler
 
 REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to pick tokens and when to stop.
+    """How to pick tokens and when to stop; docs/sampling.md says each step.
 
     max_new_tokens: at most this many. temperature: 0 is greedy. top_k: keep the k likeliest, 0 keeps
-    all. top_p: keep the smallest set of that probability mass. seed: of the sampler. stop: strings
-    that end the text and are not part of it. ignore_eos: generate on past the end token.
+    all. top_p: keep the smallest set of that probability mass. seed: of the sampler, 0..2^64 - 1. stop: strings
+    (or one) that end the text and are not part of it. ignore_eos: generate on past the end token.
     """
 
     max_new_tokens: int = 128
@@ -26,56 +29,34 @@ class GenerationOptions:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         with Faults("generation options", "lime-edge run --help explains each") as faults:
-            if self.max_new_tokens < 1:
-                faults.add("max_new_tokens", "at least 1", self.max_new_tokens)
-            if not self.temperature >= 0:
-                faults.add("temperature", "0 or more", self.temperature)
-            if self.top_k < 0:
-                faults.add("top_k", "0 or more", self.top_k)
-            if not 0 < self.top_p <= 1:
+            _check_number(faults, "max_new_tokens", self.max_new_tokens, Integral, "a whole number, at least 1", 1)
+            _check_number(faults, "temperature", self.temperature, Real, "a finite number, 0 or more", 0)
+            _check_number(faults, "top_k", self.top_k, Integral, "a whole number, 0 or more", 0)
+            _check_number(faults, "top_p", self.top_p, Real, "in (0, 1]", 0, 1)
+            if self.top_p == 0:
                 faults.add("top_p", "in (0, 1]", self.top_p)
-            if any(not text for text in self.stop):
+            if self.seed is not None:
+                _check_number(faults, "seed", self.seed, Integral, "a whole number in 0..2^64 - 1", 0, 2**64 - 1)
+            stop = (self.stop,) if isinstance(self.stop, str) or not isinstance(self.stop, Sequence) else self.stop
+            if not all(isinstance(text, str) for text in stop):
+                faults.add("stop", "strings", self.stop)
+            elif not all(stop):
                 faults.add("stop strings may not be empty")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
-def make_sampler(options: GenerationOptions) -> Callable[[np.ndarray], int]:
-    """A function from logits (V,) to a token id, with a generator of its own."""
-    if options.temperature == 0:
-        return lambda logits: int(logits.argmax())
-    random = np.random.default_rng(options.seed)
-
-    def sample(logits: np.ndarray) -> int:
-        probabilities = filter_probabilities(logits, options)
-        return int(random.choice(probabilities.size, p=probabilities))
-
-    return sample
-
-
-def filter_probabilities(logits: np.ndarray, options: GenerationOptions) -> np.ndarray:
-    """softmax(logits / temperature) after top-k, then top-p (Holtzman et al., arXiv 1904.09751).
-
-    Args:
-        logits: (V,) float32.
-    Returns:
-        (V,) float64 that sums to 1.
-    """
-    scaled = logits.astype(np.float64) / options.temperature
-    if 0 < options.top_k < scaled.size:
-        threshold = np.partition(scaled, -options.top_k)[-options.top_k]
-        scaled = np.where(scaled < threshold, -np.inf, scaled)
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if options.top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        mass_before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[mass_before >= options.top_p]] = 0
-        probabilities /= probabilities.sum()
-    return probabilities
+def _check_number(
+    faults: Faults, name: str, value: object, kind: type, wanted: str, least: float, most: float = math.inf
+) -> None:
+    """Note a fault where `value` is no number of that kind, or out of its range; infinity and NaN are in none."""
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or not (math.isfinite(value) and least <= value <= most):  # type: ignore[arg-type, operator]
+        faults.add(name, wanted, value)
 
 
 class TextStream:
@@ -130,7 +111,7 @@ def stream_tokens(
     Yields:
         Token ids, the end token not among them.
     """
-    pick = make_sampler(options)
+    pick = make_sampler(options.temperature, options.top_k, options.top_p, options.seed)
     for count in range(options.max_new_tokens):
         token = pick(logits)
         if token in eos and not options.ignore_eos:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import ALWAYS_ON, NONE, ROUTED, ExpertBank, Selection, describe_selection, read_expert
+from lime_edge.bundle.experts import (
+    ALWAYS_ON,
+    NONE,
+    ROUTED,
+    ExpertBank,
+    Selection,
+    check_name,
+    describe_selection,
+    read_expert,
+)
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.engines import SwitchableEngine
+from lime_edge.session.engines import SwitchableEngine, blame_engine
+from lime_edge.session.owner import Owner
+
+BLEND = "write a blend as {NAME: WEIGHT, NAME: WEIGHT}; the weights sum to 1"
 
 
 class ExpertSwitch:
@@ -27,6 +40,7 @@ class ExpertSwitch:
         self._single: str | None = bundle.manifest.adapter.get("single")
         self._variant: str = bundle.manifest.adapter.get("variant", "lora")
         self._selection: Selection = None
+        self._owner = Owner()
         self._apply(self._single or (bank.names[0] if bank.names else None))
 
     @property
@@ -59,7 +73,16 @@ class ExpertSwitch:
             LimeEdgeError: unknown name, bad weights, a single-expert bundle, a bundle without routing,
                 or None for a variant that cannot be switched off.
         """
+        self._owner.check()
         self._apply(selection)
+
+    def hand_over(self) -> None:
+        """Give the session to the next thread that uses it; only its own thread may, or anyone once that has ended.
+
+        Raises:
+            LimeEdgeError: it belongs to another thread, which still runs.
+        """
+        self._owner.release()
 
     def _apply(self, selection: Selection) -> None:
         if selection == NONE:
@@ -69,6 +92,8 @@ class ExpertSwitch:
                 f"expert: expected a name, a blend or None, found {selection!r}",
                 f"the names are {', '.join(self._bank.names)}",
             )
+        if isinstance(selection, Mapping) and not all(isinstance(weight, Real) for weight in selection.values()):
+            raise LimeEdgeError(f"blend: expected a number for each name, found {dict(selection)}", BLEND)
         if self._single is not None:
             if selection != self._single:
                 asked = describe_selection(selection)
@@ -80,7 +105,7 @@ class ExpertSwitch:
             if not self._facts.get("routed"):
                 hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
                 raise LimeEdgeError("this bundle has no routed graph", hint)
-            self._switchable.set_routed()
+            self._load_routed()
         elif selection is None and self._variant in ALWAYS_ON:
             raise LimeEdgeError(
                 f"a {self._variant} adapter cannot be switched off: no expert vector gives the original model",
@@ -90,14 +115,26 @@ class ExpertSwitch:
             self._switchable.set_expert(self._bank.residual(selection))
         self._selection = dict(selection) if isinstance(selection, Mapping) else selection
 
+    def _load_routed(self) -> None:
+        """The first time loads a graph, of which anything may be said."""
+        try:
+            self._switchable.set_routed()
+        except LimeEdgeError:
+            raise
+        except Exception as error:
+            raise blame_engine(self.target, error) from error
+
     def install(self, path: Path | str, name: str | None = None) -> str:
         """Add an expert file while running; returns its name. Nothing is written; routing does not know it.
 
         Raises:
-            LimeEdgeError: damaged, NaN, wrong length, or made for another backbone.
+            LimeEdgeError: damaged, NaN, wrong length, made for another backbone, or a name that is none.
         """
+        self._owner.check()
+        if name is not None and (problem := check_name(name)):
+            raise LimeEdgeError(f"install: {problem}", "give it another name")
         expert = read_expert(Path(path))
-        expert = replace(expert, name=name) if name else expert
+        expert = replace(expert, name=name) if name is not None else expert
         if self._single is not None:
             raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")
         self._bank.install(expert, str(path))
@@ -108,6 +145,7 @@ class ExpertSwitch:
 
     def remove(self, name: str) -> None:
         """Forget an installed expert; the one in use cannot be removed."""
+        self._owner.check()
         if self._uses(name):
             raise LimeEdgeError(f"expert {name!r} is in use", "switch to another one first")
         self._bank.remove(name)

@@ -5,7 +5,7 @@ import java.util.PriorityQueue
 /**
  * Byte-pair encoding of one word: the pair of lowest rank is merged first, the leftmost of equals.
  *
- * @property ids ids of the 256 bytes.
+ * @property ids ids of the 256 bytes; -1: the vocabulary lacks it, and it is left out.
  *
  * Source: Sennrich et al., arXiv 1508.07909; byte-level as in GPT-2.
  */
@@ -17,7 +17,8 @@ internal class BytePairs(private val ids: IntArray, merges: Int) {
 
     /** Ids of a word's bytes. */
     fun encode(bytes: ByteArray, out: IntList) {
-        val symbols = IntArray(bytes.size) { ids[bytes[it].toInt() and 0xFF] }
+        var symbols = IntArray(bytes.size) { ids[bytes[it].toInt() and 0xFF] }
+        if (symbols.any { it < 0 }) symbols = symbols.filter { it >= 0 }.toIntArray()
         if (symbols.size > 1) merge(symbols, out) else symbols.forEach(out::add)
     }
 

@@ -32,4 +32,25 @@ internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: In
         val at = starts.binarySearch(point).let { if (it >= 0) it else -it - 2 }
         return if (at >= 0 && point <= ends[at]) kinds[at] else Kind.OTHER
     }
+
+    companion object {
+        /** Read a bundle's table: JSON, per class a flat list of first and last code points. */
+        fun read(text: String, where: String): CharacterClasses {
+            val table = try {
+                Json.parse(text) as? Map<*, *>
+            } catch (error: Json.Malformed) {
+                throw LimeError.Damaged(where, "not JSON: ${error.message}", COPY_AGAIN)
+            }
+            val (letters, numbers, spaces) = listOf("letters", "numbers", "spaces").map { readRanges(table?.get(it), "$where: $it") }
+            return CharacterClasses(letters, numbers, spaces)
+        }
+
+        private fun readRanges(value: Any?, where: String): IntArray {
+            val bounds = (value as? List<*>)?.flatMap { it as? List<*> ?: listOf(it) }?.map { it as? Long ?: -1L }
+            val rising = bounds != null && bounds.size % 2 == 0 && bounds.all { it in 0..0x10FFFF } &&
+                bounds.indices.all { it == 0 || bounds[it] > bounds[it - 1] || (it % 2 == 1 && bounds[it] == bounds[it - 1]) }
+            if (!rising) throw LimeError.Damaged(where, "no rising ranges of code points", COPY_AGAIN)
+            return bounds.map { it.toInt() }.toIntArray()
+        }
+    }
 }

@@ -109,7 +109,7 @@ public class Tokenizer private constructor(
         private fun refuseUnknown(document: Map<*, *>, model: Map<*, *>, where: String) {
             val faults = Faults()
             if (model["type"] != "BPE") faults.add("model", "BPE", model["type"])
-            for (key in listOf("dropout", "unk_token")) if (model[key] != null) faults.add(key, "none", model[key])
+            if (model["dropout"] != null) faults.add("dropout", "none", model["dropout"])
             for (key in listOf("continuing_subword_prefix", "end_of_word_suffix")) {
                 if (!(model[key] as? String).isNullOrEmpty()) faults.add(key, "none", model[key])
             }
@@ -132,16 +132,13 @@ public class Tokenizer private constructor(
                 if (id !is Long || id !in 0 until LARGEST_VOCABULARY) throw LimeError.Damaged(where, "vocab: an id is $id", COPY_AGAIN)
                 vocabulary[spelling as String] = id.toInt()
             }
-            val missing = CHAR_OF.filter { it.toString() !in vocabulary }
-            if (missing.isNotEmpty()) {
-                throw LimeError.Unsupported(where, "no tokens for ${missing.size} of 256 bytes", "give token ids instead of text")
-            }
             return vocabulary
         }
 
         private fun readMerges(model: Map<*, *>, vocabulary: Map<String, Int>, where: String): BytePairs {
             val merges = model["merges"] as? List<*> ?: throw LimeError.Damaged(where, "no merges", COPY_AGAIN)
-            val pairs = BytePairs(IntArray(256) { vocabulary.getValue(CHAR_OF[it].toString()) }, merges.size)
+            val unknown = (model["unk_token"] as? String)?.let { vocabulary[it] } ?: -1
+            val pairs = BytePairs(IntArray(256) { vocabulary[CHAR_OF[it].toString()] ?: unknown }, merges.size)
             merges.forEachIndexed { rank, merge ->
                 val (left, right) = when (merge) {
                     is String -> merge.split(' ')

@@ -1,0 +1,78 @@
+package limeedge.onnx
+
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtException
+import ai.onnxruntime.OrtLoggingLevel
+import ai.onnxruntime.OrtProvider
+import ai.onnxruntime.OrtSession
+import limeedge.DecoderEngine
+import limeedge.EncoderEngine
+import limeedge.EngineFactory
+import limeedge.LimeBundle
+import limeedge.LimeError
+import limeedge.SessionOptions
+import limeedge.TargetFacts
+import java.io.File
+
+/**
+ * ONNX Runtime's Java API: `com.microsoft.onnxruntime:onnxruntime` on the JVM, `onnxruntime-android` on phones.
+ *
+ * @property operators our operators for the graph's functions (`runtimes/onnx/operators`, built for this machine): a file, or on
+ *   Android the name of a library that the app packs. Null: the graph runs the functions' own nodes, slower and with the same
+ *   answers up to rounding.
+ */
+public class OnnxEngines(private val operators: String? = null) : EngineFactory {
+    /** As a file. */
+    public constructor(operators: File) : this(operators.path)
+
+    override val target: String get() = "onnx"
+
+    override fun openDecoder(bundle: LimeBundle, options: SessionOptions): DecoderEngine =
+        OnnxDecoder(bundle, options, Loader(bundle, options))
+
+    override fun openEncoder(bundle: LimeBundle, options: SessionOptions): EncoderEngine =
+        OnnxEncoder(bundle, Loader(bundle, options))
+
+    /** Loads the graphs of one bundle, all with the same threads, providers and operators. */
+    internal inner class Loader(private val bundle: LimeBundle, private val options: SessionOptions) {
+        val environment: OrtEnvironment = findEnvironment()
+        val facts: TargetFacts = bundle.manifest.targets.first { it.name == target }
+        val providers: List<OrtProvider> = chooseProviders()
+
+        /** The operators are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait. */
+        val usesOperators: Boolean
+            get() = operators != null && providers == listOf(OrtProvider.CPU) && facts.functions.any { !it.startsWith("Large") }
+
+        /** Load a graph of the bundle. @throws LimeError.Engine ONNX Runtime refuses it. */
+        fun load(path: String): OrtSession {
+            val file = bundle.file(path).path
+            try {
+                OrtSession.SessionOptions().use { settings ->
+                    settings.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+                    (options.threads ?: facts.threads)?.let { settings.setIntraOpNumThreads(it) }
+                    if (OrtProvider.XNNPACK in providers) settings.addXnnpack(emptyMap())
+                    if (usesOperators) settings.registerCustomOpLibrary(operators!!)
+                    return environment.createSession(file, settings)
+                }
+            } catch (error: OrtException) {
+                throw LimeError.Engine(file, "ONNX Runtime cannot load it: ${error.message?.lines()?.first()?.take(500)}", "export the bundle again, or try a newer ONNX Runtime", error)
+            }
+        }
+
+        private fun chooseProviders(): List<OrtProvider> {
+            val here = OrtEnvironment.getAvailableProviders()
+            val known = mapOf("CPUExecutionProvider" to OrtProvider.CPU, "XnnpackExecutionProvider" to OrtProvider.XNNPACK)
+            val chosen = facts.providers.mapNotNull { known[it] }.filter { it in here }
+            if (chosen.isNotEmpty()) return chosen
+            throw LimeError.Missing(bundle.folder.path, "none of ${facts.providers.joinToString(", ")} is available", "this ONNX Runtime has ${here.joinToString(", ")}")
+        }
+    }
+
+    private companion object {
+        private fun findEnvironment(): OrtEnvironment = try {
+            OrtEnvironment.getEnvironment()
+        } catch (error: LinkageError) {
+            throw LimeError.Missing("ONNX Runtime", "${error.message}", "add com.microsoft.onnxruntime:onnxruntime, on Android onnxruntime-android")
+        }
+    }
+}
