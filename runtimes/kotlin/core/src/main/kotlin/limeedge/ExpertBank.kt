@@ -14,6 +14,7 @@ internal class ExpertBank(private val bundle: LimeBundle) {
     private val manifest = bundle.manifest
     private val entries = LinkedHashMap(manifest.experts.associateBy { it.name })
     private val vectors = HashMap<String, Expert>()
+    private val ahead = HashMap(bundle.readExpertsAhead())
     private val installed = LinkedHashSet(entries.keys)
     private val ready = LinkedHashMap<Selection, FloatBuffer>(16, 0.75f, true) // oldest use first
     private val free = ArrayDeque<FloatBuffer>()
@@ -88,7 +89,7 @@ internal class ExpertBank(private val bundle: LimeBundle) {
         vectors[name]?.let { return it }
         val entry = entries[name] ?: throw unknown(name)
         val where = bundle.file(entry.file).path
-        val expert = Expert.decode(bundle.readChecked(entry.file), where)
+        val expert = Expert.decode(bundle.readExpert(entry.file, ahead.remove(entry.file)), where)
         if (expert.name != name) {
             throw LimeError.Damaged(where, listOf(Fault("name", name, expert.name)), "the file was renamed: add it with lime-edge experts add --name")
         }

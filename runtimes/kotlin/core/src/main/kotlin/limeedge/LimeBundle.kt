@@ -32,7 +32,7 @@ public class LimeBundle private constructor(
     public fun checkLarge(prefix: String) {
         val faults = Faults()
         for ((path, entry) in manifest.files) {
-            if (!path.startsWith(prefix) || !isLarge(path)) continue
+            if (!path.startsWith(prefix) || !manifest.isLarge(path)) continue
             val file = locate(folder, path, entry, faults) ?: continue
             if (seen.knows(path, entry.sha256, file)) continue
             val before = seen.describe(entry.sha256, file)
@@ -46,7 +46,19 @@ public class LimeBundle private constructor(
     /** Read a listed file and compare its hash, in the bytes that are given back. */
     internal fun readChecked(path: String): ByteArray = readChecked(folder, manifest, path)
 
-    private fun isLarge(path: String) = manifest.isLarge(path)
+    /** The bytes of all expert files as they are now, unchecked, if they are not too many: a session keeps them, whatever becomes of the bundle. */
+    internal fun readExpertsAhead(): Map<String, ByteArray> {
+        val files = manifest.experts.map { it.file }
+        if (files.fold(0L) { sum, path -> sum + manifest.files.getValue(path).size } > AHEAD) return emptyMap()
+        return files.mapNotNull { path ->
+            val file = locate(folder, path, manifest.files.getValue(path), Faults())
+            if (file == null) null else path to readAll(file)
+        }.toMap()
+    }
+
+    /** An expert file's bytes, checked; [ahead] where they were read before. */
+    internal fun readExpert(path: String, ahead: ByteArray?): ByteArray =
+        if (ahead != null) check(folder, path, manifest.files.getValue(path), ahead) else readChecked(path)
 
     /** The hash of every file, companions included. @throws LimeError.Damaged naming all that differ. */
     public fun verifyFiles() {
@@ -61,7 +73,8 @@ public class LimeBundle private constructor(
 
     public companion object {
         private const val SMALL = 1L shl 20
-        private const val TRIES = 5
+        private const val AHEAD = 64L shl 20
+        private const val TRIES = 50
 
         /**
          * Open a bundle.
@@ -96,7 +109,7 @@ public class LimeBundle private constructor(
             val faults = Faults()
             for ((path, entry) in manifest.files) {
                 val file = locate(root, path, entry, faults) ?: continue
-                if (manifest.isExpertOrCompanion(path) || manifest.isLarge(path)) continue
+                if (manifest.isLate(path) || manifest.isLarge(path)) continue
                 val found = hash(file)
                 if (found != entry.sha256) faults.add("$path: sha256", entry.sha256.take(16), found.take(16))
             }
@@ -137,10 +150,10 @@ public class LimeBundle private constructor(
             return values
         }
 
-        private fun Manifest.isLarge(path: String) = files.getValue(path).size > SMALL && !isExpertOrCompanion(path)
+        private fun Manifest.isLarge(path: String) = files.getValue(path).size > SMALL
 
-        private fun Manifest.isExpertOrCompanion(path: String) =
-            path.startsWith("experts/") || companionFolders.any { path.startsWith("$it/") && targets.none { target -> path == target.file || path == target.routed } && !path.endsWith(".data") }
+        /** Experts and what companions read are hashed late: when they are used, and never. */
+        private fun Manifest.isLate(path: String) = path.startsWith("experts/") || companionFolders.any { path.startsWith("$it/") }
 
         private fun readChecked(root: File, manifest: Manifest, path: String): ByteArray {
             val entry = manifest.files.getValue(path)
@@ -148,7 +161,10 @@ public class LimeBundle private constructor(
             val file = locate(root, path, entry, faults)
             faults.throwAny { LimeError.Damaged(root.path, it, COPY_AGAIN) }
             if (entry.size > Int.MAX_VALUE - 16) throw LimeError.Damaged(file!!.path, listOf(Fault("bytes", "at most 2 GiB", "${entry.size}")), COPY_AGAIN)
-            val bytes = readAll(file!!)
+            return check(root, path, entry, readAll(file!!))
+        }
+
+        private fun check(root: File, path: String, entry: FileEntry, bytes: ByteArray): ByteArray {
             val found = hex(sha256().digest(bytes))
             if (found != entry.sha256) throw LimeError.Damaged(root.path, listOf(Fault("$path: sha256", entry.sha256.take(16), found.take(16))), COPY_AGAIN)
             return bytes
