@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "200"  # of a terminal: rich reads it when it is imported, and pytest-xdist sets it to less
 
 Make = Callable[..., Path]
+FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +57,7 @@ def remember(folder: Path, make: Make) -> Make:
         with _lock(folder / f"{key}.lock"):
             if not done.exists():
                 shutil.rmtree(folder / key, ignore_errors=True)  # of a test that failed half-way
-                done.write_text(make(folder / key, *args, **options).name)
+                done.write_text(str(make(folder / key, *args, **options).relative_to(folder)))
             return folder / done.read_text()
 
     return get
@@ -123,3 +124,18 @@ def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Ma
         return output
 
     return remember(shared_folder / "bundles", make)
+
+
+@pytest.fixture(scope="session")
+def encoder_bundle(shared_folder: Path) -> Make:
+    """encoder_bundle(fixture="bert-lora-cls", targets=("onnx",), **options): one of the authors' encoders, exported.
+
+    Options and sharing as in `tiny_bundle`; the imported checkpoint lies beside the bundle, in `imported`.
+    """
+
+    def make(directory: Path, fixture: str = "bert-lora-cls", **options: Any) -> Path:
+        from encoder_conformance import export_fixture
+
+        return export_fixture(FIXTURES / fixture, directory, **options)
+
+    return remember(shared_folder / "encoders", make)

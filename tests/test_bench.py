@@ -52,15 +52,11 @@ def document(tiny_bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.fixture(scope="module")
-def encoder_document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def encoder_document(tmp_path_factory: pytest.TempPathFactory, encoder_bundle: Make) -> dict[str, Any]:
     """A tiny encoder beside its branchless bundle."""
-    from encoder_conformance import export_fixture
-
-    root, fixture = tmp_path_factory.mktemp("encoder"), Path(__file__).parent / "fixtures/conformance/models"
+    root, path = tmp_path_factory.mktemp("encoder"), encoder_bundle("bert-lora-cls")
     plant_rapl(root / "sys")
-    path = export_fixture(fixture / "bert-lora-cls", root / "own")
-    first = Bundle.open(path).manifest.experts[0]
-    single = export_fixture(fixture / "bert-lora-cls", root / "other", fold=first, single=True)
+    single = encoder_bundle("bert-lora-cls", fold=Bundle.open(path).manifest.experts[0], single=True)
     before, bench_energy.LONG = bench_energy.LONG, 0.02
     try:
         return bench_bundle(path, "onnx", FIRST, 1, BenchOptions(7, repeat=3, baseline=single, sysfs=root / "sys"))

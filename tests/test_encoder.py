@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conformance import build_backbone, check_model, compare, read_model
-from encoder_conformance import ONNX_MODEL_LIMIT, OnnxEncoderEngine, export_fixture, is_encoder_fixture, name_mode
+from encoder_conformance import ONNX_MODEL_LIMIT, OnnxEncoderEngine, is_encoder_fixture, name_mode
 from models import load_sites
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
@@ -51,18 +51,9 @@ Exported = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(encoder_bundle: Exported) -> Exported:
     """exported(fixture, **options): its bundle; `imported` lies beside it."""
-    root = tmp_path_factory.mktemp("encoders")
-    made: dict[str, Path] = {}
-
-    def get(name: str, **options: Any) -> Path:
-        key = json.dumps([name, options], sort_keys=True)
-        if key not in made:
-            made[key] = export_fixture(FIXTURES / name, root / name, **options)
-        return made[key]
-
-    return get
+    return encoder_bundle
 
 
 @pytest.fixture(scope="module")

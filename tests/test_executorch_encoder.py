@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ TARGET = "executorch"
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert(encoder_bundle: Callable[..., Path]) -> Path:
     """The text fixture's float32 bundle, pinned and routed; `imported` lies beside it."""
-    return export_fixture(FIXTURES / "bert-lora-cls", tmp_path_factory.mktemp("bert"), (TARGET,))
+    return encoder_bundle("bert-lora-cls", targets=(TARGET,))
 
 
 def open_bundle(path: Path) -> EncoderSession:

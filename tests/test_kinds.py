@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from encoder_conformance import export_fixture
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
@@ -19,12 +18,11 @@ from lime_edge.session.kinds import DECODER, ENCODER, find_kind
 from lime_edge.session.open import load_runtime, open_any
 
 Make = Callable[..., Path]
-FIXTURE = Path(__file__).parent / "fixtures" / "conformance" / "models" / "bert-lora-cls"
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_fixture(FIXTURE, tmp_path_factory.mktemp("kinds"))
+def encoder(encoder_bundle: Make) -> Path:
+    return encoder_bundle("bert-lora-cls")
 
 
 def test_open_gives_the_session_of_the_kind(tiny_bundle: Make, encoder: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from encoder_conformance import export_fixture
 from models import load_model, load_sites
 from test_cli import Cli
 from test_session import SESSION_TARGETS
@@ -40,7 +39,6 @@ from lime_edge.session.switching import ExpertSwitch
 from lime_edge.targets.devices import find_device
 
 Make = Callable[..., Path]
-FIXTURES = Path(__file__).parent / "fixtures" / "conformance" / "models"
 DATA = "onnx/model.onnx.data"
 BLEND = "expert0=0.75,expert1=0.25"
 ALL = ("expert0", "expert1", "expert2", "expert3", BLEND, "none")
@@ -133,8 +131,8 @@ def test_golden_outputs_are_what_transformers_computes(tiny_bundle: Make, tiny_m
 
 
 @pytest.mark.parametrize(("name", "quant"), [("bert-lora-cls", "int8"), ("vit-lora-cls", "none")])
-def test_encoders(name: str, quant: str, tmp_path: Path) -> None:
-    bundle = export_fixture(FIXTURES / name, tmp_path, quant=quant)
+def test_encoders(name: str, quant: str, tmp_path: Path, encoder_bundle: Make) -> None:
+    bundle = Path(shutil.copytree(encoder_bundle(name, quant=quant), tmp_path / "x.lime"))
     report = verify_bundle(bundle, threads=1)
     assert [check.selection for check in report.checks][-2:] == ["none", "routed"]
     assert not report.missed, report.missed
