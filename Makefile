@@ -45,6 +45,7 @@ lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which a
 	$(BIN)/pip install --quiet --no-deps --target .types .
 	rm -rf build/lib* build/temp* build/bdist*
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p lime_edge
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml ../tests ../tools
 	cd .types && ../$(BIN)/lint-imports --no-logo --no-cache ../pyproject.toml
 
 bench: $(VENV)/.base build/demo.lime build/demo-single.lime  ## the standard set: time, memory, energy; plots in build/bench

@@ -22,7 +22,7 @@ def plant_rapl(root: Path) -> Path:
         "intel-rapl:1": "package-1",
         "intel-rapl:2": "psys",
     }
-    files = {}
+    files: dict[str, str] = {}
     for zone, name in zones.items():
         folder = f"class/powercap/{zone}"
         files |= {f"{folder}/name": name, f"{folder}/energy_uj": "1000000"}
@@ -60,7 +60,7 @@ def plant_thermal(root: Path) -> Path:
 
 def plant_clocks(root: Path, governors: tuple[str, ...]) -> Path:
     """A core per governor, the last the fastest: 1000 MHz and 500 more each."""
-    files = {}
+    files: dict[str, str] = {}
     for core, governor in enumerate(governors):
         folder = f"devices/system/cpu/cpu{core}/cpufreq"
         files |= {f"{folder}/scaling_governor": governor, f"{folder}/cpuinfo_max_freq": str(1_000_000 + 500_000 * core)}

@@ -25,8 +25,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(bare: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, [bare / words[0], *words[1:]])), capture_output=True, text=True, cwd="/")
+def run(bare: Path, program: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [str(bare / program), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
 
 
 def test_nothing_heavy_is_there(bare: Path) -> None:

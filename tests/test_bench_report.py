@@ -142,7 +142,12 @@ def test_a_plot_shows_what_it_is_given(tmp_path: Path) -> None:
 
 
 def test_an_encoder_draws_its_calls(tmp_path: Path) -> None:
-    empty = {"ttft_ms": None, "decode_tokens_per_s": None, "prefill_tokens_per_s": None, "token_ms": None}
+    empty: dict[str, Any] = {
+        "ttft_ms": None,
+        "decode_tokens_per_s": None,
+        "prefill_tokens_per_s": None,
+        "token_ms": None,
+    }
     run = make_run(**empty, prompt_tokens=None, run_ms={"p50": 1.0, "p95": 2.0, "p99": 3.0})
     run["rounds"] = run["rounds"] | {"decode_ms": [], "run_ms": [1.0, 1.1]}
     write_report(tmp_path / "out", make_document(run))

@@ -158,7 +158,7 @@ def check_arithmetic(seen: dict[str, list[Sample]], needed: set[str]) -> None:
             wanted = None if kind in IN_TORCH else ask_coremltools(kind, inputs)
             if wanted is None:
                 given = IN_TORCH[kind](**{key: as_torch(value) for key, value in inputs.items()})
-                wanted = [given] if isinstance(given, torch.Tensor) else list(given)
+                wanted = [np.asarray(one) for one in ([given] if isinstance(given, torch.Tensor) else given)]
             for mine, theirs in zip(found, wanted, strict=True):
                 theirs = np.asarray(theirs)
                 assert mine.shape == theirs.shape, f"{kind}: {mine.shape}, coremltools {theirs.shape}"

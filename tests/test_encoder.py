@@ -208,7 +208,7 @@ def make_variant(directory: Path, model: Path, variant: str, **routing: Any) -> 
 def read_shapes(model: Path, endings: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     tensors = load_file(model / "model.safetensors")
     names = [key for key in tensors if key.endswith(tuple(f"{ending}.weight" for ending in endings))]
-    return {key.removesuffix(".weight"): tuple(tensors[key].shape) for key in names}  # type: ignore[misc]
+    return {key.removesuffix(".weight"): tuple(tensors[key].shape) for key in names}
 
 
 VARIANTS = [

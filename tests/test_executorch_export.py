@@ -111,7 +111,7 @@ def test_variants_pinned_and_routed(variant: str, tiny_model: Make, tiny_adapter
     )
     session = open_session(tiny_bundle(model, adapter, targets=("executorch",)))
     check_session(session, unfold(model, adapter), variant)
-    wanted = {}
+    wanted: dict[str, np.ndarray] = {}
     for selection in ("routed", "expert1", "routed", "expert1"):
         session.use(selection)
         assert session.cache == ()
@@ -137,7 +137,7 @@ def test_prompt_tuning(tiny_model: Make, tmp_path: Path, tiny_bundle: Make) -> N
     assert session.max_length == 64 - 5
     for selection, mode in (("expert3", 3), ("routed", "routed"), ("expert0", 0)):
         session.use(selection)
-        wanted = prompt_logits(model, adapter, mode)  # type: ignore[arg-type]
+        wanted = prompt_logits(model, adapter, mode)
         assert_close(session.logits(IDS), wanted, f"prompt tuning, {selection}")
     parts = [session.logits(IDS[:5])[-1].copy(), *(session.extend([token])[-1].copy() for token in IDS[5:])]
     assert_close(np.stack(parts), wanted[4:], "token by token")

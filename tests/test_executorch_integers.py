@@ -70,8 +70,8 @@ def list_products(pte: PTEFile) -> Iterator[Matrix]:
         values = {read_id(value): value["xvalue_union"] for value in graph["xvalues"]}
 
         def read(index: int, graph: Any = graph) -> bytes:
-            entry = pte.named_data.pte_data[graph["constant_data"][index]["named_key"]]  # type: ignore[union-attr]
-            return bytes(pte.named_data.buffers[entry.buffer_index])  # type: ignore[union-attr]
+            entry = pte.named_data.pte_data[graph["constant_data"][index]["named_key"]]
+            return bytes(pte.named_data.buffers[entry.buffer_index])
 
         for node in graph["xnodes"]:
             if node["xnode_union_type"] != "XNNFullyConnected":

@@ -138,7 +138,7 @@ def test_a_failed_selection_disturbs_nothing() -> None:
     for bad in ("missing", {"one": 0.3}, {"missing": 1.0}):
         for _ in range(5):
             with pytest.raises(LimeEdgeError):
-                bank.residual(bad)  # type: ignore[arg-type]
+                bank.residual(bad)
     assert before.tolist() == [1, 0, 0, 0, -1] and bank.residual("two").tolist() == [-1, -1, -3, -3, -4.5]
 
 
@@ -165,5 +165,5 @@ def test_a_blend_is_summed_in_float64() -> None:
     """Every language must get the same numbers: products of float16 vectors are not rounded to float16."""
     bank, weights = make_bank(), {"one": 0.7, "two": 0.3}
     vectors = {name: bank.vector(name).astype(np.float64) for name in weights}
-    expected = sum(weight * vectors[name] for name, weight in weights.items()).astype(np.float32)
+    expected = np.asarray(sum(weight * vectors[name] for name, weight in weights.items()), np.float32)
     np.testing.assert_array_equal(bank.mix(weights), expected)

@@ -22,6 +22,8 @@ from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
 from lime_edge.compiler.maths.routing import route
 from lime_edge.errors import LimeEdgeError
 
+Site = dict[str, torch.Tensor]
+Drawn = tuple[str, Site, float, bool]  # variant, its site, scale, on an embedding
 TOLERANCE = 1e-4  # float32, relative to the largest output: p_ref * delta cancels
 ROUTED_TOLERANCE = 1e-3  # the logits divide by max|h|, which a draw can make small
 
@@ -36,7 +38,7 @@ def make_site(
     shared: bool,
     bias: bool,
     embedding: bool,
-) -> dict[str, torch.Tensor]:
+) -> Site:
     """A random site; for embeddings `inputs` is the vocabulary and `outputs` the width."""
     random = torch.Generator().manual_seed(seed)
 
@@ -61,7 +63,7 @@ def make_site(
 
 
 @st.composite
-def sites(draw):
+def sites(draw: st.DrawFn) -> Drawn:
     embedding = draw(st.booleans())
     variant = draw(st.sampled_from(VARIANTS))
     outputs = draw(st.integers(5, 12))
@@ -80,40 +82,49 @@ def sites(draw):
     return variant, site, draw(st.floats(0.25, 4)), embedding
 
 
-def split(site):
+def split(site: Site) -> tuple[Site, Site]:
     """Tensors that fold and tensors that make p."""
     own = ("LiMEs", "LiME_shared", "gamma")
     return {k: v for k, v in site.items() if k not in own}, {k: v for k, v in site.items() if k in own}
 
 
-def make_p(site, weights):
+def make_p(site: Site, weights: torch.Tensor) -> torch.Tensor:
     p = weights @ site["LiMEs"]
     return p + site["gamma"] * site["LiME_shared"] if "gamma" in site else p
 
 
-def draw_input(site, embedding, seed):
+def draw_input(site: Site, embedding: bool, seed: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
+    weight = site["weight"] if "weight" in site else site["part_T"]
     if embedding:
-        words = site.get("weight", site.get("part_T")).shape[0]
-        return torch.randint(0, words, (2, 6), generator=random)
-    return torch.randn(2, 6, site.get("weight", site.get("part_T")).shape[1], generator=random)
+        return torch.randint(0, weight.shape[0], (2, 6), generator=random)
+    return torch.randn(2, 6, weight.shape[1], generator=random)
 
 
-def fold_and_evaluate(variant, site, scale, embedding, p_ref, x, p, pad=None):
+def fold_and_evaluate(
+    variant: str,
+    site: Site,
+    scale: float,
+    embedding: bool,
+    p_ref: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor,
+    pad: int | None = None,
+) -> torch.Tensor:
     tensors, residual = split(site)[0], p - fold_reference(variant, p_ref)
     if embedding:
         return evaluate_embedding(fold_embedding(variant, tensors, p_ref, scale, pad), x, residual)
     return evaluate(fold_linear(variant, tensors, p_ref, scale), x, residual)
 
 
-def check(found, expected, where, tolerance=TOLERANCE):
+def check(found: torch.Tensor, expected: torch.Tensor, where: object, tolerance: float = TOLERANCE) -> None:
     error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
     assert error < tolerance, f"{where}: worst output off by {error:.3g} of the largest"
 
 
 @settings(max_examples=200, deadline=None)
 @given(sites(), st.integers(0, 2**31))
-def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn, seed):
+def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn: Drawn, seed: int) -> None:
     variant, site, scale, embedding = drawn
     layer = LimeLayer(variant, site, scale, routing_for(variant, {"top_k": 1}), embedding)
     random = torch.Generator().manual_seed(seed)
@@ -127,7 +138,7 @@ def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn, seed):
 
 @settings(max_examples=150, deadline=None)
 @given(sites(), st.integers(0, 2**31), st.integers(1, 3), st.booleans())
-def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn, seed, n_gram, auto):
+def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn: Drawn, seed: int, n_gram: int, auto: bool) -> None:
     variant, site, scale, embedding = drawn
     routing = routing_for(variant, {"top_k": 1, "n_gram": n_gram, "auto_topk": auto})
     x = draw_input(site, embedding, seed)
@@ -135,9 +146,9 @@ def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn, seed, n_gram
     tensors, width = split(site)[0], site["LiMEs"].shape[1]
     one, zero = torch.ones(width), torch.zeros(width)
     if embedding:
-        folded = fold_embedding(variant, tensors, p_ref, scale)
-        start = evaluate_embedding(folded, x, one if variant == "slicefine" else zero)
-        delta = evaluate_embedding(folded, x, one) - start
+        table = fold_embedding(variant, tensors, p_ref, scale)
+        start = evaluate_embedding(table, x, one if variant == "slicefine" else zero)
+        delta = evaluate_embedding(table, x, one) - start
     else:
         folded = fold_linear(variant, tensors, p_ref, scale)
         bare = replace(folded, bias=None) if variant == "slicefine" else folded
@@ -151,7 +162,7 @@ def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn, seed, n_gram
 
 @pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_the_expert_moves_is_not_small(variant, embedding):
+def test_what_the_expert_moves_is_not_small(variant: str, embedding: bool) -> None:
     """A fold without its branch, or with another p_ref's residual, must be far from the layer."""
     site = make_site(variant, 3, 7, 9, 3, 4, True, True, embedding)
     layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), embedding)
@@ -167,7 +178,7 @@ def test_what_the_expert_moves_is_not_small(variant, embedding):
 
 @pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("variant", ["lora", "lora_fa"])
-def test_original_of_gives_the_original_layer(variant, embedding):
+def test_original_of_gives_the_original_layer(variant: str, embedding: bool) -> None:
     site = make_site(variant, 11, 7, 9, 3, 4, True, True, embedding)
     x, p_ref = draw_input(site, embedding, 1), torch.randn(9)
     plain = (
@@ -180,13 +191,13 @@ def test_original_of_gives_the_original_layer(variant, embedding):
 
 
 @pytest.mark.parametrize("variant", ["dora", "slicefine"])
-def test_no_original_where_none_exists(variant):
+def test_no_original_where_none_exists(variant: str) -> None:
     with pytest.raises(LimeEdgeError, match=variant):
         original_of(variant, torch.ones(4))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_id_is_out_of_every_experts_reach(variant):
+def test_padding_id_is_out_of_every_experts_reach(variant: str) -> None:
     site = make_site(variant, 4, 7, 9, 3, 4, True, False, True)
     layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), True, pad_token_id=2)
     ids, p_ref = torch.tensor([[2, 2, 0, 4, 6, 2]]), torch.randn(9)
@@ -197,7 +208,7 @@ def test_padding_id_is_out_of_every_experts_reach(variant):
 
 
 @pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora"])
-def test_fold_at_the_reference_itself_needs_no_branch(variant):
+def test_fold_at_the_reference_itself_needs_no_branch(variant: str) -> None:
     """d = 0 is exact in floats: the branch adds nothing at all."""
     site = make_site(variant, 8, 7, 9, 3, 4, True, True, False)
     folded = fold_linear(variant, split(site)[0], make_p(site, torch.eye(4)[0]), 2.0)
@@ -206,7 +217,7 @@ def test_fold_at_the_reference_itself_needs_no_branch(variant):
     assert torch.equal(evaluate(folded, x, torch.zeros(9)), evaluate(without, x, torch.zeros(9)))
 
 
-def test_faults_are_named_together():
+def test_faults_are_named_together() -> None:
     site = split(make_site("dora", 0, 7, 9, 3, 4, False, True, False))[0]
     with pytest.raises(LimeEdgeError) as fault:
         fold_linear("dora", site | {"B": torch.ones(9, 2), "m": torch.ones(1)}, torch.ones(4), 1.0)

@@ -297,7 +297,7 @@ def make_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, Tensor, Tenso
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "magnitude" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape)
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(str(directory))
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         return base, directory, ids, adapted.eval()(ids).logits

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import conformance
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,10 @@ from lime_edge.errors import LimeEdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
 LAYERS = sorted((FIXTURES / "layers").glob("*.safetensors"))
-
-
-def load_script():
-    path = Path(__file__).parent / "conformance.py"
-    spec = importlib.util.spec_from_file_location("conformance", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["conformance"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-conformance = load_script()
 MODELS = conformance.list_models(FIXTURES)
 
 
-def assert_all_pass(checks):
+def assert_all_pass(checks: Iterable[conformance.Check]) -> None:
     checks = list(checks)
     failures = [c for c in checks if not c.ok]
     worst = max(failures, key=lambda c: c.error, default=None)
@@ -43,17 +32,17 @@ def assert_all_pass(checks):
 
 
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
-def test_layer_fixture(path):
+def test_layer_fixture(path: Path) -> None:
     assert_all_pass(conformance.check_layer(path.stem, path))
 
 
 @pytest.mark.parametrize("directory", MODELS, ids=lambda path: path.name)
-def test_model_fixture(directory):
+def test_model_fixture(directory: Path) -> None:
     fixture = conformance.read_model(directory)
     assert_all_pass(conformance.check_model(fixture, conformance.TorchEngine(fixture), 1e-4))
 
 
-def test_fixtures_cover_every_variant_and_selection():
+def test_fixtures_cover_every_variant_and_selection() -> None:
     names = " ".join(path.stem for path in LAYERS)
     for word in (
         *VARIANTS,
@@ -73,7 +62,7 @@ def test_fixtures_cover_every_variant_and_selection():
         assert word in names, word
 
 
-def copy_fixtures(target: Path, layers=(), models=()) -> Path:
+def copy_fixtures(target: Path, layers: Sequence[str] = (), models: Sequence[str] = ()) -> Path:
     for kind, names in (("layers", layers), ("models", models)):
         (target / kind).mkdir(parents=True)
         for name in names:
@@ -82,7 +71,7 @@ def copy_fixtures(target: Path, layers=(), models=()) -> Path:
     return target
 
 
-def test_script_fails_on_one_wrong_number(tmp_path, capsys):
+def test_script_fails_on_one_wrong_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [path.name for path in LAYERS[:3]]
     directory = copy_fixtures(tmp_path, names)
     assert conformance.main([str(directory), "--json"]) == 0
@@ -96,14 +85,14 @@ def test_script_fails_on_one_wrong_number(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", ["generated", "pinned_generated.1", "pinned_logits.2", "logits"])
-def test_script_fails_on_a_wrong_model_output(tmp_path, capsys, key):
+def test_script_fails_on_a_wrong_model_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     directory = copy_fixtures(tmp_path, models=["llama-lora-auto"])
     damage(directory / "models" / "llama-lora-auto" / "expected.safetensors", key, 1)
     assert conformance.main([str(directory)]) == 1
     assert f"FAILED models/llama-lora-auto {key}" in capsys.readouterr().out
 
 
-def test_script_reports_a_crash_and_goes_on(tmp_path, capsys):
+def test_script_reports_a_crash_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = copy_fixtures(tmp_path, [LAYERS[0].name], ["bert-lora-cls"])
     (directory / "models" / "bert-lora-cls" / "model.safetensors").write_bytes(b"not safetensors")
     assert conformance.main([str(directory)]) == 1
@@ -111,7 +100,7 @@ def test_script_reports_a_crash_and_goes_on(tmp_path, capsys):
     assert "FAILED models/bert-lora-cls run" in output and "checked 2 fixtures" in output
 
 
-def test_script_refuses_an_empty_directory(tmp_path, capsys):
+def test_script_refuses_an_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert conformance.main([str(tmp_path)]) == 2
     assert "found neither" in capsys.readouterr().err
 
@@ -146,7 +135,7 @@ def make_layer(variant: str) -> tuple[LimeLayer, dict[str, torch.Tensor]]:
     return LimeLayer(variant, tensors, 2.0, routing_for(variant, {})), tensors
 
 
-def compute_by_matrix(variant: str, t: dict[str, torch.Tensor], x: torch.Tensor, p: torch.Tensor):
+def compute_by_matrix(variant: str, t: dict[str, torch.Tensor], x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """One effective weight matrix per expert: independent of base, delta and composition."""
     if variant == "slicefine":
         return x @ torch.cat([p[:2, None] * t["part_T"], t["part_F"]]).T + t["bias"]
@@ -159,7 +148,7 @@ def compute_by_matrix(variant: str, t: dict[str, torch.Tensor], x: torch.Tensor,
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pinned_and_blended_are_one_matrix(variant):
+def test_pinned_and_blended_are_one_matrix(variant: str) -> None:
     layer, tensors = make_layer(variant)
     x = torch.randn(2, 4, 5)
     for mode, weights in ((1, [0, 1, 0]), ({0: 0.75, 2: 0.25}, [0.75, 0, 0.25])):
@@ -172,7 +161,7 @@ def test_pinned_and_blended_are_one_matrix(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["routed", 1])
-def test_masked_positions_are_frozen_and_still_move_the_scale(variant, mode):
+def test_masked_positions_are_frozen_and_still_move_the_scale(variant: str, mode: Any) -> None:
     layer, tensors = make_layer(variant)
     layer.use(mode)
     x = torch.randn(1, 4, 5)
@@ -189,19 +178,19 @@ def test_masked_positions_are_frozen_and_still_move_the_scale(variant, mode):
         assert (layer(x[:, 1:]) - masked[:, 1:]).abs().max() > 1e-3, "padding is part of the scale"
 
 
-def test_lora_ignores_windows_and_the_others_do_not():
+def test_lora_ignores_windows_and_the_others_do_not() -> None:
     assert routing_for("lora", {"n_gram": 3}).n_gram == 1
     assert all(routing_for(variant, {"n_gram": 3}).n_gram == 3 for variant in VARIANTS if variant != "lora")
 
 
-def test_prompt_tuning_is_sparse_by_default():
+def test_prompt_tuning_is_sparse_by_default() -> None:
     assert routing_for("prompt_tuning", {}).sparse_mode
     assert not routing_for("prompt_tuning", {"sparse_mode": False}).sparse_mode
     assert not routing_for("dora", {}).sparse_mode
 
 
 @pytest.mark.parametrize("rows, axis", [(9, 0), (9, 1)])
-def test_split_state_joins_slicefine_parts_along_the_output(rows, axis):
+def test_split_state_joins_slicefine_parts_along_the_output(rows: int, axis: int) -> None:
     """Also where both parts have the same shape: only the experts' width tells rows from columns."""
     base = torch.randn(rows, 6)
     top, rest = base.split(6 if axis == 0 else 3, dim=axis)
@@ -224,20 +213,20 @@ def test_split_state_joins_slicefine_parts_along_the_output(rows, axis):
         ("lora", "route", "'routed'"),
     ],
 )
-def test_modes_that_do_not_exist_are_refused(variant, mode, word):
+def test_modes_that_do_not_exist_are_refused(variant: str, mode: Any, word: str) -> None:
     layer = make_layer(variant)[0]
     with pytest.raises(LimeEdgeError, match=word):
         layer.use(mode)
 
 
-def build(name: str):
+def build(name: str) -> tuple[conformance.ModelFixture, Any, dict[str, Any]]:
     fixture = conformance.read_model(FIXTURES / "models" / name)
     backbone, sites = split_state(load_file(fixture.directory / "model.safetensors"))
     return fixture, conformance.build_backbone(fixture, backbone).eval(), sites
 
 
 @pytest.mark.parametrize("name", ["llama-lora-auto", "qwen2-lora-soft", "llama-lora_fa", "bert-lora-cls"])
-def test_none_is_the_original_model_and_restore_brings_it_back(name):
+def test_none_is_the_original_model_and_restore_brings_it_back(name: str) -> None:
     fixture, model, sites = build(name)
     with torch.no_grad():
         original = model(**fixture.inputs).logits
@@ -250,7 +239,7 @@ def test_none_is_the_original_model_and_restore_brings_it_back(name):
         assert torch.equal(unfolded.restore()(**fixture.inputs).logits, original)
 
 
-def test_generate_is_transformers_generate():
+def test_generate_is_transformers_generate() -> None:
     fixture, model, sites = build("llama-lora-sparse")
     unfolded, ids = UnfoldedModel(model, sites, fixture.hyper), fixture.inputs["input_ids"]
     unfolded.use(2)
@@ -258,7 +247,7 @@ def test_generate_is_transformers_generate():
     assert unfolded.generate(ids, 8).tolist() == theirs.tolist()
 
 
-def test_padding_reaches_the_sites_only_on_request():
+def test_padding_reaches_the_sites_only_on_request() -> None:
     fixture, model, sites = build("bert-lora-cls")
     mask = torch.ones_like(fixture.inputs["input_ids"])
     mask[:, -3:] = 0
@@ -275,7 +264,7 @@ def test_padding_reaches_the_sites_only_on_request():
     assert (outputs[True, "routed"] - outputs[False, "routed"]).abs().max() > 1e-5
 
 
-def test_an_embedding_site_unties_the_head():
+def test_an_embedding_site_unties_the_head() -> None:
     fixture, model, _ = build("llama-lora-auto")
     ids, table = fixture.inputs["input_ids"], model.get_input_embeddings().weight.detach().clone()
     site = {"A": torch.randn(2, 64), "B": torch.randn(256, 2), "LiMEs": torch.randn(3, 64)}
@@ -289,7 +278,7 @@ def test_an_embedding_site_unties_the_head():
     assert torch.equal(model.lm_head.weight, table)
 
 
-def test_sites_that_do_not_fit_are_all_named():
+def test_sites_that_do_not_fit_are_all_named() -> None:
     fixture, model, sites = build("llama-lora-auto")
     first, second = list(sites)[:2]
     wrong = {first: {}, second + "x": sites[second], "model.norm": sites[second]}
@@ -299,7 +288,7 @@ def test_sites_that_do_not_fit_are_all_named():
         assert name in fault.value.problem
 
 
-def test_static_prompt_is_one_table_per_expert():
+def test_static_prompt_is_one_table_per_expert() -> None:
     path = next(path for path in LAYERS if "static" in path.stem)
     tensors = load_file(path)
     p = tensors["LiMEs"][1] + tensors["gamma"] * tensors["LiME_shared"]
@@ -311,7 +300,7 @@ def test_static_prompt_is_one_table_per_expert():
     assert torch.allclose(routed, tensors["output_embeds"][0, : routed.shape[0]], atol=1e-5)
 
 
-def test_summaries_by_hand():
+def test_summaries_by_hand() -> None:
     embeds = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])
     assert summarize(embeds, mask, "mean").tolist() == [[0.5, 1.0]]

@@ -232,7 +232,7 @@ def test_many_experts_are_read() -> None:
 def test_adapter_id_is_what_the_page_says() -> None:
     """Put together byte by byte, without numpy's help."""
     sites = SiteTable.from_widths([("é", 2), ("b", 1)])
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "é.A": np.array([[1, -2]], np.float16),
         "é.B": np.array([[0.5], [3]], np.float32),
         "é.gamma": np.array([0.25], np.float64),

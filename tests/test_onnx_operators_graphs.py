@@ -141,8 +141,8 @@ ROUTED = BRANCH | {
     "columns": zeros(4, kind=np.int64),
     "read": zeros(12, 8),
 }
-FACTS = {"widths": [24], "ranks": [4], "offsets": [0], "start": [0], "end": [24]}
-ROUTING = {
+FACTS: dict[str, Any] = {"widths": [24], "ranks": [4], "offsets": [0], "start": [0], "end": [24]}
+ROUTING: dict[str, Any] = {
     "widths": [24],
     "ranks": [4],
     "experts": 4,
@@ -298,7 +298,7 @@ def test_tensors_that_shrink_between_calls_are_refused(change: Arrays, file: Pat
     """Every shape is asked for at every call."""
     write_call(file, make_branch(EXPERT_BRANCH), BRANCH, **FACTS)
     session = load(file, True)
-    for inputs, good in ((BRANCH, True), (BRANCH | change, False), (BRANCH, True)):
+    for inputs, good in ((BRANCH, True), ({**BRANCH, **change}, False), (BRANCH, True)):
         if good:
             assert not session.run(None, inputs)[0].any()
         else:
@@ -378,7 +378,8 @@ def test_environment_leaves_the_operators_out(
     tiny_bundle: Make,
 ) -> None:
     """What ONNX Runtime made of a bundle's two graphs, written by itself."""
-    make, written = ort.SessionOptions, []
+    make = ort.SessionOptions
+    written: list[Path] = []
 
     def record() -> ort.SessionOptions:
         options = make()

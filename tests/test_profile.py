@@ -46,7 +46,7 @@ def test_weights_are_the_references_mean(pair: tuple[Path, Path]) -> None:
         order.append(weights)
         return weights
 
-    layers.route = watch  # type: ignore[assignment]
+    layers.route = watch
     try:
         reference.use("routed")
         reference.generate(torch.tensor([[9, 8, 7, 30]]), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors, measure_logits, route, select
 from lime_edge.errors import LimeEdgeError
+
+Call = tuple[torch.Tensor, torch.Tensor | None, RoutingConfig]  # frozen, delta, config
 
 
 def configs(experts: int) -> st.SearchStrategy[RoutingConfig]:
@@ -29,7 +32,7 @@ def configs(experts: int) -> st.SearchStrategy[RoutingConfig]:
 
 
 @st.composite
-def calls(draw):
+def calls(draw: st.DrawFn) -> Call:
     batch, tokens, experts = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 6))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     frozen, delta = (torch.randn(batch, tokens, experts, generator=random) for _ in range(2))
@@ -51,7 +54,7 @@ def weigh_token(probs: list[float], config: RoutingConfig) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def route_plainly(frozen, delta, config: RoutingConfig) -> torch.Tensor:
+def route_plainly(frozen: torch.Tensor, delta: torch.Tensor | None, config: RoutingConfig) -> torch.Tensor:
     """Routing restated with loops: windows, scales over the window ends, softmax, selection."""
     batch, tokens, experts = frozen.shape
     ends = [min((t // config.n_gram + 1) * config.n_gram, tokens) - 1 for t in range(tokens)]
@@ -75,7 +78,7 @@ def route_plainly(frozen, delta, config: RoutingConfig) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(calls())
-def test_route_equals_restatement(call):
+def test_route_equals_restatement(call: Call) -> None:
     frozen, delta, config = call
     frozen = frozen.double()
     delta = None if delta is None else delta.double()
@@ -87,7 +90,7 @@ def test_route_equals_restatement(call):
 
 @settings(max_examples=60, deadline=None)
 @given(calls(), st.integers(1, 6))
-def test_padding_on_the_right_changes_nothing(call, padding):
+def test_padding_on_the_right_changes_nothing(call: Call, padding: int) -> None:
     frozen, delta, config = call
     tokens = frozen.shape[1]
     noise = 100 * torch.ones(frozen.shape[0], padding, frozen.shape[2])
@@ -101,7 +104,7 @@ def test_padding_on_the_right_changes_nothing(call, padding):
     assert torch.allclose(padded[:, :tokens], expected, atol=1e-6), config
 
 
-def test_a_whole_prompt_and_its_tokens_route_differently():
+def test_a_whole_prompt_and_its_tokens_route_differently() -> None:
     """The scale spans a call, so chunking must change the weights: a fixed scale would not."""
     torch.manual_seed(0)
     frozen, delta, config = torch.randn(1, 6, 4), torch.randn(1, 6, 4), RoutingConfig()
@@ -110,7 +113,7 @@ def test_a_whole_prompt_and_its_tokens_route_differently():
     assert (whole - single).abs().max() > 0.01
 
 
-def test_scale_is_one_number_for_the_call():
+def test_scale_is_one_number_for_the_call() -> None:
     logits = measure_logits(torch.tensor([[[1.0, -4.0]], [[2.0, 0.0]]]), None, 0.5)
     assert logits.tolist() == [[[0.25, -1.0]], [[0.5, 0.0]]]
 
@@ -118,7 +121,7 @@ def test_scale_is_one_number_for_the_call():
 @pytest.mark.parametrize(
     "tokens, n_gram, expected", [(6, 2, [1, 1, 3, 3, 5, 5]), (7, 3, [2, 2, 2, 5, 5, 5, 6]), (1, 3, [0]), (2, 5, [1, 1])]
 )
-def test_anchors(tokens, n_gram, expected):
+def test_anchors(tokens: int, n_gram: int, expected: list[int]) -> None:
     assert find_anchors(tokens, n_gram, None, torch.device("cpu")).tolist() == expected
 
 
@@ -132,12 +135,12 @@ def test_anchors(tokens, n_gram, expected):
         ({"sparse_mode": True, "auto_topk": True, "top_k": 1, "auto_topk_threshold": 0.01}, [0, 5 / 8, 3 / 8, 0]),
     ],
 )
-def test_selections_by_hand(mode, expected):
+def test_selections_by_hand(mode: dict[str, Any], expected: list[float]) -> None:
     found = select(torch.tensor([0.15, 0.5, 0.3, 0.05]), RoutingConfig(**mode))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float), atol=1e-6), found
 
 
-def test_soft_selections_by_hand():
+def test_soft_selections_by_hand() -> None:
     probs = torch.tensor([0.6, 0.4])
     soft = select(probs, RoutingConfig(top_k=2, soft_topk_temperature=0.1))
     auto = select(probs, RoutingConfig(auto_topk=True, auto_topk_threshold=0.5, soft_topk_temperature=0.1))
@@ -147,9 +150,9 @@ def test_soft_selections_by_hand():
         assert torch.allclose(found, torch.tensor([0.6 * first / total, 0.4 * second / total]), atol=1e-6)
 
 
-def test_faults_are_named_together():
+def test_faults_are_named_together() -> None:
     with pytest.raises(LimeEdgeError) as fault:
-        RoutingConfig(top_k=0, temperature=-1.0, auto_topk_threshold=1.5, sparse_mode="yes")
+        RoutingConfig(top_k=0, temperature=-1.0, auto_topk_threshold=1.5, sparse_mode="yes")  # type: ignore[arg-type]
     for name in ("top_k", "temperature", "auto_topk_threshold", "sparse_mode"):
         assert name in fault.value.problem
     with pytest.raises(LimeEdgeError, match="top_k"):
@@ -166,9 +169,9 @@ def test_faults_are_named_together():
         RoutingConfig(sparse_mode=True, auto_topk=True, n_gram=2),
     ],
 )
-def test_exports_with_symbolic_batch_and_time(config):
+def test_exports_with_symbolic_batch_and_time(config: RoutingConfig) -> None:
     class Routed(torch.nn.Module):
-        def forward(self, frozen, delta):
+        def forward(self, frozen: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
             return route(frozen, delta, config)
 
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("time", max=4096)}

@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any, int]] = {
 def make(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     kind, config, _ = MODELS[name]
-    return kind(config).eval()  # type: ignore[operator]
+    return kind(config).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -87,5 +87,5 @@ def test_every_target_and_the_session_agree(name: str, tmp_path: Path) -> None:
 
 def test_a_model_without_a_position_table_says_it_in_its_config() -> None:
     model = torch.nn.Module()
-    model.config = type("Config", (), {"max_position_embeddings": 77})()  # type: ignore[assignment]
+    model.config = type("Config", (), {"max_position_embeddings": 77})()
     assert find_text_context(model) == 77

@@ -48,7 +48,8 @@ class Decoding:
             settings.register_custom_ops_library(str(library))
         settings.enable_profiling, settings.profile_file_prefix = profile, str(path.with_suffix(""))
         self.session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        self.binding, self.held = self.session.io_binding(), []
+        self.binding = self.session.io_binding()
+        self.held: list[ort.OrtValue] = []
         config = model.decoder
         for layer in range(len(config.layers)):
             for kind in ("key", "value"):

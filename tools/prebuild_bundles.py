@@ -35,7 +35,7 @@ def main() -> None:
         adapter = make_adapter(Path(folder) / "adapter", model)
         for options in BUNDLES:
             name = name_of(options)
-            compiling = CompileOptions(**({"quant": "none"} | options))
+            compiling = CompileOptions(**{"quant": "none", **options})
             export_bundle(
                 model, adapter, directory / f"{name}.lime", compiling, find_device("cpu"), ExportOptions(force=True)
             )
