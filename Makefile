@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy test-arm64 clean help
+.PHONY: demo test check lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -92,6 +92,12 @@ fidelity: $(VENV)/.base  ## float32 bundles of the real model against transforme
 
 accuracy: $(VENV)/.base  ## what int8 and int4 keep of the experts, written to docs/accuracy.md (an hour on 2 cores)
 	$(BIN)/python tools/accuracy.py
+
+wheel: $(VENV)/.base  ## dist/: a wheel for machines like this one, and the sources that any other one builds it from
+	$(BIN)/pip install --quiet 'build>=1.3,<2'
+	rm -rf dist build/lib* build/temp* build/bdist*
+	mkdir -p build && $(BIN)/python -m build --outdir dist . > build/wheel.log
+	@ls dist
 
 test-arm64:  ## the runtime's tests with the real aarch64 wheels (root, qemu-user-static, debootstrap)
 	tools/test_arm64.sh

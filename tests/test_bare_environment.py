@@ -18,11 +18,16 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of a fresh virtual environment with lime-edge[onnx] installed from a built wheel."""
-    folder = tmp_path_factory.mktemp("bare") / "env"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "--quiet", f"{ROOT}[onnx]"], check=True)
-    return folder / "bin"
+    """bin/ of a fresh virtual environment with lime-edge[onnx] installed from the source file that `make wheel` makes,
+    as the device pages do it."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT], check=True, capture_output=True
+    )
+    (source,) = folder.glob("lime_edge-*.tar.gz")
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    subprocess.run([folder / "env" / "bin" / "pip", "install", "--quiet", f"{source}[onnx]"], check=True)
+    return folder / "env" / "bin"
 
 
 def run(bare: Path, program: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -35,6 +40,7 @@ def test_nothing_heavy_is_there(bare: Path) -> None:
         assert run(bare, "python", "-c", f"import {name}").returncode != 0
     files = [line.split()[0] for line in run(bare, "pip", "list").stdout.splitlines()[2:]]
     assert "lime-edge" in files
+    assert "compiled operators: yes" in run(bare, "lime-edge", "doctor").stdout, "the source file lacks C files?"
 
 
 def test_it_answers_as_the_workstation_does(bare: Path, tiny_bundle: Make) -> None:

@@ -154,12 +154,16 @@ install_packages() {
     in_root pip wheel --quiet --no-deps --wheel-dir /wheel /source
     local wheel
     wheel=$(basename "$ROOT"/wheel/*.whl)
+    mkdir -p dist
+    cp "$ROOT/wheel/$wheel" dist/
     say "install $wheel with its [onnx] extra, pytest and psutil from the package index"
     in_root pip install --quiet --only-binary :all: "/wheel/$wheel[onnx]" 'pytest>=8' psutil
     in_root pip install --quiet --force-reinstall --no-deps "/wheel/$wheel" # the version may be the same
     in_root python -c 'import lime_edge.runtimes.onnx.operators as o; print("operators:", o.find_library() or exit(1))' ||
         die "the wheel has no operators: 'pip wheel -v /source' in the root shows what gcc says" 3
     in_root pip list --format freeze | tee "$WORK/packages.txt"
+    say "what lime-edge doctor says in the root"
+    in_root lime-edge doctor
     ! grep -qiE '^(torch|transformers|onnx)=' "$WORK/packages.txt" || die "torch, transformers or onnx came along" 3
 }
 
