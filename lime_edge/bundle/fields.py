@@ -187,21 +187,29 @@ class Speaker(Strict, kw_only=True):
 
 
 class Prompts(Strict, kw_only=True):
-    """The chat template as text around each turn: `begin`, every turn's prefix, text and suffix, `opening`.
+    """The chat template as text around each turn: `begin`, prefix, text and suffix of each, `opening`.
 
     Equal to the template on every conversation that was tried at export; a template that cannot be written so has a
-    `reason` and no roles: phones then take complete prompts, Python renders the template itself.
+    `reason` and no roles: phones then take complete prompts, Python renders the template itself (docs/prompts.md).
     """
 
     begin: Annotated[Turn, Meta(description="before everything, the first token's text included")] = ""
-    roles: Annotated[dict[Text, Speaker], Meta(max_length=16, description="system, user, assistant, ...")] = {}
-    opening: Annotated[Turn, Meta(description="opens the assistant's turn that is to be written")] = ""
+    roles: Annotated[dict[Text, Speaker], Meta(max_length=16, description="system, user, assistant")] = {}
+    opening: Annotated[Turn, Meta(description="at the end: opens the assistant's turn that is to be written")] = ""
+    closing: Annotated[Turn, Meta(description="at the end where no turn is to be written")] = ""
     default_system: Annotated[
         Turn | None, Meta(description="text of a system turn that goes first where the conversation has none")
     ] = None
+    system_opens_user: Annotated[
+        bool, Meta(description="the system turn stands inside the user's: the turn after it has no prefix")
+    ] = False
     strip: Annotated[
         tuple[Text, ...], Meta(max_length=16, description="roles whose text loses white space at both ends")
     ] = ()
+    order: Annotated[
+        Literal["any", "alternating"],
+        Meta(description="alternating: a system turn or none, then user and assistant in turn; others are refused"),
+    ] = "any"
     reason: Annotated[Text | None, Meta(description="why there are no roles")] = None
 
 
