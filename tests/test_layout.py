@@ -68,7 +68,7 @@ def test_public_functions_say_what_they_do() -> None:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_files_named_in_the_docs_exist() -> None:
@@ -135,6 +135,13 @@ def loaded_by(module: str) -> set[str]:
 def test_importing_lime_edge_loads_next_to_nothing() -> None:
     """numpy and what reads bundles wait for the first `open`: `import lime_edge` stays as fast as it was."""
     assert loaded_by("lime_edge") <= {"lime_edge", "lime_edge.errors"}
+
+
+def test_hosted_ci_runs_the_steps_of_the_script() -> None:
+    (steps,) = re.findall(r"set -- (.*)", (ROOT / ".ci" / "run").read_text())
+    (matrix,) = re.findall(r"step: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert matrix.split(", ") == steps.split()
+    assert set(steps.split()) <= set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 @pytest.mark.parametrize(
