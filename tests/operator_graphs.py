@@ -14,7 +14,8 @@ import torch
 from onnx import TensorProto, helper
 
 from lime_edge.bundle.sites import SiteTable
-from lime_edge.compiler.maths.routing import RoutingConfig, route
+from lime_edge.compiler.maths.route import route
+from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import Decoder
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm

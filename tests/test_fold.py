@@ -19,7 +19,7 @@ from lime_edge.compiler.maths.fold import (
     recover_routing,
 )
 from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
-from lime_edge.compiler.maths.routing import route
+from lime_edge.compiler.maths.route import route
 from lime_edge.errors import LimeEdgeError
 
 Site = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,8 +35,7 @@ from operator_graphs import (
 )
 
 import lime_edge
-from lime_edge.compiler.maths.routing import RoutingConfig
-from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.maths.routing import RoutingConfig, plan_routing
 from lime_edge.exporters.onnx import experts as onnx_experts
 from lime_edge.exporters.onnx import functions as onnx_functions
 from lime_edge.exporters.onnx.functions import (
@@ -236,8 +235,7 @@ def refuse(
 
 
 def make_routed(config: RoutingConfig, experts: int) -> onnx.FunctionProto:
-    model = SimpleNamespace(experts=dict.fromkeys(range(experts)))
-    return make_routed_branch(ROUTED_BRANCH, cast(CompiledModel, model), config)
+    return make_routed_branch(ROUTED_BRANCH, plan_routing(config, experts))
 
 
 def test_what_would_be_refused_otherwise_runs(file: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors, measure_logits, route, select
+from lime_edge.compiler.maths import routing
+from lime_edge.compiler.maths.route import TensorOperations, find_anchors, measure_logits, route
+from lime_edge.compiler.maths.routing import (
+    Gate,
+    Keep,
+    Rank,
+    RoutingConfig,
+    Selection,
+    Share,
+    Take,
+    choose_selection,
+    plan_routing,
+    select,
+)
 from lime_edge.errors import LimeEdgeError
 
 Call = tuple[torch.Tensor, torch.Tensor | None, RoutingConfig]  # frozen, delta, config
@@ -114,7 +129,7 @@ def test_a_whole_prompt_and_its_tokens_route_differently() -> None:
 
 
 def test_scale_is_one_number_for_the_call() -> None:
-    logits = measure_logits(torch.tensor([[[1.0, -4.0]], [[2.0, 0.0]]]), None, 0.5)
+    logits = measure_logits((torch.tensor([[[1.0, -4.0]], [[2.0, 0.0]]]),), (1.0,))
     assert logits.tolist() == [[[0.25, -1.0]], [[0.5, 0.0]]]
 
 
@@ -123,6 +138,10 @@ def test_scale_is_one_number_for_the_call() -> None:
 )
 def test_anchors(tokens: int, n_gram: int, expected: list[int]) -> None:
     assert find_anchors(tokens, n_gram, None, torch.device("cpu")).tolist() == expected
+
+
+def select_from(probs: list[float], config: RoutingConfig) -> torch.Tensor:
+    return select(choose_selection(config, len(probs)), TensorOperations(), torch.tensor(probs))
 
 
 @pytest.mark.parametrize(
@@ -136,18 +155,46 @@ def test_anchors(tokens: int, n_gram: int, expected: list[int]) -> None:
     ],
 )
 def test_selections_by_hand(mode: dict[str, Any], expected: list[float]) -> None:
-    found = select(torch.tensor([0.15, 0.5, 0.3, 0.05]), RoutingConfig(**mode))
+    found = select_from([0.15, 0.5, 0.3, 0.05], RoutingConfig(**mode))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float), atol=1e-6), found
 
 
 def test_soft_selections_by_hand() -> None:
-    probs = torch.tensor([0.6, 0.4])
-    soft = select(probs, RoutingConfig(top_k=2, soft_topk_temperature=0.1))
-    auto = select(probs, RoutingConfig(auto_topk=True, auto_topk_threshold=0.5, soft_topk_temperature=0.1))
+    probs = [0.6, 0.4]
+    soft = select_from(probs, RoutingConfig(top_k=2, soft_topk_temperature=0.1))
+    auto = select_from(probs, RoutingConfig(auto_topk=True, auto_topk_threshold=0.5, soft_topk_temperature=0.1))
     gate = [[1 / (1 + math.exp(-x)) for x in pair] for pair in ((2, 0), (3, 1))]
     for found, (first, second) in zip((soft, auto), gate, strict=True):
         total = 0.6 * first + 0.4 * second
         assert torch.allclose(found, torch.tensor([0.6 * first / total, 0.4 * second / total]), atol=1e-6)
+
+
+SELECTIONS: list[tuple[dict[str, Any], Selection]] = [
+    ({}, Gate(Rank(2), 0.5)),
+    ({"soft_topk": False}, Keep(2)),
+    ({"soft_topk": False, "top_k": 1}, Keep(1)),
+    ({"auto_topk": True, "soft_topk": False}, Gate(Share(0.5), 0.5)),
+    ({"sparse_mode": True}, Keep(2)),
+    ({"sparse_mode": True, "top_k": 1}, Take()),
+    ({"sparse_mode": True, "auto_topk": True}, Keep(3, 0.5)),
+    ({"sparse_mode": True, "auto_topk": True, "top_k": 1}, Keep(2, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("mode", "expected"), SELECTIONS)
+def test_the_plan_of_every_selection(mode: dict[str, Any], expected: Selection) -> None:
+    plan = plan_routing(RoutingConfig(**mode, n_gram=3, gamma_routing=0.25, temperature=0.5), 3)
+    assert plan.selection == expected
+    assert (plan.window, plan.shares, plan.heated_shares) == (3, (0.75, 0.25), (1.5, 0.5))
+    assert plan_routing(RoutingConfig(), 3, operands=1).shares == (1.0,)
+
+
+def test_exporters_read_the_plan_and_not_the_hyper_parameters() -> None:
+    """What is chosen is decided once: an exporter that asks for a switch has a decision tree of its own."""
+    root = Path(__file__).parents[1]
+    files = [*root.glob("exporters/*/*.py"), *root.glob("lime_edge/compiler/model/*.py"), Path(routing.__file__)]
+    readers = {f.name for f in files if re.search(r"\.(sparse_mode|auto_topk|soft_topk)\b", f.read_text())}
+    assert readers == {"routing.py"}
 
 
 def test_faults_are_named_together() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lime_edge.compiler.maths.prompt_tuning import route_static
-from lime_edge.compiler.maths.routing import find_anchors
+from lime_edge.compiler.maths.prompt_tuning import route_prompt
+from lime_edge.compiler.maths.route import find_anchors
 from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
 from lime_edge.exporters.coreml.experts import RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, mb
@@ -60,8 +60,8 @@ def _route(
     """(V, H): constant where the routing does not read the input. Later calls compute it too, and read none of it."""
     bank = model.bank(next(iter(model.sites)))
     if tokens.conditioning is None:
-        tensors = {"prompt_base": tokens.original, "prompt_delta": tokens.delta, "LiMEs": bank}
-        prompt = tokens.base + (route_static(tensors, routed.config) @ bank.half().float()) * tokens.delta
+        weights = route_prompt(tokens, routed.config, len(bank), None)
+        prompt = tokens.base + (weights @ bank.half().float()) * tokens.delta
         return mb.cast(x=graph.constant("prompt.static", prompt.numpy()), dtype="fp16")
     summary = _summarize(tokens.conditioning, embeds, ids, index, length, model.decoder.vocab)
     if tokens.input_proj is not None:
@@ -72,7 +72,7 @@ def _route(
         x=graph.half("prompt.original", tokens.original[None, :, :experts]), y=mb.slice_by_index(x=summary, **ends)
     )
     adapted = graph.half("prompt.adapted", tokens.delta[None, :, :experts])
-    anchors = find_anchors(count, routed.config.n_gram, None, torch.device("cpu")).numpy()
+    anchors = find_anchors(count, routed.plan.window, None, torch.device("cpu")).numpy()
     weights = mb.squeeze(x=routed.weigh(frozen, adapted, anchors), axes=[0])
     chosen = mb.linear(x=weights, weight=graph.half("prompt.bank", bank.T))
     return mb.add(

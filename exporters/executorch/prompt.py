@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lime_edge.compiler.maths.prompt_tuning import route_static
-from lime_edge.compiler.maths.routing import route
+from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
 
 

@@ -13,7 +13,8 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from lime_edge.compiler.maths.routing import RoutingConfig, find_anchors
+from lime_edge.compiler.maths.route import find_anchors
+from lime_edge.compiler.maths.routing import Gate, Keep, RoutingConfig, Selection, Share, plan_routing
 from lime_edge.compiler.model.compiled import CompiledModel, GroupBranch
 from lime_edge.exporters.onnx.functions import (
     BRANCH_NORM,
@@ -28,7 +29,7 @@ from lime_edge.exporters.onnx.functions import (
     make_routed_branch,
 )
 from lime_edge.exporters.onnx.graph import LIME, Graph
-from lime_edge.exporters.onnx.routing import RoutingNodes, find_shares
+from lime_edge.exporters.onnx.routing import RoutingNodes
 
 EXPERT = "expert"  # the graph's input
 # What the operators compute at once, and what they refuse beyond. Source: runtimes/onnx/operators/operators.h
@@ -99,18 +100,18 @@ class RoutedExperts:
     def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
         self.model, self.graph, self.config = model, graph, config
         self.count = len(model.experts)
-        self.reads = 1 if model.variant == "slicefine" else 2
-        self.anchors: list[str] = ["routing_anchors"] if config.n_gram > 1 else []
+        self.plan = plan_routing(config, self.count, 1 if model.variant == "slicefine" else 2)
+        self.anchors: list[str] = ["routing_anchors"] if self.plan.window > 1 else []
 
     def declare(self) -> None:
         """With windows, the token whose routing each token takes."""
         if self.anchors:
-            self._find_anchors(self.config.n_gram)
+            self._find_anchors(self.plan.window)
 
     @cached_property
     def nodes(self) -> RoutingNodes:
         """Routing outside of functions, for what has no products."""
-        return RoutingNodes(self.graph, self.config, self.count, self.reads)
+        return RoutingNodes(self.graph, self.plan)
 
     def _find_anchors(self, window: int) -> None:
         """min(floor(t / n) n + n - 1, T - 1) for every token t of the call. Source: routing.find_anchors."""
@@ -136,10 +137,10 @@ class RoutedExperts:
         columns, read, recovery = self._describe_reading(branch, pad_rank)
         described = {"recovery": recovery, "columns": columns, "read": read}
         inputs = [x, y, a, b, bank, *(graph.constant(f"{path}/route/{kind}", one) for kind, one in described.items())]
-        frozen_share, adapted_share = find_shares(config, self.reads)
+        frozen_share, adapted_share = self.plan.heated_shares
 
         def make(name: str) -> onnx.FunctionProto:
-            return make_routed_branch(name, self.model, config)
+            return make_routed_branch(name, self.plan)
 
         return call(
             graph,
@@ -150,9 +151,9 @@ class RoutedExperts:
             f"{path}/lime",
             **find_parts(branch),
             experts=self.count,
-            selection=find_selection(config),
+            selection=number_selection(self.plan.selection),
             top_k=config.top_k,
-            n_gram=config.n_gram,
+            n_gram=self.plan.window,
             frozen_share=frozen_share,
             adapted_share=adapted_share,
             threshold=config.auto_topk_threshold,
@@ -187,7 +188,7 @@ class RoutedExperts:
         anchors = ""
         if self.anchors:
             count = self.model.virtual.base.shape[0]
-            found = find_anchors(count, self.config.n_gram, None, torch.device("cpu"))
+            found = find_anchors(count, self.plan.window, None, torch.device("cpu"))
             anchors = graph.constant(f"{path}/anchors", found.numpy())
         stack = graph.node("Concat", [frozen, adapted], f"{path}/Stack", axis=2)
         return self.nodes.weigh(stack, anchors, path)
@@ -277,10 +278,8 @@ def find_parts(branch: GroupBranch) -> dict[str, list[int]]:
     return {"widths": [part.width for part in branch.parts], "ranks": [part.rank for part in branch.parts]}
 
 
-def find_selection(config: RoutingConfig) -> int:
-    """The selection's number in the operators. Source: routing.select."""
-    if config.sparse_mode:
-        return SPARSE_AUTO_TOPK if config.auto_topk else HARD_TOPK
-    if config.auto_topk:
-        return AUTO_TOPK
-    return SOFT_TOPK if config.soft_topk else HARD_TOPK
+def number_selection(selection: Selection) -> int:
+    """The selection's number in the operators, which find its limits in the other attributes."""
+    if isinstance(selection, Gate):
+        return AUTO_TOPK if isinstance(selection.threshold, Share) else SOFT_TOPK
+    return SPARSE_AUTO_TOPK if isinstance(selection, Keep) and selection.reach is not None else HARD_TOPK

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from lime_edge.compiler.maths.routing import RoutingConfig
-from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.maths.routing import RoutingPlan
 from lime_edge.exporters.onnx.graph import MICROSOFT, FunctionBody
 from lime_edge.exporters.onnx.routing import RoutingNodes
 
@@ -65,7 +64,7 @@ def make_branch_norm(name: str) -> onnx.FunctionProto:
     )
 
 
-def make_routed_branch(name: str, model: CompiledModel, config: RoutingConfig) -> onnx.FunctionProto:
+def make_routed_branch(name: str, plan: RoutingPlan) -> onnx.FunctionProto:
     """The branch with weights made on the spot: out (B, S, N) = y + (weights bank) * (x a b).
 
     What routing reads is one product: frozen is recovered from y by what of delta it lacks, and both come from
@@ -73,15 +72,15 @@ def make_routed_branch(name: str, model: CompiledModel, config: RoutingConfig) -
     places in y of each site's first E outputs, and `read` (R + G E, 2 G E); `anchors` (S,) int64 with windows.
     """
     body = FunctionBody()
-    routing = RoutingNodes(body, config, len(model.experts), 2)
+    routing = RoutingNodes(body, plan)
     hidden = body.node("MatMul", ["x", _widen(body, "a")], "hidden")
     picked = body.node("Gather", ["y", "columns"], "picked", axis=2)
     stack = body.node("MatMul", [body.node("Concat", [hidden, picked], "joined", axis=2), "read"], "stack")
-    weights = routing.weigh(stack, "anchors" if config.n_gram > 1 else "", "route")
+    weights = routing.weigh(stack, "anchors" if plan.window > 1 else "", "route")
     chosen = body.node("MatMul", [weights, "bank"], "chosen")
     delta = body.node("MatMul", [hidden, _widen(body, "b")], "delta")
     body.node("Add", ["y", body.node("Mul", [delta, chosen], "scaled")], "add", ["out"])
-    inputs = [*BRANCH_INPUTS, "bank", "recovery", "columns", "read", *(["anchors"] if config.n_gram > 1 else [])]
+    inputs = [*BRANCH_INPUTS, "bank", "recovery", "columns", "read", *(["anchors"] if plan.window > 1 else [])]
     return body.make_function(name, inputs, ["out"], ROUTING_ATTRIBUTES)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from lime_edge.compiler.maths.prompt_tuning import route_static
+from lime_edge.compiler.maths.prompt_tuning import route_prompt
 from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx.graph import Graph
@@ -48,8 +48,7 @@ def _routed_prompt(
     base = graph.constant(f"{PATH}/base", tokens.base.numpy()[None])
     delta = graph.constant(f"{PATH}/delta", tokens.delta.numpy()[None])
     if tokens.conditioning is None:
-        tensors = {"prompt_base": tokens.original, "prompt_delta": tokens.delta, "LiMEs": bank}
-        prompt = tokens.base + (route_static(tensors, routed.config) @ bank) * tokens.delta
+        prompt = tokens.base + (route_prompt(tokens, routed.config, len(bank), None) @ bank) * tokens.delta
         return graph.constant(f"{PATH}/static", prompt.numpy()[None])
     summary = _summarize(tokens.conditioning, graph, embeds)
     if tokens.input_proj is not None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lime_edge.compiler.maths.routing import RoutingConfig, route
+from lime_edge.compiler.maths.route import route
+from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 
 Mode = None | int | Mapping[int, float] | str

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lime_edge.compiler.maths.layers import compose
-from lime_edge.compiler.maths.routing import RoutingConfig, route
+from lime_edge.compiler.maths.route import route
+from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import VirtualTokens
 from lime_edge.errors import LimeEdgeError
 
@@ -73,16 +74,17 @@ def route_conditioned(
     return route(base[..., :experts], delta[..., :experts], routing)
 
 
-def route_prompt(tokens: VirtualTokens, routing: RoutingConfig, experts: int, embeds: Tensor) -> Tensor:
+def route_prompt(tokens: VirtualTokens, routing: RoutingConfig, experts: int, embeds: Tensor | None) -> Tensor:
     """The routed weights of compiled virtual tokens: (V, E) static, (B, V, E) input-conditioned.
 
     Args:
-        experts: E. embeds: (B, T, H), the prompt's embeddings, no padding.
+        experts: E. embeds: (B, T, H), the prompt's embeddings, no padding; None does for a static prompt.
     """
     tensors = {"prompt_base": tokens.original, "prompt_delta": tokens.delta}
     tensors["LiMEs"] = tokens.original.new_empty(experts, 0)  # only its length is read
     if tokens.conditioning is None:
         return route_static(tensors, routing)
+    assert embeds is not None, "the prompt reads its input"
     if tokens.input_proj is not None:
         tensors["input_proj.weight"] = tokens.input_proj
     return route_conditioned(tensors, routing, tokens.conditioning, embeds, None)

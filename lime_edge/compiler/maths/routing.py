@@ -1,7 +1,7 @@
-"""Zero-parameter routing: expert weights from two activations. Knows nothing of variants.
+"""Zero-parameter routing as a plan: what is computed, said once, for tensors and for the nodes of every target.
 
-Every function is a plain composition of tensor operators with no data-dependent Python branch, so
-that torch.export takes it with symbolic batch and time.
+`plan_routing` turns hyper-parameters into a `RoutingPlan`; `weigh` walks through it with whatever computes: torch
+tensors (`maths.route`), ONNX nodes, operations of an ML program. Knows nothing of variants, and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-
-import torch
-from torch import Tensor
+from typing import Protocol, TypeVar
 
 from lime_edge.errors import Faults, LimeEdgeError
 
-# Source of the constants: Kowsher/LiME at 82f981f (guards of the scales and of the renormalisations).
-_SMALLEST_SCALE = 1e-6
-_SMALLEST_SUM = 1e-9
+# Guards of the scales and of the renormalisations. Source: Kowsher/LiME at 82f981f.
+SMALLEST_SCALE = 1e-6
+SMALLEST_SUM = 1e-9
 
 
 @dataclass(frozen=True)
@@ -78,126 +76,157 @@ class RoutingConfig:
         return cls(**{name: value for name, value in values.items() if name in known})  # type: ignore[arg-type]
 
 
-def route(frozen: Tensor, delta: Tensor | None, config: RoutingConfig, length: Tensor | None = None) -> Tensor:
-    """Weigh the experts of one site, per token.
+# the selections: what becomes of the softmax weights of one token
+
+
+@dataclass(frozen=True)
+class Take:
+    """1 for the expert of the largest weight, 0 for the others."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The `most` largest weights, renormalised, 0 for the others; of those only what reaches `reach` * the largest."""
+
+    most: int
+    reach: float | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A threshold: `factor` * the largest weight."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A threshold: the `place`-th largest weight."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """w sigmoid((w - threshold) / heat), renormalised."""
+
+    threshold: Share | Rank
+    heat: float
+
+
+Selection = Take | Keep | Gate
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """What routing computes at one site, in this order.
+
+    Attributes:
+        experts: E. window: every token takes the routing of the last token of its window of so many.
+        shares: of each operand in the logits, l = sum_k share_k x_k / max|x_k| / temperature: of the frozen output
+            and of delta, or of the frozen output alone. The maxima run over the whole call.
+        temperature: of the softmax over l. selection: what becomes of its weights.
+    Source: paper, zero-parameter routing and n-gram windows; conformance README, "What the reference computes".
+    """
+
+    experts: int
+    window: int
+    shares: tuple[float, ...]
+    temperature: float
+    selection: Selection
+
+    @property
+    def heated_shares(self) -> tuple[float, ...]:
+        """The shares with the temperature in them."""
+        return tuple(share / self.temperature for share in self.shares)
+
+
+def plan_routing(config: RoutingConfig, experts: int, operands: int = 2) -> RoutingPlan:
+    """What the hyper-parameters mean for a site.
 
     Args:
-        frozen: (B, T, E) float, the first E columns of the output that the variant routes on.
-        delta: (B, T, E) float, the first E columns of the adapter's output; None routes on `frozen` alone.
-        config: the hyper-parameters.
-        length: 0-dim int64, real tokens of a call whose time axis a static shape has padded on the
-            right: the padding then moves neither scale nor windows, and its own weights mean nothing.
-            None: all T are real.
-    Returns:
-        (B, T, E), weights that sum to 1 over E.
+        experts: E. operands: 2, the frozen output and delta; 1, the frozen output alone (SliceFine).
     Raises:
         LimeEdgeError: fewer experts than top_k.
-    Source: paper, zero-parameter routing and n-gram windows; conformance README; Kowsher/LiME at 82f981f.
     """
-    experts = frozen.shape[-1]
     if config.top_k > experts:
         raise LimeEdgeError(f"top_k: expected at most the number of experts, {experts}, found {config.top_k}")
-    if config.n_gram > 1 or length is not None:
-        anchors = find_anchors(frozen.shape[1], config.n_gram, length, frozen.device)
-        frozen = frozen.index_select(1, anchors)
-        delta = None if delta is None else delta.index_select(1, anchors)
-    logits = measure_logits(frozen, delta, config.gamma_routing)
-    return select(torch.softmax(logits / max(config.temperature, _SMALLEST_SCALE), dim=-1), config)
+    shares = (1.0,) if operands == 1 else (1.0 - config.gamma_routing, config.gamma_routing)
+    temperature = max(config.temperature, SMALLEST_SCALE)
+    return RoutingPlan(experts, config.n_gram, shares, temperature, choose_selection(config, experts))
 
 
-def find_anchors(tokens: int, n_gram: int, length: Tensor | None, device: torch.device) -> Tensor:
-    """For every token, the index of the token whose routing it takes: the last one of its window.
-
-    Every window has a member that is its own anchor, so statistics over the gathered tokens are
-    statistics over the anchors. That is what the reference does: with windows, the scales of
-    `measure_logits` see anchors only.
-
-    Args:
-        tokens: T.
-        n_gram: n, tokens per window; the last window may be shorter.
-        length: as in `route`.
-        device: of the result.
-    Returns:
-        (T,) int64.
-    Source: Kowsher/LiME at 82f981f (anchor tokens); conformance README, "n_gram".
-    """
-    position = torch.arange(tokens, device=device)
-    window_end = torch.div(position, n_gram, rounding_mode="floor") * n_gram + (n_gram - 1)
-    last = tokens - 1 if length is None else length - 1
-    return torch.minimum(window_end, torch.zeros_like(position) + last)
-
-
-def measure_logits(frozen: Tensor, delta: Tensor | None, gamma_routing: float) -> Tensor:
-    """l = (1-g) frozen / max|frozen| + g delta / max|delta|, the maxima over the whole call.
-
-    Args:
-        frozen: (B, T, E); delta: (B, T, E) or None (then l = frozen / max|frozen|).
-        gamma_routing: g.
-    Returns:
-        (B, T, E).
-    Source: conformance README, "What the reference computes"; SliceFine's form from its fixtures.
-    """
-    relative = frozen / frozen.abs().max().clamp_min(_SMALLEST_SCALE)
-    if delta is None:
-        return relative
-    adapted = delta / delta.abs().max().clamp_min(_SMALLEST_SCALE)
-    return (1.0 - gamma_routing) * relative + gamma_routing * adapted
-
-
-def select(probs: Tensor, config: RoutingConfig) -> Tensor:
-    """Apply the configured selection to softmax weights (..., E); the result sums to 1 over E.
-
-    Source: conformance README, "Selections".
-    """
+def choose_selection(config: RoutingConfig, experts: int) -> Selection:
+    """The decision tree of the hyper-parameters. Source: conformance README, "Selections"."""
     if config.sparse_mode:
         if config.auto_topk:
-            limit = min(2 * config.top_k, probs.shape[-1])
-            return select_sparse_auto_topk(probs, limit, config.auto_topk_threshold)
-        return select_top1(probs) if config.top_k == 1 else select_hard_topk(probs, config.top_k)
+            return Keep(min(2 * config.top_k, experts), config.auto_topk_threshold)
+        return Take() if config.top_k == 1 else Keep(config.top_k)
     if config.auto_topk:
-        return select_auto_topk(probs, config.auto_topk_threshold, config.soft_topk_temperature)
+        return Gate(Share(config.auto_topk_threshold), config.soft_topk_temperature)
     if config.soft_topk:
-        return select_soft_topk(probs, config.top_k, config.soft_topk_temperature)
-    return select_hard_topk(probs, config.top_k)
+        return Gate(Rank(config.top_k), config.soft_topk_temperature)
+    return Keep(config.top_k)
 
 
-def select_soft_topk(probs: Tensor, k: int, temperature: float) -> Tensor:
-    """w sigmoid((w - k-th largest w) / temperature), renormalised. (..., E) to (..., E)."""
-    kth = torch.topk(probs, k, dim=-1).values[..., -1:]
-    return _gate(probs, kth, temperature)
+Reads = TypeVar("Reads", contravariant=True)
+Value = TypeVar("Value")
 
 
-def select_auto_topk(probs: Tensor, threshold: float, temperature: float) -> Tensor:
-    """w sigmoid((w - theta max w) / temperature), renormalised. (..., E) to (..., E)."""
-    return _gate(probs, threshold * probs.amax(dim=-1, keepdim=True), temperature)
+class Operations(Protocol[Reads, Value]):
+    """What a plan is computed with. Weights are a Value whose last axis holds the experts."""
+
+    def measure(self, reads: Reads, plan: RoutingPlan) -> Value:
+        """The logits l of every token, from what its window's last token has at hand."""
+
+    def soften(self, logits: Value) -> Value:
+        """Softmax."""
+
+    def take(self, weights: Value) -> Value:
+        """1 at the largest, 0 elsewhere."""
+
+    def sort_out(self, weights: Value, most: int) -> tuple[Value, Value]:
+        """The `most` largest, the largest first, and their places."""
+
+    def drop(self, values: Value, reach: float) -> Value:
+        """What `sort_out` gave, 0 where it does not reach `reach` * the largest."""
+
+    def place(self, weights: Value, places: Value, values: Value) -> Value:
+        """Values renormalised at their places, 0 elsewhere."""
+
+    def find_share(self, weights: Value, factor: float) -> Value:
+        """factor * the largest, one a token."""
+
+    def find_rank(self, weights: Value, place: int) -> Value:
+        """The `place`-th largest, one a token."""
+
+    def gate(self, weights: Value, threshold: Value, heat: float) -> Value:
+        """w sigmoid((w - threshold) / heat), renormalised."""
 
 
-def select_hard_topk(probs: Tensor, k: int) -> Tensor:
-    """The k largest w, renormalised; the rest 0. (..., E) to (..., E)."""
-    values, indices = torch.topk(probs, k, dim=-1)
-    return torch.zeros_like(probs).scatter(-1, indices, _renormalise(values))
+def weigh(plan: RoutingPlan, operations: Operations[Reads, Value], reads: Reads) -> Value:
+    """The experts' weights per token, which sum to 1.
+
+    Args:
+        reads: what routing reads, as the operations take it.
+    """
+    return select(plan.selection, operations, operations.soften(operations.measure(reads, plan)))
 
 
-def select_top1(probs: Tensor) -> Tensor:
-    """1 at the largest w. (..., E) to (..., E)."""
-    best = probs.argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(probs).scatter(-1, best, torch.ones_like(probs[..., :1]))
-
-
-def select_sparse_auto_topk(probs: Tensor, limit: int, threshold: float) -> Tensor:
-    """The `limit` largest w that reach theta max w, renormalised. (..., E) to (..., E)."""
-    values, indices = torch.topk(probs, limit, dim=-1)
-    kept = values * (values >= threshold * values[..., :1]).to(values.dtype)
-    return torch.zeros_like(probs).scatter(-1, indices, _renormalise(kept))
-
-
-def _gate(probs: Tensor, threshold: Tensor, temperature: float) -> Tensor:
-    gated = probs * torch.sigmoid((probs - threshold) / temperature)
-    return gated / (gated.sum(dim=-1, keepdim=True) + _SMALLEST_SUM)
-
-
-def _renormalise(values: Tensor) -> Tensor:
-    return values / values.sum(dim=-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+def select(selection: Selection, operations: Operations[Reads, Value], weights: Value) -> Value:
+    """Apply a selection to softmax weights."""
+    if isinstance(selection, Take):
+        return operations.take(weights)
+    if isinstance(selection, Keep):
+        values, places = operations.sort_out(weights, selection.most)
+        if selection.reach is not None:
+            values = operations.drop(values, selection.reach)
+        return operations.place(weights, places, values)
+    if isinstance(selection.threshold, Share):
+        threshold = operations.find_share(weights, selection.threshold.factor)
+    else:
+        threshold = operations.find_rank(weights, selection.threshold.place)
+    return operations.gate(weights, threshold, selection.heat)
 
 
 def _is_number(value: object) -> bool:

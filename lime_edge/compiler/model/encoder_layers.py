@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lime_edge.compiler.maths.fold import recover_routing, scale_leading
 from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.maths.routing import RoutingConfig, route
+from lime_edge.compiler.maths.route import route
+from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.errors import LimeEdgeError
 
 Stored = QuantizedTensor | Tensor

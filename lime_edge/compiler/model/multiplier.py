@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lime_edge.bundle.sites import Site
 from lime_edge.compiler.maths.fold import recover_routing
-from lime_edge.compiler.maths.routing import route
+from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.model.compiled import CompiledModel, GroupBranch, Part
 
 
