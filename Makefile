@@ -35,7 +35,7 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
 
-check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, clean installations
+check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations
 	$(PYTEST) -m 'check and not small'
 
 lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages in their place
