@@ -39,7 +39,7 @@ class AttentionWriter:
         for index in range(len(c.layers)):
             for kind in ("key", "value"):
                 shape: list[int | str] = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
-                g.input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, shape)
+                g.input(f"past_key_values.{index}.{kind}", g.real, shape)
         cos, sin = c.rope_tables(c.context)
         g.constant("cos_cache", cos.numpy())
         g.constant("sin_cache", sin.numpy())
@@ -87,7 +87,7 @@ class AttentionWriter:
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
             shape: list[int | str] = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
-            g.output(name, TensorProto.FLOAT, shape)
+            g.output(name, g.real, shape)
         inputs = [query, key, value, *past, "seqlens_k", "total_sequence_length_i32"]
         fused = attention.rope and self.fuses_rotation
         if fused:

@@ -17,8 +17,8 @@ from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
 from lime_edge.exporters.onnx.companion import write_defaulted
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
-from lime_edge.exporters.onnx.functions import SWIGLU, make_swiglu
-from lime_edge.exporters.onnx.graph import LIME, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx.functions import HALF, SWIGLU, make_swiglu
+from lime_edge.exporters.onnx.graph import LIME, LOGITS_START, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx.prompt import prepend_virtual
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.targets.genai import CONFIG
@@ -36,17 +36,17 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
 
     Args:
         model: compiled; its integers are only re-packed. directory: exists, empty.
-        options: none of them is ONNX's. progress: called with (step, done, total).
+        options: its `onnx`: the type of activations. progress: called with (step, done, total).
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
     """
     check_head_width(model)
     metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
-    graph = Graph(directory / f"{FILE}.data")
+    graph = Graph(directory / f"{FILE}.data", half=options.onnx.activations == "float16")
     graph.data_path.touch()
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
-    if model.virtual is None:
+    if model.virtual is None and not graph.half:
         write_defaulted(directory / FILE, float(model.variant == "slicefine"))
     facts = {
         "file": f"onnx/{FILE}",
@@ -58,8 +58,10 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         "nodes": len(graph.nodes),
         "functions": sorted(graph.used_functions()),
         "weight_hash": model.weight_hash(),
-        "genai": CONFIG if model.virtual is None else None,
+        "genai": CONFIG if model.virtual is None and not graph.half else None,
     }
+    if graph.half:
+        facts["compute"] = "float16"
     if model.routing is not None and model.swaps:
         routed = graph.share_data()
         DecoderWriter(model, routed, RoutedExperts(model, routed, model.routing)).write(progress)
@@ -146,7 +148,7 @@ class DecoderWriter:
                 for k, v in (("start", 0), ("end", columns), ("axis", 2))
             ]
             rows = g.node("Slice", [rows, *limits], "/model/embed_tokens/Slice")
-        rows = g.node("Cast", [rows], "/model/embed_tokens/Cast", to=TensorProto.FLOAT)
+        rows = g.node("Cast", [rows], "/model/embed_tokens/Cast", to=g.real)
         zero = g.constant("/model/embed_tokens/zero", np.array(128, np.float32))
         rows = g.node("Sub", [rows, zero], "/model/embed_tokens/Sub")
         factor = g.node("Gather", [scales, "input_ids"], "/model/embed_tokens/GatherScale")
@@ -188,9 +190,10 @@ class DecoderWriter:
         """activation(gate) * up, from one product."""
         g, both = self.graph, self._project(group, x, f"{path}/gate_up_proj")
         if self.config.activation == "silu":
-            if SWIGLU not in g.functions:
-                g.functions[SWIGLU] = make_swiglu()
-            return g.node(SWIGLU, [both], f"{path}/SwiGLU", domain=LIME)
+            name = HALF + SWIGLU if g.half else SWIGLU
+            if name not in g.functions:
+                g.functions[name] = make_swiglu(g.half)
+            return g.node(name, [both], f"{path}/SwiGLU", domain=LIME)
         names = [f"{path}/gate", f"{path}/up"]
         g.node("Split", [both], f"{path}/Split", names, axis=-1, num_outputs=2)
         approximate = "tanh" if self.config.activation == "gelu_pytorch_tanh" else "none"
@@ -240,15 +243,17 @@ class DecoderWriter:
             N=shape[0],
             bits=packed[0].bits,
             block_size=packed[0].block,
-            accuracy_level=4,
+            accuracy_level=0 if g.half else 4,  # a GPU computes in float16 whatever is said
         )
 
     def _write_head(self, stream: str, update: str) -> None:
         """Final norm, the last `logits_to_keep` positions (0: all), logits."""
         g, model = self.graph, self.model
         x, _ = self._norm("model.norm.weight", "/model/norm", stream, update)
-        g.input(LOGITS_TO_KEEP, TensorProto.INT64, [1])
-        start = g.node("Neg", [LOGITS_TO_KEEP], "/head/Neg")
+        if g.half:
+            start = g.input(LOGITS_START, TensorProto.INT64, [1])
+        else:
+            start = g.node("Neg", [g.input(LOGITS_TO_KEEP, TensorProto.INT64, [1])], "/head/Neg")
         end = g.constant("/head/end", np.array([np.iinfo(np.int64).max], np.int64))
         x = g.node("Slice", [x, start, end, "axis_1"], "/head/Slice")
         name = model.head_name
@@ -258,4 +263,6 @@ class DecoderWriter:
             g.node("FusedMatMul", [x, name], "/lm_head/MatMul", domain=MICROSOFT, transB=1)
         else:
             self._matmul([name], None, x, "/lm_head", f"{name}.codes" if tied else "")
+        if g.half:
+            g.node("Cast", [g.nodes[-1].output[0]], "/lm_head/Cast", to=TensorProto.FLOAT)
         g.nodes[-1].output[0] = "logits"

@@ -21,6 +21,7 @@ from lime_edge.exporters.onnx.functions import (
     EXPERT_AXIS,
     EXPERT_BRANCH,
     GAPPED_BRANCH,
+    HALF,
     LARGE,
     ROUTED_BRANCH,
     make_branch,
@@ -36,7 +37,7 @@ EXPERT = "expert"  # the graph's input
 RANK_MULTIPLE = 8
 MOST_RANK, MOST_PARTS, MOST_EXPERTS = 1024, 8, 256
 SPARSE_AUTO_TOPK, HARD_TOPK, AUTO_TOPK, SOFT_TOPK = range(4)
-Make = Callable[[str], onnx.FunctionProto]
+Make = Callable[[str, bool], onnx.FunctionProto]
 
 
 class PinnedExperts:
@@ -51,7 +52,10 @@ class PinnedExperts:
         """Declare the input."""
         self.graph.input(EXPERT, TensorProto.FLOAT, ["expert_rows", self.model.sites.total])
         axis = self.graph.constant("/lime/axis", np.array([1], np.int64))
-        self.graph.node("Unsqueeze", [EXPERT, axis], "/lime/Rows", [self.rows])
+        given = EXPERT
+        if self.graph.half:  # what a switch writes is float32 everywhere
+            given = self.graph.node("Cast", [EXPERT], "/lime/Cast", to=TensorProto.FLOAT16)
+        self.graph.node("Unsqueeze", [given, axis], "/lime/Rows", [self.rows])
 
     def add_branch(self, branch: GroupBranch, x: str, y: str, path: str) -> str:
         """y + d * (B A x) of a group with products, (B, S, N)."""
@@ -139,8 +143,8 @@ class RoutedExperts:
         inputs = [x, y, a, b, bank, *(graph.constant(f"{path}/route/{kind}", one) for kind, one in described.items())]
         frozen_share, adapted_share = self.plan.heated_shares
 
-        def make(name: str) -> onnx.FunctionProto:
-            return make_routed_branch(name, self.plan)
+        def make(name: str, half: bool) -> onnx.FunctionProto:
+            return make_routed_branch(name, self.plan, half)
 
         return call(
             graph,
@@ -231,7 +235,7 @@ def fuse_norm(graph: Graph, update: str, stream: str, gain: str, epsilon: float,
     None where `update` is not from a branch, and nothing is changed then.
     """
     last = graph.nodes[-1]
-    if last.op_type not in (EXPERT_BRANCH, LARGE + EXPERT_BRANCH) or list(last.output) != [update]:
+    if last.op_type.removeprefix(LARGE).removeprefix(HALF) != EXPERT_BRANCH or list(last.output) != [update]:
         return None
     outputs = [f"{path}/SkipNorm/output", f"{path}/SkipNorm/sum"]
     last.op_type = last.op_type.replace(EXPERT_BRANCH, BRANCH_NORM)
@@ -239,7 +243,7 @@ def fuse_norm(graph: Graph, update: str, stream: str, gain: str, epsilon: float,
     last.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
     last.output[:] = outputs
     if last.op_type not in graph.functions:
-        graph.functions[last.op_type] = make_branch_norm(last.op_type)
+        graph.functions[last.op_type] = make_branch_norm(last.op_type, graph.half)
     return outputs[0], outputs[1]
 
 
@@ -252,8 +256,10 @@ def call(
     sizes = ((branch.a.shape[0], MOST_RANK), (len(branch.parts), MOST_PARTS), (experts, MOST_EXPERTS))
     if any(isinstance(found, int) and found > most for found, most in sizes):
         name = LARGE + name
+    elif graph.half:
+        name = HALF + name
     if name not in graph.functions:
-        graph.functions[name] = make(name)
+        graph.functions[name] = make(name, graph.half)
     return graph.node(name, inputs, path, None, LIME, **attributes)
 
 

@@ -17,7 +17,7 @@ from lime_edge.exporters.onnx.routing import RoutingNodes
 EXPERT_BRANCH, GAPPED_BRANCH, BRANCH_NORM = "ExpertRowsBranch", "GappedExpertRowsBranch", "ExpertRowsBranchNorm"
 ROUTED_BRANCH, SWIGLU = "RoutedBranch", "SwiGLU"
 EXPERT_AXIS = 2  # of the expert (rows, 1, sum_H): 1 row, or one for each row of the batch
-LARGE = "Large"  # before the name where a body is meant that no operator replaces
+LARGE, HALF = "Large", "Half"  # before the name where a body is meant that no operator replaces: its sizes, float16
 BRANCH_INPUTS = ["x", "y", "a", "b"]
 BRANCH_ATTRIBUTES = ["widths", "ranks", "offsets"]
 SPAN = ["start", "end"]  # where a group without gaps lies in the flat residual
@@ -35,26 +35,26 @@ ROUTING_ATTRIBUTES = [
 ]
 
 
-def make_branch(name: str) -> onnx.FunctionProto:
+def make_branch(name: str, half: bool = False) -> onnx.FunctionProto:
     """out = y + expert[..., start:end] * (x a b).
 
     x (B, S, K), y and out (B, S, N), a (K, R), b (R, N), expert (1 or B, 1, sum_H).
     """
-    body = FunctionBody()
+    body = FunctionBody(half)
     _add_branch(body, _take_stretch(body), "out")
     return body.make_function(name, [*BRANCH_INPUTS, "expert"], ["out"], BRANCH_ATTRIBUTES + SPAN)
 
 
-def make_gapped_branch(name: str) -> onnx.FunctionProto:
+def make_gapped_branch(name: str, half: bool = False) -> onnx.FunctionProto:
     """As `make_branch`, the expert's places (N,) int64 given one by one; any place will do where b has zeros."""
-    body = FunctionBody()
+    body = FunctionBody(half)
     _add_branch(body, body.node("Gather", ["expert", "places"], "residual", axis=EXPERT_AXIS), "out")
     return body.make_function(name, [*BRANCH_INPUTS, "expert", "places"], ["out"], BRANCH_ATTRIBUTES)
 
 
-def make_branch_norm(name: str) -> onnx.FunctionProto:
+def make_branch_norm(name: str, half: bool = False) -> onnx.FunctionProto:
     """The branch, then sum = stream + it and out = RMSNorm(sum) * gain, all (B, S, N)."""
-    body = FunctionBody()
+    body = FunctionBody(half)
     _add_branch(body, _take_stretch(body), "update")
     outputs = ["out", "", "", "sum"]
     body.node("SkipSimplifiedLayerNormalization", ["stream", "update", "gain"], "norm", outputs, domain=MICROSOFT)
@@ -64,14 +64,14 @@ def make_branch_norm(name: str) -> onnx.FunctionProto:
     )
 
 
-def make_routed_branch(name: str, plan: RoutingPlan) -> onnx.FunctionProto:
+def make_routed_branch(name: str, plan: RoutingPlan, half: bool = False) -> onnx.FunctionProto:
     """The branch with weights made on the spot: out (B, S, N) = y + (weights bank) * (x a b).
 
     What routing reads is one product: frozen is recovered from y by what of delta it lacks, and both come from
     the few numbers of x a. The operator takes `recovery` (G E,) for that, the body `columns` (G E,) int64, the
     places in y of each site's first E outputs, and `read` (R + G E, 2 G E); `anchors` (S,) int64 with windows.
     """
-    body = FunctionBody()
+    body = FunctionBody(half)
     routing = RoutingNodes(body, plan)
     hidden = body.node("MatMul", ["x", _widen(body, "a")], "hidden")
     picked = body.node("Gather", ["y", "columns"], "picked", axis=2)
@@ -84,13 +84,13 @@ def make_routed_branch(name: str, plan: RoutingPlan) -> onnx.FunctionProto:
     return body.make_function(name, inputs, ["out"], ROUTING_ATTRIBUTES)
 
 
-def make_swiglu() -> onnx.FunctionProto:
+def make_swiglu(half: bool = False) -> onnx.FunctionProto:
     """out (..., N) = silu(x[..., :N]) * x[..., N:], x (..., 2 N)."""
-    body = FunctionBody()
+    body = FunctionBody(half)
     body.node("Split", ["x"], "split", ["left", "right"], axis=-1, num_outputs=2)
     active = body.node("QuickGelu", ["left"], "silu", domain=MICROSOFT, alpha=1.0)
     body.node("Mul", [active, "right"], "mul", ["out"])
-    return body.make_function(SWIGLU, ["x"], ["out"], [])
+    return body.make_function(HALF + SWIGLU if half else SWIGLU, ["x"], ["out"], [])
 
 
 def _add_branch(body: FunctionBody, residual: str, out: str) -> None:
@@ -108,4 +108,6 @@ def _take_stretch(body: FunctionBody) -> str:
 
 def _widen(body: FunctionBody, name: str) -> str:
     """float32 of a weight that may be stored as float16; ONNX Runtime does this once, when it loads the graph."""
+    if body.half:
+        return name
     return body.node("Cast", [name], f"wide_{name}", to=onnx.TensorProto.FLOAT)

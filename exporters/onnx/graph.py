@@ -9,9 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from lime_edge.errors import LimeEdgeError
+
 MICROSOFT = "com.microsoft"
 LIME = "lime_edge"
 LOGITS_TO_KEEP = "logits_to_keep"  # the input that says how many of the last positions get logits
+LOGITS_START = "logits_start"  # the same as a position from the end, -1: the last; a GPU graph slices with it as it is
 OPSET = 21
 IR_VERSION = 10
 ALIGNMENT = 4096  # page: ONNX Runtime maps the file
@@ -33,10 +36,12 @@ class Graph:
     """A graph under construction; `save` writes model.onnx and model.onnx.data.
 
     Args:
-        weights: the external file, opened for writing in the directory of the model.
+        data_path: the external file, in the directory of the model.
+        half: real numbers inside of the graph are float16: every float32 constant becomes one.
     """
 
     data_path: Path
+    half: bool = False
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -48,7 +53,26 @@ class Graph:
     def share_data(self) -> Graph:
         """An empty graph whose constants of the same names are those of this one's external file."""
         external = {t.name: t for t in self.initializers if t.data_location == TensorProto.EXTERNAL}
-        return Graph(self.data_path, shared=external, _end=self._end)
+        return Graph(self.data_path, self.half, shared=external, _end=self._end)
+
+    @property
+    def real(self) -> int:
+        """The type of the graph's real numbers."""
+        return TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
+
+    def _store(self, array: np.ndarray) -> np.ndarray:
+        """The array as the graph holds it.
+
+        Raises:
+            LimeEdgeError: a value beyond float16 in a float16 graph.
+        """
+        if not self.half or array.dtype != np.float32:
+            return np.ascontiguousarray(array)
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(array, np.float16)
+        if not np.isfinite(stored).all():
+            raise LimeEdgeError("a constant of the graph is beyond float16's range", "export with float32 activations")
+        return stored
 
     def node(
         self,
@@ -66,7 +90,7 @@ class Graph:
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Add an initializer; large ones go to the external file."""
-        array = np.ascontiguousarray(array)
+        array = self._store(array)
         if array.nbytes <= INLINE_BYTES:
             self.initializers.append(onnx.numpy_helper.from_array(array, name))
             return name
@@ -129,12 +153,12 @@ class Graph:
 class FunctionBody(Graph):
     """The nodes of a function in the model: constants are nodes, because a function holds no tensors."""
 
-    def __init__(self) -> None:
-        super().__init__(Path())
+    def __init__(self, half: bool = False) -> None:
+        super().__init__(Path(), half)
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Add a Constant node."""
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array))
+        tensor = onnx.numpy_helper.from_array(self._store(array))
         return self.node("Constant", [], name, [name], value=tensor)
 
     def attribute(self, name: str, of: str) -> str:

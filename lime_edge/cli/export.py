@@ -15,7 +15,7 @@ from lime_edge import terminal
 from lime_edge.cli.options import TARGETS, Json, Quiet, complete_from, split_names
 from lime_edge.cli.streams import receive
 from lime_edge.errors import LimeEdgeError
-from lime_edge.targets.options import CoremlOptions, ExecutorchOptions, TargetOptions
+from lime_edge.targets.options import CoremlOptions, ExecutorchOptions, OnnxOptions, TargetOptions
 
 STATIC = "Targets with a static cache"
 FLAGS = {"minimum": "minimum-os"}  # fields whose option has another name
@@ -82,6 +82,13 @@ def export(
             autocompletion=complete_from("cpu", "raspberry-pi", "jetson", "android"),
         ),
     ] = "cpu",
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="ONNX: float32, or float16 for GPUs; the device's own by default.",
+            autocompletion=complete_from("float32", "float16"),
+        ),
+    ] = None,
     max_seq_len: Annotated[
         int,
         typer.Option(min=1, help="ExecuTorch, Core ML: tokens the cache holds (Core ML: x32).", rich_help_panel=STATIC),
@@ -132,6 +139,7 @@ def export(
     static = TargetOptions(
         ExecutorchOptions(max_seq_len, backend, stock_runner),
         CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
+        OnnxOptions(activations or chosen.activations),
     )
     refuse_idle_options(targets, static)
     refuse_prequantized(model)

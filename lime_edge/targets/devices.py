@@ -15,6 +15,7 @@ class Device:
 
     threads: intra-op threads, None for the engine's own choice. group: elements per int4 scale.
     providers: ONNX Runtime execution providers in order of preference.
+    activations: of ONNX graphs; a GPU's attention kernel takes float16 only.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Device:
     threads: int | None
     group: int
     providers: tuple[str, ...]
+    activations: str = "float32"
 
 
 DEVICES = {
@@ -31,10 +33,11 @@ DEVICES = {
         Device("raspberry-pi", "Raspberry Pi 4 and 5: four cores, no accelerator", 4, 32, (CPU,)),
         Device(
             "jetson",
-            "NVIDIA Jetson: CUDA, then TensorRT, where its onnxruntime has them",
+            "NVIDIA Jetson, and other NVIDIA GPUs: CUDA, float16 activations",
             None,
             32,
-            ("CUDAExecutionProvider", "TensorrtExecutionProvider", CPU),
+            ("CUDAExecutionProvider", CPU),
+            "float16",
         ),
         Device(
             "android",

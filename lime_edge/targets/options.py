@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lime_edge.errors import LimeEdgeError
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How to write ONNX graphs.
+
+    activations: "float32", or "float16" for GPUs, whose attention kernel takes nothing wider; integers, vectors and
+    logits are the same in both.
+    """
+
+    activations: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("float32", "float16"):
+            raise LimeEdgeError(
+                f"activations: expected float32 or float16, found {self.activations!r}",
+                "float16 is for GPUs; processors compute in float32",
+            )
+
 
 @dataclass(frozen=True)
 class ExecutorchOptions:
@@ -39,3 +59,4 @@ class TargetOptions:
 
     executorch: ExecutorchOptions = field(default_factory=ExecutorchOptions)
     coreml: CoremlOptions = field(default_factory=CoremlOptions)
+    onnx: OnnxOptions = field(default_factory=OnnxOptions)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lime_edge.runtimes.onnx.places import Buffer, Device, Host
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -26,38 +28,34 @@ class Prefix:
 
 
 class Caches:
-    """Buffers (rows, kv_heads, tokens, head_dim) float32; those of neighbouring rows are a view of each.
+    """Buffers (rows, kv_heads, tokens, head_dim), float32 or float16; those of neighbouring rows are a view of each.
 
     Args:
-        model: the manifest's facts. tokens: that a row holds, virtual ones included.
+        model: the manifest's facts. tokens: that a row holds, virtual ones included. dtype: as the graph has them.
     """
 
-    def __init__(self, model: dict[str, Any], rows: int, tokens: int):
+    def __init__(self, model: dict[str, Any], rows: int, tokens: int, place: Host | Device, dtype: type = np.float32):
         self.tokens = tokens
         shape = (rows, model["kv_heads"], tokens, model["head_dim"])
         names = [f"{layer}.{kind}" for layer in range(model["layers"]) for kind in ("key", "value")]
-        self.buffers = {name: np.zeros(shape, np.float32) for name in names}  # untouched pages cost nothing
+        self.buffers: dict[str, Buffer] = {name: place.zeros(shape, dtype) for name in names}
+        self.nbytes = len(names) * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize  # when all are full
 
-    @property
-    def nbytes(self) -> int:
-        """Memory they take when every row is full."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
-
-    def view(self, first: int, count: int) -> Iterator[tuple[str, np.ndarray]]:
+    def view(self, first: int, count: int) -> Iterator[tuple[str, Buffer]]:
         """Rows first to first + count of each buffer, by its name: LAYER.key or LAYER.value."""
         for name, buffer in self.buffers.items():
-            yield name, buffer[first : first + count]
+            yield name, buffer.rows(first, count)
 
     def save(self, row: int, tokens: int) -> tuple[np.ndarray, ...]:
         """A copy of a row's first tokens."""
-        return tuple(buffer[row, :, :tokens].copy() for buffer in self.buffers.values())
+        return tuple(buffer.save(row, tokens) for buffer in self.buffers.values())
 
     def restore(self, row: int, arrays: tuple[np.ndarray, ...]) -> None:
         """Write what `save` gave into a row."""
         for buffer, array in zip(self.buffers.values(), arrays, strict=True):
-            buffer[row, :, : array.shape[1]] = array
+            buffer.restore(row, array)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Write one row's first tokens over another row's."""
         for buffer in self.buffers.values():
-            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+            buffer.move(source, target, tokens)

@@ -7,9 +7,10 @@ import numpy as np
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.runtimes.onnx.caches import Caches, Prefix
-from lime_edge.runtimes.onnx.calls import EXPERT, BoundGraph, Shared
+from lime_edge.runtimes.onnx.calls import BoundGraph, Shared
 from lime_edge.runtimes.onnx.loading import Graphs, choose_operators, plan_providers
 from lime_edge.runtimes.onnx.operators import find_subtract
+from lime_edge.runtimes.onnx.places import choose_place
 from lime_edge.runtimes.onnx.rows import OnnxRows
 from lime_edge.session.engines import SessionOptions
 
@@ -43,24 +44,28 @@ class OnnxEngine:
         self._total = bundle.manifest.sites.total
         self.capacity = min(self.capacity, model["context"] - self._virtual)
         self._graphs = Graphs(bundle, options)
+        self._half = facts.get("compute") == "float16"
+        self.provider = self._graphs.pinned.get_providers()[0]
+        self._place = choose_place(self.provider)
         self._shared = self._share(1, self.capacity)
         self._pinned = BoundGraph(self._graphs.pinned, self._shared)
         self._routed: BoundGraph | None = None
         self._active = self._pinned
-        self.provider = self._graphs.pinned.get_providers()[0]
         calls = set(facts.get("functions", ())) & REPLACED
         self.subtract = find_subtract()
         self.operators: bool | None = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
 
     def _share(self, rows: int, capacity: int) -> Shared:
-        caches = Caches(self._model, rows, capacity + self._virtual)
-        return Shared(caches, np.empty((rows, 1, self._model["vocab"]), np.float32), self._virtual)
+        dtype = np.float16 if self._half else np.float32
+        caches = Caches(self._model, rows, capacity + self._virtual, self._place, dtype)
+        logits = self._place.zeros((rows, 1, self._model["vocab"]), np.float32)
+        return Shared(self._place, caches, logits, self._virtual, starts=self._half)
 
     def set_expert(self, residual: np.ndarray) -> None:
         """Rebind the expert input to another buffer (sum_H,) float32; it must not change while bound."""
         self._active = self._pinned
         if self._graphs.takes_expert:
-            self._pinned.bind(EXPERT, residual[None])
+            self._pinned.bind_expert(residual[None])
 
     def set_routed(self) -> None:
         """Weigh the frozen bank per token from now on; the first time loads the routed graph."""

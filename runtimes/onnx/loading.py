@@ -9,6 +9,7 @@ from pathlib import Path
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.runtimes.onnx.operators import find_library
+from lime_edge.runtimes.onnx.places import CUDA
 from lime_edge.session.engines import SessionOptions
 
 try:
@@ -17,6 +18,7 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
     raise need("onnxruntime", "onnx") from error
 
 OPERATORS = "LIME_EDGE_OPERATORS"
+CUDA_OPTIONS = {"enable_cuda_graph": "1"}  # a decode step is captured at its first run and replayed from then on
 
 
 class Graphs:
@@ -88,8 +90,9 @@ def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.Infere
     if library := choose_operators(providers):
         settings.register_custom_ops_library(str(library))
     file = bundle.path / name
+    chosen = [(name, CUDA_OPTIONS) if name == CUDA else name for name in providers]
     try:
-        return ort.InferenceSession(str(file), settings, providers=providers)
+        return ort.InferenceSession(str(file), settings, providers=chosen)
     except Exception as error:  # onnxruntime's exceptions share no public base
         first = str(error).splitlines()[0]
         hint = "lime-edge inspect BUNDLE --verify compares the hashes"

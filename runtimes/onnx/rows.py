@@ -14,7 +14,7 @@ import numpy as np
 
 from lime_edge.errors import LimeEdgeError
 from lime_edge.runtimes.onnx.caches import Prefix
-from lime_edge.runtimes.onnx.calls import EXPERT, BoundGraph, Shared
+from lime_edge.runtimes.onnx.calls import BoundGraph, Shared
 from lime_edge.runtimes.onnx.loading import Graphs
 
 
@@ -39,12 +39,13 @@ class OnnxRows:
 
     def __init__(self, graphs: Graphs, shared: Shared, total: int):
         self._graphs, self._shared = graphs, shared
-        self.count, self.capacity = len(shared.logits), shared.caches.tokens - shared.virtual
+        self.count, self.capacity = shared.logits.shape[0], shared.caches.tokens - shared.virtual
         self.nbytes = shared.caches.nbytes
         self._experts = np.zeros((self.count, total), np.float32)  # by place, as the caches are
         self._places: list[int | None] = [None] * self.count  # who is there
         self._rows: dict[int, Row] = {}
         self._calls: dict[tuple[int, int, bool], BoundGraph] = {}
+        self._changes, self._seen = 0, dict[tuple[int, int, bool], int]()  # which changes of experts a call has seen
         self._next = 0
 
     def start(self, residual: np.ndarray | None, prefix: Prefix | None = None) -> int:
@@ -82,6 +83,7 @@ class OnnxRows:
         own.routed = residual is None
         if residual is not None:
             self._experts[own.place] = residual
+            self._changes += 1
 
     def length(self, row: int) -> int:
         """Tokens in a row's cache."""
@@ -130,18 +132,20 @@ class OnnxRows:
         for row in rows:
             self._check_room(self._rows[row].length + 1)
         together = [row for row in rows if not self._rows[row].routed]
+        found: dict[int, np.ndarray] = {}
         if together:
             self._gather(together)
             order = [row for row in self._places[: len(together)] if row is not None]
             ids = np.array([[given[row]] for row in order], np.int64)
             lengths = np.array([self._rows[row].length for row in order])
-            self._call(0, len(order), False).run(ids, lengths, 1)
-            for row in order:
+            logits = self._call(0, len(order), False).run(ids, lengths, 1)
+            for row, own in zip(order, logits, strict=True):
                 self._rows[row].length += 1
+                found[row] = own[0]
         for row in rows:
             if self._rows[row].routed:
-                self.feed(row, np.array([given[row]], np.int64), 1)
-        return [self._shared.logits[self._rows[row].place, 0] for row in rows]
+                found[row] = self.feed(row, np.array([given[row]], np.int64), 1)[0]
+        return [found[row] for row in rows]
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.capacity:
@@ -149,12 +153,14 @@ class OnnxRows:
 
     def _call(self, first: int, count: int, routed: bool) -> BoundGraph:
         key = first, count, routed
-        if key not in self._calls:
-            call = BoundGraph(self._graphs.routed if routed else self._graphs.pinned, self._shared, first, count)
-            if not routed and self._graphs.takes_expert:
-                call.bind(EXPERT, self._experts[first : first + count])
-            self._calls[key] = call
-        return self._calls[key]
+        call = self._calls.get(key)
+        if call is None:
+            graph = self._graphs.routed if routed else self._graphs.pinned
+            call = self._calls[key] = BoundGraph(graph, self._shared, first, count)
+        if not routed and self._graphs.takes_expert and self._seen.get(key) != self._changes:
+            call.bind_expert(self._experts[first : first + count])
+            self._seen[key] = self._changes
+        return call
 
     def _gather(self, rows: list[int]) -> None:
         """Bring these rows into the first places."""
@@ -174,6 +180,7 @@ class OnnxRows:
         if saved is not None:
             caches.restore(source, saved)
         self._experts[[source, target]] = self._experts[[target, source]]
+        self._changes += 1
         for number, place in ((moving, target), (waiting, source)):
             self._places[place] = number
             if number is not None:
