@@ -21,7 +21,8 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, Selection
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import CHUNK, Segment, Session, plan_chunks
+from lime_edge.session.chunks import CHUNK, plan_chunks
+from lime_edge.session.decoder import Segment, Session
 from lime_edge.session.generate import GenerationOptions
 
 Make = Callable[..., Path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,12 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ROUTED, ExpertBank, Selection, describe_selection
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
+from lime_edge.session.batch import FULL, LENGTH, STOP
+from lime_edge.session.chunks import CHUNK, plan_chunks
 from lime_edge.session.engines import Engine, blame_engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
+from lime_edge.session.many import MOST_ROWS, Answers, AnyRequest, open_answers, read_logits
+from lime_edge.session.prefixes import PrefixCache
 from lime_edge.session.switching import ExpertSwitch
 from lime_edge.session.turn import Turn
 
@@ -22,8 +26,6 @@ ROOM = (
     "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
     "coreml), export with a larger --max-seq-len"
 )
-STOP, LENGTH, FULL = "stop", "length", "cache"  # why a generation ended
-CHUNK = 512  # prompt tokens fed at once: bounds the memory of a long prompt
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Session(ExpertSwitch):
         self._ids: list[int] = []
         self._segments: list[Segment] = []
         self._turn = Turn()
+        self.prefixes = PrefixCache()
         self.finish_reason: str | None = None
         super().__init__(bundle, engine, bank, target)
 
@@ -128,7 +131,7 @@ class Session(ExpertSwitch):
                 )
             stops = [array.size]
         else:
-            stops = plan_chunks(held, array.size)
+            stops = plan_chunks(held, array.size, CHUNK)
         first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
         parts, start = [], 0
         for stop in stops:
@@ -244,8 +247,7 @@ class Session(ExpertSwitch):
             LimeEdgeError: bad ids, no room, or, after a token, that something changed cache or expert meanwhile.
         """
         self._owner.check()
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_ids(ids)
+        ids = self.read_prompt(prompt)
         room = self._engine.capacity - len(ids)
         if room < 1:
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}", ROOM)
@@ -253,11 +255,12 @@ class Session(ExpertSwitch):
         keeps = keep_cache and self._selection != ROUTED  # routing must see the whole prompt in one call
         shared = self._shared_prefix(ids) if keeps else 0
         self._rewind(shared)
-        eos = self.bundle.manifest.model.get("eos", ())
         self.finish_reason, count = None, 0
         limit = min(options.max_new_tokens, room)
+        why = FULL if limit < options.max_new_tokens else LENGTH
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731
-        for token in stream_tokens(self._feed(ids[shared:], 1)[-1], step, replace(options, max_new_tokens=limit), eos):
+        first, options = self._feed(ids[shared:], 1)[-1], replace(options, max_new_tokens=limit)
+        for token in stream_tokens(first, step, options, self.eos):
             count += 1
             yield token
             self._owner.check()
@@ -265,7 +268,7 @@ class Session(ExpertSwitch):
             if stopped():
                 self.finish_reason = STOP
                 return
-        self.finish_reason = STOP if count < limit else (FULL if limit < options.max_new_tokens else LENGTH)
+        self.finish_reason = STOP if count < limit else why
 
     def _shared_prefix(self, ids: Sequence[int]) -> int:
         """Tokens the cache already holds; at least two are left to feed, for a call of one may round otherwise."""
@@ -275,6 +278,103 @@ class Session(ExpertSwitch):
                 break
             count += 1
         return count
+
+    # many at once
+
+    def generate_many(
+        self,
+        requests: Iterable[AnyRequest],
+        options: GenerationOptions | None = None,
+        rows: int = MOST_ROWS,
+        memory: int | None = None,
+        **changes: Any,
+    ) -> Answers:
+        """Answer many requests in one pass, each under an expert of its own.
+
+        Rows start, end and are refilled while others go on; a long prompt is read in pieces between their steps; a
+        beginning that requests share under the same expert is read once. Row for row the answers are those of a session
+        of its own (in a quantized bundle the number of rows may tip a token that is about as likely as another). The
+        session's own cache and selection play no part: a row keeps the expert it began with.
+
+        Args:
+            requests: (prompt, selection) each, or (prompt, selection, GenerationOptions); selections as for `use`.
+            options: for all that have none of their own; `changes` are fields of it.
+            rows: at most this many run at once, the others wait. memory: bytes that the caches of all rows may take.
+        Returns:
+            An iterator of (row, piece): which request, and text as soon as it is certain. `Answers` tells more.
+        Raises:
+            LimeEdgeError: at once, and before anything is computed: a request that is wrong or does not fit, by its
+                number; an engine that runs one sequence. While it runs: see Answers.
+        """
+        return self._open_answers(requests, options, rows, memory, True, changes)
+
+    def generate_many_ids(
+        self,
+        requests: Iterable[AnyRequest],
+        options: GenerationOptions | None = None,
+        rows: int = MOST_ROWS,
+        memory: int | None = None,
+        **changes: Any,
+    ) -> Answers:
+        """As `generate_many`, but (row, token id), stop strings left out of account; needs no tokenizer for ids."""
+        return self._open_answers(requests, options, rows, memory, False, changes)
+
+    def _open_answers(
+        self,
+        requests: Iterable[AnyRequest],
+        options: GenerationOptions | None,
+        rows: int,
+        memory: int | None,
+        as_text: bool,
+        changes: dict[str, Any],
+    ) -> Answers:
+        self._owner.check()
+        options = replace(options or GenerationOptions(), **changes)
+        return open_answers(self, list(requests), options, rows, memory, as_text)
+
+    def logits_many(self, requests: Iterable[tuple[str | Sequence[int], Selection]], keep: int = 0) -> list[np.ndarray]:
+        """Logits of many sequences, each under an expert of its own; a beginning they share under one is read once.
+
+        Args:
+            requests: (text or (S,) token ids, selection) each. keep: only the last `keep` positions, 0 for all.
+        Returns:
+            (S or keep, V) float32 each, in order.
+        Raises:
+            LimeEdgeError: see `generate_many`.
+        """
+        self._owner.check()
+        if keep < 0:
+            raise LimeEdgeError(f"keep: expected 0 or more, found {keep}", "0 keeps the logits of every position")
+        return read_logits(self, list(requests), keep)
+
+    # what it knows
+
+    def check_owner(self) -> None:
+        """Refuse another thread than the session's own.
+
+        Raises:
+            LimeEdgeError: it belongs to another.
+        """
+        self._owner.check()
+
+    def read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a complete prompt, checked.
+
+        Raises:
+            LimeEdgeError: none, or ids that the model has not.
+        """
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._check_ids(ids).tolist()
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model."""
+        return self._engine
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(self.bundle.manifest.model.get("eos", ()))
 
     @property
     def codec(self) -> TextCodec:
@@ -289,22 +389,3 @@ class Session(ExpertSwitch):
     def __exit__(self, *_: object) -> None:
         self._owner.release()
         self.reset()
-
-
-def plan_chunks(held: int, count: int) -> list[int]:
-    """Where to cut `count` tokens that follow `held`: at multiples of CHUNK in the cache, whatever is held already.
-
-    So a prompt is cut alike whether or not its beginning was kept. No piece is a single token where there are two:
-    engines run one row in other products than many, and in a quantized bundle the two round differently.
-
-    Returns:
-        The end of each piece, the last one `count`.
-    """
-    stops, start = [], 0
-    while start < count:
-        stop = min(count, (held + start) // CHUNK * CHUNK + CHUNK - held)
-        while stop < count and 1 in (stop - start, count - stop):
-            stop += 1
-        stops.append(stop)
-        start = stop
-    return stops

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -63,6 +64,55 @@ class Engine(SwitchableEngine, Protocol):
 
     def rewind(self, length: int) -> None:
         """Forget the cache after its first `length` tokens."""
+
+
+class Prefix(Protocol):
+    """A copy of a sequence's first tokens in a cache. It belongs to the expert that filled it: who keeps it, knows."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+
+
+class Rows(Protocol):
+    """Several sequences over one loaded model, each with a cache and an expert of its own, decoded in one pass.
+
+    A row is known by the number that `start` gave. count: most rows at once. capacity: tokens that each holds.
+    nbytes: memory of all caches when every row is full. routed_apart: routed rows are run one by one.
+    """
+
+    count: int
+    capacity: int
+    nbytes: int
+    routed_apart: bool
+
+    def start(self, residual: np.ndarray | None, prefix: Any = None) -> int:
+        """Take a free row for d (sum_H,) float32, copied (None: routed); its cache begins with `prefix`, a Prefix."""
+
+    def stop(self, row: int) -> None:
+        """Give a row back."""
+
+    def set_expert(self, row: int, residual: np.ndarray | None) -> None:
+        """Another expert, or routing, from the row's next token on; its cache stays."""
+
+    def length(self, row: int) -> int:
+        """Tokens in a row's cache."""
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget a row's tokens after the first `length`."""
+
+    def save(self, row: int, length: int) -> Prefix:
+        """A copy of a row's first `length` tokens."""
+
+    def feed(self, row: int, ids: np.ndarray, keep: int) -> np.ndarray:
+        """Append ids (S,) int64 to one row: logits (keep or S, V) float32; with keep=1 until the row's next call."""
+
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[np.ndarray]:
+        """Append one token to each of some rows, in one pass: (V,) float32 of each, until the next call."""
 
 
 class EncoderEngine(SwitchableEngine, Protocol):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import (
@@ -84,7 +87,30 @@ class ExpertSwitch:
         """
         self._owner.release()
 
+    def identify(self, selection: Selection) -> tuple[np.ndarray | None, bytes]:
+        """A selection's own numbers, for an engine that runs several.
+
+        Returns:
+            d (sum_H,) float32 of its own (None: routed), and what tells it from others in a cache.
+        Raises:
+            LimeEdgeError: see `use`.
+        """
+        selection = self._check(selection)
+        if selection == ROUTED:
+            return None, ROUTED.encode()
+        residual = self._bank.mix(selection) - self._bank.reference
+        return residual, hashlib.blake2b(residual, digest_size=16).digest()
+
     def _apply(self, selection: Selection) -> None:
+        selection = self._check(selection)
+        if selection == ROUTED:
+            self._load_routed()
+        else:
+            self._switchable.set_expert(self._bank.residual(selection))
+        self._selection = selection
+
+    def _check(self, selection: Selection) -> Selection:
+        """The selection as it is kept, or a refusal; names and weights are left to the bank."""
         if selection == NONE:
             selection = None  # as the command line has it; no expert can have that name
         if not (selection is None or isinstance(selection, (str, Mapping))):
@@ -94,26 +120,21 @@ class ExpertSwitch:
             )
         if isinstance(selection, Mapping) and not all(isinstance(weight, Real) for weight in selection.values()):
             raise LimeEdgeError(f"blend: expected a number for each name, found {dict(selection)}", BLEND)
-        if self._single is not None:
-            if selection != self._single:
-                asked = describe_selection(selection)
-                raise LimeEdgeError(
-                    f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
-                    "export it without --single",
-                )
-        elif selection == ROUTED:
-            if not self._facts.get("routed"):
-                hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
-                raise LimeEdgeError("this bundle has no routed graph", hint)
-            self._load_routed()
-        elif selection is None and self._variant in ALWAYS_ON:
+        if self._single is not None and selection != self._single:
+            asked = describe_selection(selection)
+            raise LimeEdgeError(
+                f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
+                "export it without --single",
+            )
+        if selection == ROUTED and not self._facts.get("routed"):
+            hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
+            raise LimeEdgeError("this bundle has no routed graph", hint)
+        if selection is None and self._variant in ALWAYS_ON:
             raise LimeEdgeError(
                 f"a {self._variant} adapter cannot be switched off: no expert vector gives the original model",
                 "pick an expert or a blend, or use the original model",
             )
-        else:
-            self._switchable.set_expert(self._bank.residual(selection))
-        self._selection = dict(selection) if isinstance(selection, Mapping) else selection
+        return dict(selection) if isinstance(selection, Mapping) else selection
 
     def _load_routed(self) -> None:
         """The first time loads a graph, of which anything may be said."""

@@ -1,0 +1,201 @@
+"""Requests under way together: rows start, end and are refilled while others go on (continuous batching).
+
+A row is one sequence with a cache and an expert of its own. All rows that have a token to go on with step in one pass;
+the prompts of new ones are read in pieces between two steps, so that nobody waits long for somebody else's prompt. A
+beginning that requests share under the same expert is read once. Row for row the answers are those of a session of its
+own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lime_edge.errors import LimeEdgeError
+from lime_edge.session.chunks import CHUNK, plan_chunks
+from lime_edge.session.engines import Rows
+from lime_edge.session.prefixes import SHORTEST, PrefixCache, count_common
+from lime_edge.session.sampling import Pick
+
+STOP, LENGTH, FULL, FAILED = "stop", "length", "cache", "failed"  # why a generation ended
+SLICE = 64  # prompt tokens that are read between two steps
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request, checked: token ids and an expert's own numbers.
+
+    number: the caller's. ids: of the prompt. residual: d (sum_H,) float32; None: routed. filler: what tells this
+    expert from others (`identify`). most: tokens to generate; limit: why it ends there. eos: tokens that end it.
+    """
+
+    number: int
+    ids: tuple[int, ...]
+    residual: np.ndarray | None = field(repr=False)
+    filler: bytes
+    pick: Pick
+    most: int
+    limit: str
+    eos: tuple[int, ...] = ()
+
+
+@dataclass
+class Job:
+    """An order under way: its row, the prompt tokens that were read, the tokens it gave, and the one to go on with."""
+
+    order: Order
+    row: int
+    read: int
+    given: int = 0
+    token: int | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether some of its prompt is still to be read."""
+        return self.read < len(self.order.ids)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What came of a request: a token, or, with `reason`, its end (then token is None), and what went wrong."""
+
+    number: int
+    token: int | None = None
+    reason: str = ""
+    fault: LimeEdgeError | None = None
+
+
+class Batch:
+    """Orders on the rows of an engine. `submit` some, `advance` while there are any, `stop` one at any time.
+
+    Args:
+        rows: of the engine. prefixes: where beginnings that are shared are kept.
+    """
+
+    def __init__(self, rows: Rows, prefixes: PrefixCache):
+        self._rows, self._prefixes = rows, prefixes
+        self._queue: deque[Order] = deque()
+        self._jobs: dict[int, Job] = {}  # by the order's number, in the order they started
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to advance."""
+        return bool(self._queue or self._jobs)
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """Numbers of the orders that have a row."""
+        return tuple(self._jobs)
+
+    def submit(self, order: Order) -> None:
+        """Queue an order: it starts when a row is free.
+
+        Raises:
+            LimeEdgeError: its prompt, or with it its answer, does not fit into a row: nothing is cut off in silence.
+        """
+        needed = len(order.ids) + order.most - 1  # the last token is given out, not read
+        if needed > self._rows.capacity:
+            raise LimeEdgeError(
+                f"request {order.number}: {needed} tokens are needed, a row holds {self._rows.capacity}",
+                "shorten it, or open longer rows",
+            )
+        self._queue.append(order)
+
+    def stop(self, number: int) -> None:
+        """End an order that runs or waits; one that has ended already is nothing to stop."""
+        job = self._jobs.pop(number, None)
+        if job is not None:
+            self._rows.stop(job.row)
+        else:
+            self._queue = deque(order for order in self._queue if order.number != number)
+
+    def advance(self) -> list[Event]:
+        """Start what fits, read a piece of the prompts that wait, and one step of all rows that answer."""
+        self._start()
+        events = self._read_prompts()
+        stepping = [job for job in self._jobs.values() if job.token is not None]
+        if stepping:
+            tokens = [job.token for job in stepping if job.token is not None]
+            for job, logits in zip(stepping, self._rows.step([job.row for job in stepping], tokens), strict=True):
+                events += self._take(job, logits)
+        return events
+
+    def _start(self) -> None:
+        """Give free rows to the orders that waited longest, those left out that a prompt being read will spare work."""
+        waiting: list[Order] = []
+        while self._queue and len(self._jobs) < self._rows.count:
+            order = self._queue.popleft()
+            count, prefix = self._prefixes.find(order.filler, order.ids[:-2], self._rows.capacity)
+            if self._is_worth_waiting(order, count):
+                waiting.append(order)
+                continue
+            row = self._rows.start(order.residual, prefix if order.residual is not None else None)
+            count = count if order.residual is not None else 0  # routing must see the whole prompt in one call
+            self._rows.rewind(row, count)
+            self._jobs[order.number] = Job(order, row, count)
+        self._queue.extendleft(reversed(waiting))
+
+    def _is_worth_waiting(self, order: Order, found: int) -> bool:
+        """Whether a prompt that is being read now will give the order a longer beginning than there is."""
+        return order.residual is not None and any(
+            count_common(job.order.ids, order.ids[:-2]) >= found + SHORTEST
+            for job in self._jobs.values()
+            if job.reads and job.order.filler == order.filler
+        )
+
+    def _read_prompts(self) -> list[Event]:
+        """About SLICE tokens of prompts, first come first; CHUNK where nobody answers yet."""
+        events: list[Event] = []
+        size = SLICE if any(job.token is not None for job in self._jobs.values()) else CHUNK
+        budget = size
+        for job in [job for job in self._jobs.values() if job.reads]:
+            while budget > 0 and job.reads:
+                before = job.read
+                logits = self._read(job, size)
+                budget -= job.read - before
+                if not job.reads:
+                    self._share(job)
+                    events += self._take(job, logits)
+        return events
+
+    def _read(self, job: Job, size: int) -> np.ndarray:
+        """The next piece of a prompt: its last logits (V,). A routed prompt is one piece."""
+        ids = np.array(job.order.ids[job.read :], np.int64)
+        if job.order.residual is not None:
+            ids = ids[: plan_chunks(job.read, ids.size, size)[0]]
+        logits = self._rows.feed(job.row, ids, 1)[-1]
+        job.read += ids.size
+        return logits
+
+    def _share(self, job: Job) -> None:
+        """Keep the beginning of a prompt that was read, as far as orders that wait have it too."""
+        if job.order.residual is None:
+            return
+        own = job.order.ids
+        shared = max(
+            (count_common(own, other.ids[:-2]) for other in self._queue if other.filler == job.order.filler), default=0
+        )
+        if shared > self._prefixes.find(job.order.filler, own[:shared], self._rows.capacity)[0] and shared >= SHORTEST:
+            self._prefixes.keep(job.order.filler, own[:shared], self._rows.save(job.row, shared))
+
+    def _take(self, job: Job, logits: np.ndarray) -> list[Event]:
+        """Pick a token; what comes of it."""
+        order = job.order
+        try:
+            token = order.pick(logits)
+        except LimeEdgeError as error:
+            fault = LimeEdgeError(f"request {order.number}: {error.problem}", error.hint)
+            return [self._end(job, FAILED, fault)]
+        if token in order.eos:
+            return [self._end(job, STOP)]
+        job.given, job.token = job.given + 1, token
+        events = [Event(order.number, token)]
+        if job.given == order.most:
+            events.append(self._end(job, order.limit))
+        return events
+
+    def _end(self, job: Job, reason: str, fault: LimeEdgeError | None = None) -> Event:
+        self.stop(job.order.number)
+        return Event(job.order.number, None, reason, fault)
