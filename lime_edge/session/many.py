@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lime_edge.bundle.experts import Selection
+from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.batch import FULL, LENGTH, STOP, Batch, Event, Order
 from lime_edge.session.chunks import plan_chunks
 from lime_edge.session.engines import Rows, blame_engine
 from lime_edge.session.generate import GenerationOptions, TextStream
-from lime_edge.session.prefixes import SHORTEST, count_common
+from lime_edge.session.prefixes import SHORTEST, PrefixCache, count_common
 from lime_edge.session.sampling import make_sampler
-
-if TYPE_CHECKING:
-    from lime_edge.session.decoder import Session
 
 MOST_ROWS = 16  # decoded at once unless the caller says otherwise
 FORM = "a request is (prompt, selection) or (prompt, selection, GenerationOptions)"
@@ -39,6 +37,38 @@ class Request:
 
 
 AnyRequest = Request | tuple[Any, ...]
+
+
+class Asked(Protocol):
+    """What is needed of a session: see `lime_edge.session.decoder.Session`."""
+
+    target: str
+    prefixes: PrefixCache
+
+    @property
+    def engine(self) -> object:
+        """What runs the model."""
+
+    @property
+    def codec(self) -> TextCodec:
+        """Its tokenizer."""
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a cache holds."""
+
+    def check_owner(self) -> None:
+        """Refuse another thread."""
+
+    def read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Checked token ids."""
+
+    def identify(self, selection: Selection) -> tuple[np.ndarray | None, bytes]:
+        """A selection's own numbers, and what tells it from others."""
 
 
 def read_request(given: AnyRequest, number: int) -> Request:
@@ -65,7 +95,7 @@ class Answers:
     of the object ends them all.
     """
 
-    def __init__(self, session: Session, batch: Batch, rows: Rows, streams: Sequence[TextStream | None]):
+    def __init__(self, session: Asked, batch: Batch, rows: Rows, streams: Sequence[TextStream | None]):
         self._session, self._batch, self._streams = session, batch, streams
         self._ready: deque[tuple[int, Any]] = deque()
         self._faults: deque[LimeEdgeError] = deque()
@@ -126,7 +156,7 @@ class Answers:
 
 
 def open_answers(
-    session: Session,
+    session: Asked,
     requests: Sequence[AnyRequest],
     options: GenerationOptions,
     most: int,
@@ -156,7 +186,7 @@ def open_answers(
     return Answers(session, batch, rows, streams)
 
 
-def make_order(session: Session, request: Request, number: int, options: GenerationOptions) -> Order:
+def make_order(session: Asked, request: Request, number: int, options: GenerationOptions) -> Order:
     """A request as the batch takes it.
 
     Raises:
@@ -184,7 +214,7 @@ def make_order(session: Session, request: Request, number: int, options: Generat
     )
 
 
-def open_rows(session: Session, count: int, capacity: int, memory: int | None) -> Rows:
+def open_rows(session: Asked, count: int, capacity: int, memory: int | None) -> Rows:
     """As many rows as fit into `memory`.
 
     Raises:
@@ -209,7 +239,7 @@ def open_rows(session: Session, count: int, capacity: int, memory: int | None) -
     return opening(count, capacity)
 
 
-def read_logits(session: Session, requests: Sequence[tuple[Any, Selection]], keep: int) -> list[np.ndarray]:
+def read_logits(session: Asked, requests: Sequence[tuple[Any, Selection]], keep: int) -> list[np.ndarray]:
     """Logits of sequences under experts of their own; a beginning that some share under one expert is read once.
 
     Args, Returns, Raises: see Session.logits_many.
@@ -228,7 +258,7 @@ def read_logits(session: Session, requests: Sequence[tuple[Any, Selection]], kee
     return found
 
 
-def _read_one(session: Session, rows: Rows, order: Order, later: Sequence[Order], keep: int) -> np.ndarray:
+def _read_one(session: Asked, rows: Rows, order: Order, later: Sequence[Order], keep: int) -> np.ndarray:
     ids, wanted = np.array(order.ids, np.int64), min(keep, len(order.ids)) if keep else len(order.ids)
     routed = order.residual is None
     count, prefix = (

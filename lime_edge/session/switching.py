@@ -95,21 +95,21 @@ class ExpertSwitch:
         Raises:
             LimeEdgeError: see `use`.
         """
-        selection = self._check(selection)
+        selection = self._check_selection(selection)
         if selection == ROUTED:
             return None, ROUTED.encode()
         residual = self._bank.mix(selection) - self._bank.reference
-        return residual, hashlib.blake2b(residual, digest_size=16).digest()
+        return residual, hashlib.blake2b(residual.tobytes(), digest_size=16).digest()
 
     def _apply(self, selection: Selection) -> None:
-        selection = self._check(selection)
+        selection = self._check_selection(selection)
         if selection == ROUTED:
             self._load_routed()
         else:
             self._switchable.set_expert(self._bank.residual(selection))
         self._selection = selection
 
-    def _check(self, selection: Selection) -> Selection:
+    def _check_selection(self, selection: Selection) -> Selection:
         """The selection as it is kept, or a refusal; names and weights are left to the bank."""
         if selection == NONE:
             selection = None  # as the command line has it; no expert can have that name
