@@ -6,7 +6,7 @@ package limeedge
  * Java's own classes follow the Unicode version of the machine at hand and differ from the tokenizer library's in
  * thousands of places, so a bundle brings the library's.
  */
-internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: IntArray) {
+internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: IntArray, private val digits: IntArray = IntArray(0)) {
     /** The kinds that the splits tell apart. */
     enum class Kind { LETTER, NUMBER, SPACE, OTHER }
 
@@ -28,6 +28,12 @@ internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: In
     /** The kind of a code point. */
     fun kind(point: Int): Kind = if (point < 128) ascii[point] else search(point)
 
+    /** Whether the library's digit splitter cuts here: not quite the numbers. */
+    fun isDigit(point: Int): Boolean {
+        val at = digits.binarySearch(point).let { if (it >= 0) it else -it - 2 }
+        return at >= 0 && (at % 2 == 0 || digits[at] == point)
+    }
+
     private fun search(point: Int): Kind {
         val at = starts.binarySearch(point).let { if (it >= 0) it else -it - 2 }
         return if (at >= 0 && point <= ends[at]) kinds[at] else Kind.OTHER
@@ -41,12 +47,15 @@ internal class CharacterClasses(letters: IntArray, numbers: IntArray, spaces: In
             } catch (error: Json.Malformed) {
                 throw LimeError.Damaged(where, "not JSON: ${error.message}", COPY_AGAIN)
             }
-            val (letters, numbers, spaces) = listOf("letters", "numbers", "spaces").map { readRanges(table?.get(it), "$where: $it") }
-            return CharacterClasses(letters, numbers, spaces)
+            if (table?.get("format") != "lime-edge-classes" || table["schema"] != 1L) {
+                throw LimeError.Unsupported(where, listOf(Fault("schema", "1", "${table?.get("schema")}")), "use a newer version of this library")
+            }
+            val (letters, numbers, spaces) = listOf("letters", "numbers", "spaces").map { readRanges(table[it], "$where: $it") }
+            return CharacterClasses(letters, numbers, spaces, table["digits"]?.let { readRanges(it, "$where: digits") } ?: IntArray(0))
         }
 
         private fun readRanges(value: Any?, where: String): IntArray {
-            val bounds = (value as? List<*>)?.flatMap { it as? List<*> ?: listOf(it) }?.map { it as? Long ?: -1L }
+            val bounds = (value as? List<*>)?.map { it as? Long ?: -1L }
             val rising = bounds != null && bounds.size % 2 == 0 && bounds.all { it in 0..0x10FFFF } &&
                 bounds.indices.all { it == 0 || bounds[it] > bounds[it - 1] || (it % 2 == 1 && bounds[it] == bounds[it - 1]) }
             if (!rising) throw LimeError.Damaged(where, "no rising ranges of code points", COPY_AGAIN)

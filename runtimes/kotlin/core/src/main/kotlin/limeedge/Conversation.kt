@@ -12,26 +12,48 @@ public class ChatFormat private constructor(private val prompts: Prompts) {
     public val roles: Set<String> get() = prompts.roles.keys
 
     /**
-     * The text of a conversation, with the assistant's turn opened.
+     * The text of a conversation.
      *
-     * @throws LimeError.Invalid a role that the template does not know.
+     * @param open begin the assistant's turn.
+     * @throws LimeError.Invalid a role that the template does not know, or an order that it was not proven for.
      */
-    public fun render(turns: List<Turn>): String = buildString {
-        append(prompts.begin)
+    public fun render(turns: List<Turn>, open: Boolean = true): String {
+        check(turns)
         val system = prompts.defaultSystem
-        val all = if (system != null && turns.firstOrNull()?.role != "system") listOf(Turn("system", system)) + turns else turns
-        for (turn in all) {
-            val speaker = prompts.roles[turn.role]
-                ?: throw LimeError.Invalid("conversation", listOf(Fault("role", prompts.roles.keys.joinToString(" or "), turn.role)), "the model's chat template knows no other")
-            append(speaker.prefix).append(if (turn.role in prompts.strip) strip(turn.text) else turn.text).append(speaker.suffix)
+        val all = if (system != null && turns[0].role != SYSTEM) listOf(Turn(SYSTEM, system)) + turns else turns
+        var merged = false
+        return buildString {
+            append(prompts.begin)
+            for (turn in all) {
+                val speaker = prompts.roles.getValue(turn.role)
+                if (!merged) append(speaker.prefix)
+                append(if (turn.role in prompts.strip) strip(turn.text) else turn.text).append(speaker.suffix)
+                merged = prompts.systemOpensUser && turn.role == SYSTEM
+            }
+            append(if (open) prompts.opening else prompts.closing)
         }
-        append(prompts.opening)
     }
 
-    /** As Python's str.strip: all that Unicode calls white space, and the four separators of ASCII. */
-    private fun strip(text: String) = text.trim { it.isWhitespace() || it in '\u001C'..'\u001F' || it == '\u0085' }
+    private fun check(turns: List<Turn>) {
+        val hint = "the model's chat template knows no other; give a complete prompt to generate()"
+        turns.firstOrNull { it.role !in prompts.roles }?.let {
+            throw LimeError.Invalid("conversation", listOf(Fault("role", prompts.roles.keys.joinToString(" or "), it.role)), hint)
+        }
+        val spoken = if (turns.firstOrNull()?.role == SYSTEM) turns.drop(1) else turns
+        val inTurn = spoken.indices.all { spoken[it].role == if (it % 2 == 0) "user" else "assistant" }
+        if (turns.isEmpty() || prompts.alternating && (spoken.isEmpty() || !inTurn)) {
+            val found = turns.joinToString(", ") { it.role }.ifEmpty { "nothing" }
+            throw LimeError.Invalid("conversation", listOf(Fault("order", "a system turn or none, then user and assistant in turn", found)), hint)
+        }
+    }
+
+    /** As Python's str.strip does. */
+    private fun strip(text: String) = text.trim { it in STRIPPED }
 
     public companion object {
+        private const val SYSTEM = "system"
+        private val STRIPPED = "\t\n\u000B\u000C\r\u001C\u001D\u001E\u001F \u0085\u00A0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200A\u2028\u2029\u202F\u205F\u3000".toSet()
+
         /** @throws LimeError.Unsupported the template could not be reduced, or there is none: give complete prompts. */
         public fun of(bundle: LimeBundle): ChatFormat {
             val prompts = bundle.manifest.prompts

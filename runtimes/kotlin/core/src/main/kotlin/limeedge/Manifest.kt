@@ -12,13 +12,21 @@ public data class ExpertEntry(val name: String, val file: String, val added: Boo
 /** What stands before and after one role's text in a conversation. */
 public data class Speaker(val prefix: String, val suffix: String)
 
-/** The chat template as text around each turn; no roles and a reason where it cannot be written so. */
+/**
+ * The chat template as text around each turn (docs/prompts.md); no roles and a reason where it cannot be written so.
+ *
+ * @property closing at the end where no turn is to be written. @property systemOpensUser the system turn stands inside the user's: the
+ *   turn after it has no prefix. @property alternating a system turn or none, then user and assistant in turn; others are refused.
+ */
 public data class Prompts(
     val begin: String,
     val roles: Map<String, Speaker>,
     val opening: String,
+    val closing: String,
     val defaultSystem: String?,
+    val systemOpensUser: Boolean,
     val strip: Set<String>,
+    val alternating: Boolean,
     val reason: String?,
 )
 
@@ -106,7 +114,10 @@ public class Manifest internal constructor(fields: Map<*, *>, internal val seal:
             role as String to Speaker(speaker.text("prefix"), speaker.text("suffix"))
         }
         val strip = facts.list("strip").map { it as String }.toSet()
-        Prompts(facts.text("begin"), roles, facts.text("opening"), facts["default_system"] as String?, strip, facts["reason"] as String?)
+        Prompts(
+            facts.text("begin"), roles, facts.text("opening"), facts["closing"] as String? ?: "", facts["default_system"] as String?,
+            facts["system_opens_user"] == true, strip, facts["order"] == "alternating", facts["reason"] as String?,
+        )
     }
 
     /** Null for a model without text. */

@@ -29,7 +29,7 @@ internal enum class Split(private val style: Style, private val digits: Int) {
         if (this != SMOLLM2) return cutRange(Scan(points, 0, points.size, classes), word)
         var start = 0
         for (at in points.indices) {
-            if (classes.kind(points[at]) != Kind.NUMBER) continue
+            if (!classes.isDigit(points[at])) continue
             if (at > start) cutRange(Scan(points, start, at, classes), word)
             word(at, at + 1)
             start = at + 1
