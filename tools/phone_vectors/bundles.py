@@ -48,7 +48,9 @@ def write_bundles(folder: Path, work: Path) -> tuple[list[str], list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model(work / "llama", "llama")
     for name, (adapter, options) in DECODERS.items():
-        export_decoder(model, make_adapter(work / f"{name}-adapter", model, **adapter), folder / f"{name}.lime", options)
+        export_decoder(
+            model, make_adapter(work / f"{name}-adapter", model, **adapter), folder / f"{name}.lime", options
+        )
     for name, family in FAMILIES.items():
         changes = {"no_rope_layers": [1, 0]} if family == "smollm3" else {"head_dim": 32}
         own = make_model(work / family, family, **changes)

@@ -30,14 +30,16 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 def record_decoder(path: Path) -> dict[str, Any]:
     """Everything that one language model's bundle is asked."""
     session = lime_edge.open_decoder(path, threads=1)
-    random = np.random.default_rng(5)
+    random, opens_with = np.random.default_rng(5), describe_selection(session.selection)
     prompts = [random.integers(3, session.bundle.manifest.backbone.vocab, count).tolist() for count in (1, 7, 24)]
     allowed = [text for text in SELECTIONS if _takes(session, text)]
     return {
         "experts": list(session.experts),
-        "opens_with": describe_selection(session.selection),
+        "opens_with": opens_with,
         "allowed": allowed,
-        "refused": [text for text in (*SELECTIONS, "nobody", "expert0=0.5", "expert0=0.5,nobody=0.5") if text not in allowed],
+        "refused": [
+            text for text in (*SELECTIONS, "nobody", "expert0=0.5", "expert0=0.5,nobody=0.5") if text not in allowed
+        ],
         "logits": [_record_logits(session, text, ids) for text in allowed for ids in prompts],
         "generations": [
             _record_generation(session, text, prompt, options)
@@ -71,8 +73,17 @@ def _record_generation(session: Session, text: str, prompt: Any, options: dict[s
     found: dict[str, Any] = {"selection": text, "options": told}
     if isinstance(prompt, str):
         pieces = list(session.generate(prompt, chosen))
-        return found | {"prompt": prompt, "ids": session.codec.encode(prompt), "pieces": pieces, "finish": session.finish_reason}
-    return found | {"ids": prompt, "tokens": list(session.generate_ids(prompt, chosen)), "finish": session.finish_reason}
+        return found | {
+            "prompt": prompt,
+            "ids": session.codec.encode(prompt),
+            "pieces": pieces,
+            "finish": session.finish_reason,
+        }
+    return found | {
+        "ids": prompt,
+        "tokens": list(session.generate_ids(prompt, chosen)),
+        "finish": session.finish_reason,
+    }
 
 
 def record_script(session: Session, selections: list[str], prompts: list[list[int]]) -> list[dict[str, Any]]:
@@ -91,8 +102,16 @@ def record_script(session: Session, selections: list[str], prompts: list[list[in
         note({"do": "use", "selection": text, "keep_cache": keep})
         note({"do": "extend", "ids": prompts[0]}, session.extend(prompts[0]))
     ids = prompts[1]
-    for keep, prompt in ((False, ids), (True, ids + [9, 8, 7]), (True, ids[:10] + [4, 5, 6]), (True, ids[:2]), (False, ids)):
-        tokens = list(session.generate_ids(prompt, GenerationOptions(max_new_tokens=4, ignore_eos=True), keep_cache=keep))
+    for keep, prompt in (
+        (False, ids),
+        (True, ids + [9, 8, 7]),
+        (True, ids[:10] + [4, 5, 6]),
+        (True, ids[:2]),
+        (False, ids),
+    ):
+        tokens = list(
+            session.generate_ids(prompt, GenerationOptions(max_new_tokens=4, ignore_eos=True), keep_cache=keep)
+        )
         note({"do": "generate", "ids": prompt, "keep_cache": keep, "tokens": tokens})
     full = session.max_length - len(ids)
     tokens = list(session.generate_ids(ids, GenerationOptions(max_new_tokens=1000, ignore_eos=True)))
@@ -126,7 +145,9 @@ def record_encoder(path: Path) -> dict[str, Any]:
     return {"experts": list(names), "cases": cases}
 
 
-def _draw_inputs(session: EncoderSession, random: np.random.Generator, batch: int, length: int) -> dict[str, np.ndarray]:
+def _draw_inputs(
+    session: EncoderSession, random: np.random.Generator, batch: int, length: int
+) -> dict[str, np.ndarray]:
     """What must be given; what may be left out is left out."""
     sizes, found = {"batch": batch, "sequence": length}, {}
     for entry in session.bundle.manifest.targets["onnx"].inputs:

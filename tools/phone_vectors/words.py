@@ -1,4 +1,4 @@
-"""Tokenizers of every split a phone knows, and the ids that the tokenizer library gives: every code point, odd strings."""
+"""Tokenizers of every split a phone knows, and the library's own ids for every code point and for odd strings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ STRINGS = 2000
 VOCAB = 1200
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<think>", " two words", "éé")  # found in a text too, but not special
-PIECES = (
-    *SPECIAL, *ADDED, " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "'s", "'S", "'\u017f", "'ll", "'VE", "don't", "I'M",
-    "1", "12345", "٣", "½", "Ⅷ", "一二", "hello", "World", "straße", "ﬁ", "Ωμέγα", "привет", "日本語", "한국어", "ไทย", "हिन्दी", "e\u0301", "é",
-    "👍🏽", "🏳️\u200d🌈", "\u200b", "\ufeff", "\x00", "\x7f", "\u0345", "!", "...", "?!", "$", "_", "http://a.b/c?d=e", "<b>", "#", "a" * 300,
-)  # fmt: skip
+SPACES = (" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000")
+ODD = ("\u200b", "\ufeff", "\x00", "\x7f", "\u0345", "👍🏽", "🏳️\u200d🌈", "e\u0301", "'\u017f", "a" * 300)
+SENTENCE = (
+    "'s 'S 'll 'VE don't I'M 1 12345 ٣ ½ Ⅷ 一二 hello World straße ﬁ Ωμέγα привет 日本語 한국어 ไทย हिन्दी é ! ... ?! "
+    "$ _ http://a.b/c?d=e <b> #"
+)
+PIECES = (*SPECIAL, *ADDED, *SPACES, *ODD, *SENTENCE.split(" "))
 
 
 def write_tokenizers(folder: Path) -> list[str]:
@@ -55,7 +57,10 @@ def train(step: dict[str, Any], whole: bool, composes: bool) -> Tokenizer:
     if composes:
         tokenizer.normalizer = normalizers.NFC()
     trainer = BpeTrainer(
-        vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIAL),
+        show_progress=False,
     )
     pages = sorted((REPOSITORY / "docs").glob("*.md"))
     odd = [" ".join(PIECES)] * 20

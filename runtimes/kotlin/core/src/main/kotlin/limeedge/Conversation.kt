@@ -7,7 +7,7 @@ import kotlinx.coroutines.flow.flow
 public data class Turn(val role: String, val text: String)
 
 /** Writes conversations as the model was taught them: the bundle's chat template, reduced to what stands around each turn. */
-public class ChatFormat private constructor(private val prompts: Prompts) {
+public class ChatFormat internal constructor(private val prompts: Prompts) {
     /** Roles that may speak. */
     public val roles: Set<String> get() = prompts.roles.keys
 

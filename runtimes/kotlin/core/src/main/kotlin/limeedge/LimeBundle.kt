@@ -152,8 +152,8 @@ public class LimeBundle private constructor(
 
         private fun Manifest.isLarge(path: String) = files.getValue(path).size > SMALL
 
-        /** Experts and what companions read are hashed late: when they are used, and never. */
-        private fun Manifest.isLate(path: String) = path.startsWith("experts/") || companionFolders.any { path.startsWith("$it/") }
+        /** Experts are hashed when they are used; those of companions, which nothing here uses, by verify. */
+        private fun Manifest.isLate(path: String) = path.startsWith("experts/") || path in companionExperts
 
         private fun readChecked(root: File, manifest: Manifest, path: String): ByteArray {
             val entry = manifest.files.getValue(path)

@@ -1,17 +1,13 @@
 package limeedge
 
+import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
-import kotlinx.coroutines.channels.Channel
-import kotlinx.coroutines.currentCoroutineContext
-import kotlinx.coroutines.ensureActive
+import kotlinx.coroutines.async
+import kotlinx.coroutines.coroutineScope
 import kotlinx.coroutines.flow.Flow
-import kotlinx.coroutines.flow.buffer
 import kotlinx.coroutines.flow.flow
-import kotlinx.coroutines.flow.flowOn
-import kotlinx.coroutines.suspendCancellableCoroutine
 import java.nio.FloatBuffer
-import kotlin.coroutines.resumeWithException
 
 /** A stretch of the cache: which selection filled it, and its number of tokens. */
 public data class Segment(val selection: String, val tokens: Int)
@@ -95,8 +91,8 @@ public class LimeSession private constructor(
     /**
      * Stream the answer to a complete prompt (chat template applied), piece by piece.
      *
-     * The flow is cold: the model runs while it is collected, on the session's dispatcher; cancelling the collector stops
-     * it within a token (within a piece of the prompt), and the session stays usable.
+     * The flow is cold and never runs ahead: the model runs on the session's dispatcher when the collector asks for the next
+     * piece. Cancelling the collector stops it at once, and when its job has completed, the session is free.
      *
      * @param keepCache keep the longest prefix that the cache already holds.
      * @throws LimeError while collecting: see [logits]; [LimeError.Misused] where another call disturbed it.
@@ -107,12 +103,12 @@ public class LimeSession private constructor(
             stream.push(token).let { if (it.isNotEmpty()) emit(it) }
         }
         stream.finish().let { if (it.isNotEmpty()) emit(it) }
-    }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
+    }
 
     /** As [generate], from token ids to token ids: needs no tokenizer. */
     public fun generateIds(prompt: IntArray, options: GenerationOptions = GenerationOptions(), keepCache: Boolean = false): Flow<Int> = flow {
         run(prompt, options, keepCache, { false }) { emit(it) }
-    }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
+    }
 
     /** One generation. */
     private suspend fun run(
@@ -127,11 +123,10 @@ public class LimeSession private constructor(
             if (!options.ignoreEos && token in bundle.manifest.decoder!!.eos) return finish(FinishReason.STOP)
             count++
             give(token)
-            currentCoroutineContext().ensureActive()
             exclusively { checkTurn(plan.turn) }
             if (stopped()) return finish(FinishReason.STOP)
             if (count == plan.limit) return finish(if (plan.limit < options.maxNewTokens) FinishReason.CACHE else FinishReason.LENGTH)
-            logits = exclusively {
+            logits = step {
                 checkTurn(plan.turn)
                 feedBlocking(longArrayOf(token.toLong()), 1)[0]
             }
@@ -160,23 +155,28 @@ public class LimeSession private constructor(
         val prompt = plan.prompt
         var last = FloatArray(0)
         while (ids.size < prompt.size) {
-            last = suspendCancellableCoroutine { waiting ->
-                val interruption = Interruption()
-                waiting.invokeOnCancellation { interruption.interrupt() }
-                try {
-                    val row = exclusively {
-                        checkTurn(plan.turn)
-                        val stop = planChunks(ids.size, prompt.size - ids.size).first()
-                        copyRows(feedPiece(prompt.copyOfRange(ids.size, ids.size + stop), 1, interruption), 1)[0]
-                    }
-                    waiting.resume(row) { _, _, _ -> }
-                } catch (error: Throwable) {
-                    waiting.resumeWithException(error)
-                }
+            last = step { interruption ->
+                checkTurn(plan.turn)
+                val stop = planChunks(ids.size, prompt.size - ids.size).first()
+                copyRows(feedPiece(prompt.copyOfRange(ids.size, ids.size + stop), 1, interruption), 1)[0]
             }
-            currentCoroutineContext().ensureActive()
         }
         return last
+    }
+
+    /**
+     * One call of the engine on the session's dispatcher. A cancelled caller waits until the call has ended, which
+     * [Interruption] makes soon: so a session is free as soon as its generation's job has completed.
+     */
+    private suspend fun step(call: (Interruption) -> FloatArray): FloatArray = coroutineScope {
+        val interruption = Interruption()
+        val work = async(dispatcher) { exclusively { call(interruption) } }
+        try {
+            work.await()
+        } catch (error: CancellationException) {
+            interruption.interrupt()
+            throw error
+        }
     }
 
     // the cache

@@ -148,8 +148,10 @@ public class Manifest internal constructor(fields: Map<*, *>, internal val seal:
         entry as Map<*, *>
         path as String to FileEntry(entry["size"] as Long, entry.text("sha256"))
     }
-    internal val companionFolders: List<String> =
-        fields.map("companions").values.map { (it as Map<*, *>).text("folder") }
+
+    /** Files of experts for other engines: nothing here reads them. */
+    internal val companionExperts: Set<String> =
+        fields.map("companions").values.flatMap { (it as Map<*, *>).map("experts").values.map { file -> file as String } }.toSet()
 
     private fun readTarget(facts: Map<*, *>) = TargetFacts(
         name = facts.text("target"),

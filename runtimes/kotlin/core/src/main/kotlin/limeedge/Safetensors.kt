@@ -106,10 +106,3 @@ internal class Safetensors private constructor(val metadata: Map<String, String>
         }
     }
 }
-
-/** Strict UTF-8: malformed bytes are refused, not replaced. */
-internal fun decodeUtf8(bytes: ByteArray, offset: Int = 0, length: Int = bytes.size): String = try {
-    Charsets.UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes, offset, length)).toString()
-} catch (_: java.nio.charset.CharacterCodingException) {
-    throw Json.Malformed("not UTF-8")
-}

@@ -25,6 +25,7 @@ public class Tokenizer private constructor(
      * Token ids of a text; special tokens in it are recognised, none are added.
      *
      * @return ids, each below [size].
+     * @throws LimeError.Invalid half a surrogate pair.
      */
     public fun encode(text: String): IntArray {
         val out = IntList()
@@ -41,7 +42,7 @@ public class Tokenizer private constructor(
             if (spelling.all { it in BYTE_OF }) spelling.forEach { bytes.write(BYTE_OF.getValue(it)) }
             else bytes.write(spelling.toByteArray())
         }
-        return String(bytes.toByteArray(), Charsets.UTF_8)
+        return decodeLossy(bytes.toByteArray())
     }
 
     /** The id of a token by its own spelling, or null. */
@@ -73,7 +74,8 @@ public class Tokenizer private constructor(
             var at = 0
             while (at < text.length) {
                 val point = text.codePointAt(at)
-                out.add(if (point in 0xD800..0xDFFF) 0xFFFD else point) // half a pair has no bytes
+                if (point in 0xD800..0xDFFF) throw LimeError.Invalid("text", "half a surrogate pair at $at", "it has no bytes: cut texts between characters")
+                out.add(point)
                 at += Character.charCount(point)
             }
             return out.toArray()
@@ -114,7 +116,6 @@ public class Tokenizer private constructor(
                 if (!(model[key] as? String).isNullOrEmpty()) faults.add(key, "none", model[key])
             }
             for (key in listOf("fuse_unk", "byte_fallback")) if (model[key] == true) faults.add(key, false, true)
-            for (key in listOf("truncation", "padding")) if (document[key] != null) faults.add(key, "none", "some")
             for (kind in normalizerKinds(document["normalizer"])) if (kind != "NFC") faults.add("normalizer", "NFC or none", kind)
             if ((document["decoder"] as? Map<*, *>)?.get("type") != "ByteLevel") faults.add("decoder", "ByteLevel", document["decoder"])
             faults.throwAny { LimeError.Unsupported(where, it, "give token ids instead of text") }

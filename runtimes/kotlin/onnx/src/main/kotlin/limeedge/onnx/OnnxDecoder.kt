@@ -41,8 +41,8 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     private val keep = directLongs(1)
     private val mask = directLongs(capacity + virtual).also { for (at in 0 until it.capacity()) it.put(at, 1) }
     private val row = directFloats(vocab)
-    private val tokenTensor: OnnxTensor
-    private val rowTensor: OnnxTensor
+    private val tokenTensor = OnnxTensor.createTensor(environment, token, longArrayOf(1, 1))
+    private val rowTensor = OnnxTensor.createTensor(environment, row, longArrayOf(1, 1, vocab.toLong()))
 
     init {
         try {
@@ -56,8 +56,6 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
                 outputs["present.$layer.$kind"] = cache
             }
             inputs["logits_to_keep"] = OnnxTensor.createTensor(environment, keep, longArrayOf(1))
-            tokenTensor = OnnxTensor.createTensor(environment, token, longArrayOf(1, 1))
-            rowTensor = OnnxTensor.createTensor(environment, row, longArrayOf(1, 1, vocab.toLong()))
         } catch (error: Throwable) {
             close()
             throw error
@@ -101,6 +99,7 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
             length = total
             return logits.duplicate()
         } finally {
+            outputs.remove(LOGITS)
             made.forEach { it.close() }
         }
     }
@@ -114,7 +113,8 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     override fun close() {
         routed?.close()
         pinned.close()
-        (inputs.values + outputs.values).toSet().forEach { it.close() }
+        loader.close()
+        (inputs.values + outputs.values + listOf(tokenTensor, rowTensor)).toSet().forEach { it.close() }
     }
 
     private val expertRank: Int get() = (pinned.inputInfo[EXPERT]!!.info as TensorInfo).shape.size

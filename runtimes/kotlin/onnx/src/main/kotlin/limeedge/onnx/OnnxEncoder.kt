@@ -29,7 +29,7 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
         if (!pinned.outputNames.containsAll(facts.outputs)) faults += Fault("outputs", "${facts.outputs}", "${pinned.outputNames}")
         if (last != null && last != bundle.manifest.sumH.toLong()) faults += Fault(EXPERT, "${bundle.manifest.sumH}", "$last")
         if (faults.isNotEmpty()) {
-            pinned.close()
+            close()
             throw LimeError.Damaged("${bundle.folder}/${facts.file}", faults, "the graph is not the manifest's: export the bundle again")
         }
     }
@@ -76,6 +76,7 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
     override fun close() {
         routed?.close()
         pinned.close()
+        loader.close()
         expert?.close()
     }
 

@@ -12,6 +12,7 @@ import limeedge.LimeBundle
 import limeedge.LimeError
 import limeedge.SessionOptions
 import limeedge.TargetFacts
+import java.io.Closeable
 import java.io.File
 
 /**
@@ -34,10 +35,11 @@ public class OnnxEngines(private val operators: String? = null) : EngineFactory 
         OnnxEncoder(bundle, Loader(bundle, options))
 
     /** Loads the graphs of one bundle, all with the same threads, providers and operators. */
-    internal inner class Loader(private val bundle: LimeBundle, private val options: SessionOptions) {
+    internal inner class Loader(private val bundle: LimeBundle, private val options: SessionOptions) : Closeable {
         val environment: OrtEnvironment = findEnvironment()
         val facts: TargetFacts = bundle.manifest.targets.first { it.name == target }
         val providers: List<OrtProvider> = chooseProviders()
+        private val settings = ArrayList<OrtSession.SessionOptions>() // closing one unloads its operators: after the sessions, never before
 
         /** The operators are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait. */
         val usesOperators: Boolean
@@ -47,16 +49,21 @@ public class OnnxEngines(private val operators: String? = null) : EngineFactory 
         fun load(path: String): OrtSession {
             val file = bundle.file(path).path
             try {
-                OrtSession.SessionOptions().use { settings ->
-                    settings.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-                    (options.threads ?: facts.threads)?.let { settings.setIntraOpNumThreads(it) }
-                    if (OrtProvider.XNNPACK in providers) settings.addXnnpack(emptyMap())
-                    if (usesOperators) settings.registerCustomOpLibrary(operators!!)
-                    return environment.createSession(file, settings)
-                }
+                val own = OrtSession.SessionOptions().also { settings += it }
+                own.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+                (options.threads ?: facts.threads)?.let { own.setIntraOpNumThreads(it) }
+                if (OrtProvider.XNNPACK in providers) own.addXnnpack(emptyMap())
+                if (usesOperators) own.registerCustomOpLibrary(operators!!)
+                return environment.createSession(file, own)
             } catch (error: OrtException) {
                 throw LimeError.Engine(file, "ONNX Runtime cannot load it: ${error.message?.lines()?.first()?.take(500)}", "export the bundle again, or try a newer ONNX Runtime", error)
             }
+        }
+
+        /** Call when every graph is closed. */
+        override fun close() {
+            settings.forEach { it.close() }
+            settings.clear()
         }
 
         private fun chooseProviders(): List<OrtProvider> {

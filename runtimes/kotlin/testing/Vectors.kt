@@ -4,7 +4,7 @@ import java.io.File
 
 /** Test data that Python writes: in the repository, and what `tools/write_phone_vectors.py` made for this run. */
 internal object Vectors {
-    private val repository = File(System.getProperty("limeedge.repository") ?: "../../..")
+    val repository = File(System.getProperty("limeedge.repository") ?: "../../..")
 
     /** A file of tests/vectors. */
     fun kept(name: String): Map<*, *> = Json.parse(File(repository, "tests/vectors/$name").readText()) as Map<*, *>
@@ -15,6 +15,9 @@ internal object Vectors {
 
     /** A document of that folder. */
     fun made(name: String): Map<*, *> = Json.parse(File(folder, name).readText()) as Map<*, *>
+
+    /** A list of that folder. */
+    fun list(name: String): List<*> = Json.parse(File(folder, name).readText()) as List<*>
 }
 
 internal fun Any?.list(): List<*> = this as List<*>
