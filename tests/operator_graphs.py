@@ -19,6 +19,7 @@ from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import Decoder
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
+from lime_edge.exporters.onnx.external import WeightFile
 from lime_edge.exporters.onnx.graph import IR_VERSION, LIME, OPSETS, Graph
 from lime_edge.runtimes.onnx.operators import find_library
 
@@ -85,8 +86,7 @@ def draw_inputs(
 
 def start_graph(file: Path, shape: Shape) -> Graph:
     """A graph with x and half of y as inputs: y itself is a sum, so that its memory may be used for the result."""
-    graph = Graph(file.with_suffix(".data"))
-    graph.data_path.touch()
+    graph = Graph(WeightFile(file.with_suffix(".data")))
     for name, width in (("x", shape.inputs), ("y", shape.width)):
         graph.input(name, TensorProto.FLOAT, ["batch", "tokens", width])
     graph.node("Add", ["y", "y"], "twice", ["twice_y"])

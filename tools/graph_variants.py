@@ -10,6 +10,7 @@ import torch
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.exporters.onnx.decoder import DecoderWriter
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts
+from lime_edge.exporters.onnx.external import WeightFile
 from lime_edge.exporters.onnx.functions import BRANCH_NORM, EXPERT_BRANCH, LARGE, ROUTED_BRANCH, SWIGLU
 from lime_edge.exporters.onnx.graph import Graph
 
@@ -52,8 +53,7 @@ VARIANTS = {
 
 def write_variant(model: CompiledModel, variant: Variant, path: Path) -> int:
     """Write a variant's graph and weights; returns its number of nodes, a function's call counted as one."""
-    graph = Graph(path.with_suffix(".onnx.data"))
-    graph.data_path.touch()
+    graph = Graph(WeightFile(path.with_suffix(".onnx.data")))
     if not variant.halves:
         model = replace(model, branches={name: _spoil(branch) for name, branch in model.branches.items()})
     variant.writer(model, graph, _make_experts(model, graph, variant.experts)).write(lambda *_: None)

@@ -17,6 +17,7 @@ from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
 from lime_edge.exporters.onnx.companion import write_defaulted
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
+from lime_edge.exporters.onnx.external import WeightFile
 from lime_edge.exporters.onnx.functions import HALF, SWIGLU, make_swiglu
 from lime_edge.exporters.onnx.graph import LIME, LOGITS_START, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx.prompt import prepend_virtual
@@ -42,8 +43,8 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     """
     check_head_width(model)
     metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
-    graph = Graph(directory / f"{FILE}.data", half=options.onnx.activations == "float16")
-    graph.data_path.touch()
+    weights = WeightFile(directory / f"{FILE}.data")
+    graph = Graph(weights, half=options.onnx.activations == "float16")
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
     if model.virtual is None and not graph.half:
@@ -63,7 +64,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     if graph.half:
         facts["compute"] = "float16"
     if model.routing is not None and model.swaps:
-        routed = graph.share_data()
+        routed = Graph(weights, graph.half)
         DecoderWriter(model, routed, RoutedExperts(model, routed, model.routing)).write(progress)
         routed.save(directory / ROUTED_FILE, __version__, metadata)
         facts |= {"routed": f"onnx/{ROUTED_FILE}", "routed_nodes": len(routed.nodes)}
@@ -216,8 +217,8 @@ class DecoderWriter:
         y = self._matmul(names, bias, x, path)
         return self.experts.add_branch(branch, x, y, path)
 
-    def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str, share: str = "") -> str:
-        """One product for several stacked weights; `share` names codes already in the file."""
+    def _matmul(self, names: list[str], bias: torch.Tensor | None, x: str, path: str) -> str:
+        """One product for several stacked weights."""
         g, stored = self.graph, [self.model.weights[name] for name in names]
         bias_name = "" if bias is None else g.constant(f"{path}.bias", bias.numpy())
         quantized = [tensor for tensor in stored if isinstance(tensor, QuantizedTensor)]
@@ -227,11 +228,7 @@ class DecoderWriter:
             y = g.node("MatMul", [x, weight], f"{path}/MatMul")
             return g.node("Add", [y, bias_name], f"{path}/Add") if bias_name else y
         packed = [pack_weight(tensor) for tensor in quantized]
-        shape = (sum(p.codes.shape[0] for p in packed), *packed[0].codes.shape[1:])
-        if share:
-            codes = g.view(f"{path}.codes", share, shape)
-        else:
-            codes = g.constant(f"{path}.codes", np.concatenate([p.codes for p in packed]))
+        codes = g.constant(f"{path}.codes", np.concatenate([p.codes for p in packed]))
         scales = g.constant(f"{path}.scales", np.concatenate([p.scales for p in packed]))
         inputs = [x, codes, scales] + (["", "", bias_name] if bias_name else [])
         return g.node(
@@ -240,7 +237,7 @@ class DecoderWriter:
             f"{path}/MatMulNBits",
             domain=MICROSOFT,
             K=quantized[0].codes.shape[1],
-            N=shape[0],
+            N=sum(p.codes.shape[0] for p in packed),
             bits=packed[0].bits,
             block_size=packed[0].block,
             accuracy_level=0 if g.half else 4,  # a GPU computes in float16 whatever is said
@@ -262,7 +259,7 @@ class DecoderWriter:
         if tied and not isinstance(stored, QuantizedTensor):
             g.node("FusedMatMul", [x, name], "/lm_head/MatMul", domain=MICROSOFT, transB=1)
         else:
-            self._matmul([name], None, x, "/lm_head", f"{name}.codes" if tied else "")
+            self._matmul([name], None, x, "/lm_head")  # a tied head's codes are the table's, stored once
         if g.half:
             g.node("Cast", [g.nodes[-1].output[0]], "/lm_head/Cast", to=TensorProto.FLOAT)
         g.nodes[-1].output[0] = "logits"

@@ -6,13 +6,11 @@ the checkpoint's experts itself, so that the pinned graph pays nothing for routi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -25,7 +23,8 @@ from lime_edge.compiler.formats.encoder import make_sample
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.encoder_layers import Product, Table
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.onnx.graph import ALIGNMENT, INLINE_BYTES, MICROSOFT, OPSET
+from lime_edge.exporters.onnx.external import INLINE_BYTES, WeightFile
+from lime_edge.exporters.onnx.graph import MICROSOFT, OPSET
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.exporters.silence import silence
 from lime_edge.targets.options import TargetOptions
@@ -48,7 +47,6 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: torch's exporter does not take the model.
     """
     weights = WeightFile(directory / f"{FILE}.data")
-    weights.path.touch()
     metadata = {"fingerprint": compiled.fingerprint, "fold": compiled.options.fold, "quant": compiled.options.quant}
     takes_expert = compiled.single is None
     routed = compiled.routing is not None
@@ -162,27 +160,6 @@ def pack_product(product: Product | Table) -> nn.Module:
     return OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)
 
 
-@dataclass
-class WeightFile:
-    """The external file of both graphs: equal bytes are stored once."""
-
-    path: Path
-    end: int = 0
-    places: dict[str, int] = field(default_factory=dict)
-
-    def add(self, array: np.ndarray) -> tuple[int, int]:
-        """Append an array, page-aligned; returns (offset, length) in bytes."""
-        data = np.ascontiguousarray(array).tobytes()
-        key = hashlib.sha256(data).hexdigest()
-        if key not in self.places:
-            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
-            with self.path.open("ab") as file:
-                file.write(b"\0" * (offset - self.end))
-                file.write(data)
-            self.places[key], self.end = offset, offset + len(data)
-        return self.places[key], len(data)
-
-
 def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool, metadata: dict[str, str]) -> int:
     """Trace the module into one graph file; returns its number of nodes."""
     model = _trace(module, takes_expert)
@@ -193,11 +170,11 @@ def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert:
         assert array is not None
         if array.nbytes > INLINE_BYTES:
             stored = array.numpy()
-            offset, length = weights.add(stored)
+            place = weights.add(stored)
             value.const_value = ir.ExternalTensor(
-                weights.path.name,
-                offset,
-                length,
+                place.location,
+                place.offset,
+                place.length,
                 array.dtype,
                 name=name,
                 shape=ir.Shape(stored.shape),

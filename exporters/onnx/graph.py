@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from lime_edge.errors import LimeEdgeError
+from lime_edge.exporters.onnx.external import INLINE_BYTES, WeightFile
 
 MICROSOFT = "com.microsoft"
 LIME = "lime_edge"
@@ -17,8 +19,6 @@ LOGITS_TO_KEEP = "logits_to_keep"  # the input that says how many of the last po
 LOGITS_START = "logits_start"  # the same as a position from the end, -1: the last; a GPU graph slices with it as it is
 OPSET = 21
 IR_VERSION = 10
-ALIGNMENT = 4096  # page: ONNX Runtime maps the file
-INLINE_BYTES = 1024  # smaller tensors stay in the graph file
 
 OPSETS = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
 
@@ -33,27 +33,20 @@ DTYPES = {
 
 @dataclass
 class Graph:
-    """A graph under construction; `save` writes model.onnx and model.onnx.data.
+    """A graph under construction; `save` writes it.
 
     Args:
-        data_path: the external file, in the directory of the model.
+        weights: takes its large constants, those of other graphs too.
         half: real numbers inside of the graph are float16: every float32 constant becomes one.
     """
 
-    data_path: Path
+    weights: WeightFile
     half: bool = False
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
-    shared: dict[str, TensorProto] = field(default_factory=dict)
-    _end: int = 0
-
-    def share_data(self) -> Graph:
-        """An empty graph whose constants of the same names are those of this one's external file."""
-        external = {t.name: t for t in self.initializers if t.data_location == TensorProto.EXTERNAL}
-        return Graph(self.data_path, self.half, shared=external, _end=self._end)
 
     @property
     def real(self) -> int:
@@ -94,20 +87,12 @@ class Graph:
         if array.nbytes <= INLINE_BYTES:
             self.initializers.append(onnx.numpy_helper.from_array(array, name))
             return name
-        if name in self.shared:
-            self.initializers.append(self.shared[name])
-            return name
-        offset = self._append(array)
-        self.initializers.append(_external(name, array.dtype, array.shape, self.data_path.name, offset, array.nbytes))
-        return name
-
-    def view(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """A second initializer over the same bytes of the external file, with another shape."""
-        source = next(t for t in self.initializers if t.name == of)
-        entries = {entry.key: entry.value for entry in source.external_data}
-        dtype = helper.tensor_dtype_to_np_dtype(source.data_type)
-        offset, length = int(entries["offset"]), int(entries["length"])
-        self.initializers.append(_external(name, np.dtype(dtype), shape, self.data_path.name, offset, length))
+        place = self.weights.add(array)
+        tensor = TensorProto(name=name, data_type=DTYPES[array.dtype], dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in asdict(place).items():
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers.append(tensor)
         return name
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
@@ -141,20 +126,12 @@ class Graph:
         helper.set_model_props(model, metadata)
         path.write_bytes(model.SerializeToString())
 
-    def _append(self, array: np.ndarray) -> int:
-        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
-        with self.data_path.open("ab") as file:
-            file.write(b"\0" * (offset - self._end))
-            file.write(array.tobytes())
-        self._end = offset + array.nbytes
-        return offset
-
 
 class FunctionBody(Graph):
     """The nodes of a function in the model: constants are nodes, because a function holds no tensors."""
 
     def __init__(self, half: bool = False) -> None:
-        super().__init__(Path(), half)
+        super().__init__(cast(WeightFile, None), half)  # nothing of it is written to a file
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Add a Constant node."""
@@ -176,12 +153,3 @@ class FunctionBody(Graph):
     ) -> onnx.FunctionProto:
         """The function of these nodes, in the domain `lime_edge`."""
         return helper.make_function(LIME, name, inputs, outputs, self.nodes, OPSETS, attributes)
-
-
-def _external(
-    name: str, dtype: np.dtype, shape: tuple[int, ...], location: str, offset: int, length: int
-) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
