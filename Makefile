@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
+.PHONY: demo test test-kotlin demo-kotlin check lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,12 @@ test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (unde
 
 check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations
 	$(PYTEST) -m 'check and not small'
+
+test-kotlin: $(VENV)/.dev  ## the Kotlin library on the JVM against Python's answers (a JDK and Maven; part of make check)
+	runtimes/kotlin/check.sh $(BIN)/python
+
+demo-kotlin: $(VENV)/.base build/demo.lime  ## the demo bundle's skills in Kotlin: Python's tokens, and a project of 15 lines
+	runtimes/kotlin/check.sh $(BIN)/python demo build/demo.lime
 
 lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages in their place
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from typing import Any
 import onnxruntime
 from phone_vectors.bundles import write_bundles
 from phone_vectors.refusals import write_manifests, write_refusals
-from phone_vectors.sessions import record_decoder, record_encoder
+from phone_vectors.sessions import record_decoder, record_demo, record_encoder
 from phone_vectors.words import write_tokenizers
 
 PARTS = ("sessions", "refusals", "tokenizers")
@@ -31,7 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=PARTS, action="append", help="some parts; refusals need the sessions' bundles"
     )
+    parser.add_argument("--demo", type=Path, metavar="BUNDLE", help="greedy answers of this bundle, and nothing else")
     arguments = parser.parse_args()
+    if arguments.demo:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        _write(arguments.folder / "demo.json", record_demo(arguments.demo))
+        return
     folder, parts = arguments.folder, arguments.only or PARTS
     folder.mkdir(parents=True, exist_ok=True)
     if "sessions" in parts:

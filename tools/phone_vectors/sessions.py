@@ -163,3 +163,16 @@ def _draw_inputs(
 
 def _write_array(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "values": array.ravel().tolist()}
+
+
+def record_demo(path: Path) -> list[dict[str, Any]]:
+    """Greedy answers of every skill, and of the original model, to a few texts."""
+    session, cases = lime_edge.open_decoder(path, threads=1), []
+    for text in ("patent", "How late is it?", "the wonderful film was far too long"):
+        prompt = session.codec.render_chat([{"role": "user", "content": text}])
+        for selection in (*session.experts, "none"):
+            session.use(parse_selection(selection))
+            ids = session.codec.encode(prompt)
+            tokens = list(session.generate_ids(ids, GenerationOptions(max_new_tokens=16)))
+            cases.append({"selection": selection, "text": text, "ids": ids, "tokens": tokens})
+    return cases

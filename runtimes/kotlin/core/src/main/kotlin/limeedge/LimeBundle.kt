@@ -107,9 +107,10 @@ public class LimeBundle private constructor(
 
         private fun open(root: File, manifest: Manifest, cache: File?): LimeBundle {
             val faults = Faults()
+            val late = manifest.experts.map { it.file }.toSet() // hashed when they are used
             for ((path, entry) in manifest.files) {
                 val file = locate(root, path, entry, faults) ?: continue
-                if (manifest.isLate(path) || manifest.isLarge(path)) continue
+                if (path in late || manifest.isLarge(path)) continue
                 val found = hash(file)
                 if (found != entry.sha256) faults.add("$path: sha256", entry.sha256.take(16), found.take(16))
             }
@@ -151,9 +152,6 @@ public class LimeBundle private constructor(
         }
 
         private fun Manifest.isLarge(path: String) = files.getValue(path).size > SMALL
-
-        /** Experts are hashed when they are used; those of companions, which nothing here uses, by verify. */
-        private fun Manifest.isLate(path: String) = path.startsWith("experts/") || path in companionExperts
 
         private fun readChecked(root: File, manifest: Manifest, path: String): ByteArray {
             val entry = manifest.files.getValue(path)

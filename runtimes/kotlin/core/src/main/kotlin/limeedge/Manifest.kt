@@ -149,10 +149,6 @@ public class Manifest internal constructor(fields: Map<*, *>, internal val seal:
         path as String to FileEntry(entry["size"] as Long, entry.text("sha256"))
     }
 
-    /** Files of experts for other engines: nothing here reads them. */
-    internal val companionExperts: Set<String> =
-        fields.map("companions").values.flatMap { (it as Map<*, *>).map("experts").values.map { file -> file as String } }.toSet()
-
     private fun readTarget(facts: Map<*, *>) = TargetFacts(
         name = facts.text("target"),
         file = facts.text("file"),
