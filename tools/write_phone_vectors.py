@@ -21,6 +21,8 @@ from phone_vectors.refusals import write_manifests, write_refusals
 from phone_vectors.sessions import record_decoder, record_demo, record_encoder
 from phone_vectors.words import write_tokenizers
 
+from lime_edge.bundle.archive import pack_bundle
+
 PARTS = ("sessions", "refusals", "tokenizers")
 
 
@@ -55,6 +57,8 @@ def write_sessions(folder: Path) -> None:
     """Export the bundles and record what Python answers."""
     with tempfile.TemporaryDirectory() as work:
         decoders, encoders = write_bundles(folder / "bundles", Path(work))
+    (folder / "lora-int4.tar").unlink(missing_ok=True)
+    pack_bundle(folder / "bundles" / "lora-int4.lime", folder / "lora-int4.tar")
     answers = {name: record_decoder(folder / "bundles" / f"{name}.lime") for name in decoders}
     _write(folder / "sessions.json", {"onnxruntime": onnxruntime.__version__, "bundles": answers})
     _write(folder / "encoders.json", {name: record_encoder(folder / "bundles" / f"{name}.lime") for name in encoders})

@@ -19,6 +19,7 @@ from lime_edge.cli import (
     import_adapter,
     inspect,
     interchange,
+    pack,
     profile,
     run,
     verify,
@@ -37,7 +38,7 @@ app = App(
     Exit codes: 0 done, 2 bad command line or bad input, 3 a check missed, 4 a package, engine or
     device is missing, 5 nothing could be written, 1 a bug.""",
 )
-for command in (export, run, inspect, verify, evaluate, bench, demo, doctor, import_adapter):
+for command in (export, run, inspect, verify, evaluate, bench, pack, demo, doctor, import_adapter):
     command.register(app)
 app.add_typer(experts.experts_app, name="experts")
 interchange.register(experts.experts_app)
