@@ -15,7 +15,7 @@ import pytest
 import lime_edge
 from lime_edge.bundle.experts import Selection, read_expert
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.batch import SLICE, Batch, Order
+from lime_edge.session.batch import SLICE, Batch, Order, Reader
 from lime_edge.session.chunks import CHUNK
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
@@ -295,7 +295,7 @@ def one_hot(token: int) -> np.ndarray:
 
 
 def order(number: int, ids: Sequence[int], filler: bytes = b"a", most: int = 4) -> Order:
-    return Order(number, tuple(ids), np.zeros(1, np.float32), filler, pick_best, most, "length")
+    return Order(number, tuple(ids), Reader(np.zeros(1, np.float32), filler), pick_best, most, "length")
 
 
 def run_all(batch: Batch) -> list[tuple[int, int | None]]:

@@ -21,8 +21,9 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, Selection
 from lime_edge.errors import LimeEdgeError
+from lime_edge.session.cache import Segment
 from lime_edge.session.chunks import CHUNK, plan_chunks
-from lime_edge.session.decoder import Segment, Session
+from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
 
 Make = Callable[..., Path]
@@ -543,7 +544,7 @@ def test_an_engine_that_fails_is_one_clear_error_and_the_session_survives(
         return feed(ids, keep)
 
     monkeypatch.setattr(session._engine, "feed", fail)
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 4)
+    monkeypatch.setattr("lime_edge.session.cache.CHUNK", 4)
     with pytest.raises(LimeEdgeError, match=r"the engine failed: RuntimeError: Non-zero status code\n  hint") as error:
         session.logits(PROMPTS[3])
     assert "lime-edge verify" in error.value.hint
@@ -583,7 +584,7 @@ def test_int4_answers_do_not_depend_on_what_was_kept(make_bundle: Make, monkeypa
     Core ML alone pads what is left of a prompt to enumerated lengths, and float products of other sizes add up in
     another order: there they are equal to float32's rounding.
     """
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 8)
+    monkeypatch.setattr("lime_edge.session.cache.CHUNK", 8)
     bundle = make_bundle(quant="int4")
     keeping, anew = open_session(bundle), open_session(bundle)
     draw = random.Random(1)

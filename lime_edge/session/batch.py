@@ -9,6 +9,7 @@ own.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,21 +25,44 @@ SLICE = 64  # prompt tokens that are read between two steps
 
 
 @dataclass(frozen=True)
-class Order:
-    """A request, checked: token ids and an expert's own numbers.
+class Reader:
+    """Who reads tokens: d (sum_H,) float32, None for routing; `filler` tells it from others in a cache."""
 
-    number: the caller's. ids: of the prompt. residual: d (sum_H,) float32; None: routed. filler: what tells this
-    expert from others (`identify`). most: tokens to generate; limit: why it ends there. eos: tokens that end it.
+    residual: np.ndarray | None = field(repr=False)
+    filler: bytes
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request, checked.
+
+    number: the caller's. ids: of the prompt. expert: reads them and answers, `silent` first ones left out, which
+    `before` reads: the original model, where an expert acts from the generation prompt on. most: tokens to generate;
+    limit: why it ends there. eos: tokens that end it.
     """
 
     number: int
     ids: tuple[int, ...]
-    residual: np.ndarray | None = field(repr=False)
-    filler: bytes
+    expert: Reader
     pick: Pick
     most: int
     limit: str
     eos: tuple[int, ...] = ()
+    silent: int = 0
+    before: Reader | None = None
+
+    @property
+    def first(self) -> Reader:
+        """Who reads the prompt's beginning."""
+        return self.before if self.before is not None and self.silent else self.expert
+
+    @property
+    def shareable(self) -> tuple[int, ...]:
+        """The beginning that others may have read: all of what the original model reads; else all but two tokens,
+        whose logits are wanted (a call of one may round otherwise); nothing where routing must see it in one call."""
+        if self.silent:
+            return self.ids[: self.silent]
+        return () if self.expert.residual is None else self.ids[:-2]
 
 
 @dataclass
@@ -127,22 +151,20 @@ class Batch:
         waiting: list[Order] = []
         while self._queue and len(self._jobs) < self._rows.count:
             order = self._queue.popleft()
-            count, prefix = self._prefixes.find(order.filler, order.ids[:-2], self._rows.capacity)
-            if self._is_worth_waiting(order, count):
+            if self._is_worth_waiting(order):
                 waiting.append(order)
-                continue
-            row = self._rows.start(order.residual, prefix if order.residual is not None else None)
-            count = count if order.residual is not None else 0  # routing must see the whole prompt in one call
-            self._rows.rewind(row, count)
-            self._jobs[order.number] = Job(order, row, count)
+            else:
+                row, read = begin_row(self._rows, order, self._prefixes, order.shareable)
+                self._jobs[order.number] = Job(order, row, read)
         self._queue.extendleft(reversed(waiting))
 
-    def _is_worth_waiting(self, order: Order, found: int) -> bool:
+    def _is_worth_waiting(self, order: Order) -> bool:
         """Whether a prompt that is being read now will give the order a longer beginning than there is."""
-        return order.residual is not None and any(
-            count_common(job.order.ids, order.ids[:-2]) >= found + SHORTEST
+        found = self._prefixes.find(order.first.filler, order.shareable, self._rows.capacity)[0]
+        return any(
+            count_common(job.order.shareable, order.shareable) >= found + SHORTEST
             for job in self._jobs.values()
-            if job.reads and job.order.filler == order.filler
+            if job.read < len(job.order.shareable) and job.order.first.filler == order.first.filler
         )
 
     def _read_prompts(self) -> list[Event]:
@@ -156,29 +178,28 @@ class Batch:
                 logits = self._read(job, size)
                 budget -= job.read - before
                 if not job.reads:
-                    self._share(job)
                     events += self._take(job, logits)
         return events
 
     def _read(self, job: Job, size: int) -> np.ndarray:
-        """The next piece of a prompt: its last logits (V,). A routed prompt is one piece."""
-        ids = np.array(job.order.ids[job.read :], np.int64)
-        if job.order.residual is not None:
-            ids = ids[: plan_chunks(job.read, ids.size, size)[0]]
-        logits = self._rows.feed(job.row, ids, 1)[-1]
-        job.read += ids.size
+        """The next piece of a prompt: its last logits (V,)."""
+        stop = plan_piece(job.order, job.read, size)
+        logits = self._rows.feed(job.row, np.array(job.order.ids[job.read : stop], np.int64), 1)[-1]
+        job.read = stop
+        if stop == job.order.silent:
+            self._rows.set_expert(job.row, job.order.expert.residual)
+            self._share(job, job.order.ids[:stop])
+        elif stop == len(job.order.ids) and not job.order.silent:
+            self._share(job, ())
         return logits
 
-    def _share(self, job: Job) -> None:
-        """Keep the beginning of a prompt that was read, as far as orders that wait have it too."""
-        if job.order.residual is None:
-            return
-        own = job.order.ids
-        shared = max(
-            (count_common(own, other.ids[:-2]) for other in self._queue if other.filler == job.order.filler), default=0
-        )
-        if shared > self._prefixes.find(job.order.filler, own[:shared], self._rows.capacity)[0] and shared >= SHORTEST:
-            self._prefixes.keep(job.order.filler, own[:shared], self._rows.save(job.row, shared))
+    def _share(self, job: Job, least: Sequence[int]) -> None:
+        """Keep the beginning of a prompt that was read, as far as orders that wait have it too; `least` in any case."""
+        own, filler = job.order.shareable, job.order.first.filler
+        wanted = [count_common(own, other.shareable) for other in self._queue if other.first.filler == filler]
+        count = max([*wanted, len(least)])
+        if count >= SHORTEST and count > self._prefixes.find(filler, own[:count], self._rows.capacity)[0]:
+            self._prefixes.keep(filler, own[:count], self._rows.save(job.row, count))
 
     def _take(self, job: Job, logits: np.ndarray) -> list[Event]:
         """Pick a token; what comes of it."""
@@ -199,3 +220,29 @@ class Batch:
     def _end(self, job: Job, reason: str, fault: LimeEdgeError | None = None) -> Event:
         self.stop(job.order.number)
         return Event(job.order.number, None, reason, fault)
+
+
+def begin_row(rows: Rows, order: Order, prefixes: PrefixCache, most: Sequence[int]) -> tuple[int, int]:
+    """Take a row for an order; it begins with what is kept of its prompt.
+
+    Args:
+        most: the beginning that need not be read again where it is kept.
+    Returns:
+        The row, and how many tokens it begins with.
+    """
+    count, prefix = prefixes.find(order.first.filler, most, rows.capacity)
+    if 0 < count == order.silent - 1:
+        count -= 1  # no single token is left to be read
+    row = rows.start(order.first.residual, prefix)
+    rows.rewind(row, count)
+    if order.silent and count == order.silent:
+        rows.set_expert(row, order.expert.residual)
+    return row, count
+
+
+def plan_piece(order: Order, read: int, size: int) -> int:
+    """Where the next piece of a prompt ends: after `size` tokens or so, where the reader changes, routed at its end."""
+    end = order.silent if read < order.silent else len(order.ids)
+    if read >= order.silent and order.expert.residual is None:
+        return end
+    return read + plan_chunks(read, end - read, size)[0]

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import ROUTED, ExpertBank, Selection, describe_selection
+from lime_edge.bundle.experts import NONE, ROUTED, ExpertBank, Selection, describe_selection
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.batch import FULL, LENGTH, STOP
-from lime_edge.session.chunks import CHUNK, plan_chunks
-from lime_edge.session.engines import Engine, blame_engine
+from lime_edge.session.cache import ROOM, Cache, Segment
+from lime_edge.session.engines import Engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
 from lime_edge.session.many import MOST_ROWS, Answers, AnyRequest, open_answers, read_logits
 from lime_edge.session.prefixes import PrefixCache
 from lime_edge.session.switching import ExpertSwitch
 from lime_edge.session.turn import Turn
-
-ROOM = (
-    "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
-    "coreml), export with a larger --max-seq-len"
-)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the cache: which selection filled it, and its number of tokens."""
-
-    selection: str
-    tokens: int
 
 
 class Session(ExpertSwitch):
@@ -55,11 +42,11 @@ class Session(ExpertSwitch):
     def __init__(self, bundle: Bundle, engine: Engine, bank: ExpertBank, target: str):
         self._engine = engine
         self._codec: TextCodec | None = None
-        self._ids: list[int] = []
-        self._segments: list[Segment] = []
         self._turn = Turn()
         self.prefixes = PrefixCache()
         self.finish_reason: str | None = None
+        self._header = find_header(bundle)
+        self._cache = Cache(engine, target)
         super().__init__(bundle, engine, bank, target)
 
     def use(self, selection: Selection, keep_cache: bool = False) -> None:
@@ -76,9 +63,9 @@ class Session(ExpertSwitch):
         super().use(selection)
         if self._selection != before:
             self._turn.disturb("use")
-        if not keep_cache and any(s.selection != describe_selection(self._selection) for s in self._segments):
+        if not keep_cache and not self._cache.is_filled_by(self._label):
             self._turn.disturb("use")
-            self._rewind(0)
+            self._cache.rewind(self._cache.common)
 
     def install(self, path: Path | str, name: str | None = None) -> str:
         """Add an expert file while running; see ExpertSwitch.install. Replacing the one in use starts a new cache."""
@@ -92,68 +79,56 @@ class Session(ExpertSwitch):
     @property
     def cache(self) -> tuple[Segment, ...]:
         """Who filled the cache, in order."""
-        return tuple(self._segments)
+        return self._cache.segments
 
     @property
     def max_length(self) -> int:
         """Tokens the cache holds."""
         return self._engine.capacity
 
+    @property
+    def _label(self) -> str:
+        return describe_selection(self._selection)
+
     def reset(self) -> None:
         """Start a new cache."""
         self._owner.check()
         self._turn.disturb("reset")
-        self._rewind(0)
+        self._cache.rewind(0)
 
-    def _rewind(self, length: int) -> None:
-        self._engine.rewind(length)
-        del self._ids[length:]
-        kept, left = [], length
-        for segment in self._segments:
-            if left > 0:
-                kept.append(Segment(segment.selection, min(segment.tokens, left)))
-            left -= segment.tokens
-        self._segments = kept
+    def count_silent(self, ids: Sequence[int]) -> int:
+        """The tokens of a prompt that the original model reads: all but the last ones where the expert acts from the
+        generation prompt on, none where it always acts."""
+        return max(0, len(ids) - self._header) if self._header else 0
+
+    def _read(self, ids: Sequence[int], start: int, keep: int) -> np.ndarray:
+        """Append a prompt from token `start` on; logits of its last `keep` positions (0: all from there on)."""
+        silent = self.count_silent(ids)
+        if start >= silent:
+            return self._feed(ids[start:], keep)
+        wanted = max(0, keep - (len(ids) - silent)) if keep else silent - start
+        self._switchable.set_expert(self._bank.residual(None))
+        try:
+            head = self._cache.feed(self._check_ids(ids[start:silent]), max(wanted, 1), NONE, False)
+            head = head.copy() if wanted else head[:0]
+            if start <= self._cache.common:
+                self._cache.common = silent
+        finally:
+            self._apply(self._selection)
+        tail = self._feed(ids[silent:], min(keep, len(ids) - silent))
+        return np.concatenate([head, tail]) if wanted else tail
 
     def _feed(self, ids: Sequence[int], keep: int) -> np.ndarray:
-        """Append tokens; logits of the last `keep` positions of this call (0: all)."""
-        array = self._check_ids(ids)
+        """Append tokens under the selection; logits of the last `keep` positions of this call (0: all)."""
+        array, routed = self._check_ids(ids), self._selection == ROUTED
         if keep < 0:
             raise LimeEdgeError(f"keep: expected 0 or more, found {keep}", "0 keeps the logits of every position")
-        held = self._engine.length
-        if array.size > self._engine.capacity - held:
-            raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, {array.size + held} are needed", ROOM)
-        if self._selection == ROUTED:
-            if held and array.size > 1:
-                raise LimeEdgeError(
-                    f"routed: {array.size} tokens after a cache of {held}",
-                    "a routed prompt is run in one call, then token by token",
-                )
-            stops = [array.size]
-        else:
-            stops = plan_chunks(held, array.size, CHUNK)
-        first = 0 if keep == 0 else max(0, array.size - keep)  # the first position whose logits are wanted
-        parts, start = [], 0
-        for stop in stops:
-            wanted = stop - max(start, first)
-            rows = self._feed_chunk(array[start:stop], max(wanted, 1))
-            if wanted > 0:
-                parts.append(rows if len(stops) == 1 else rows.copy())
-            start = stop
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _feed_chunk(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """One call of the engine; what the session knows of the cache changes with it, or not at all."""
-        try:
-            rows = self._engine.feed(ids, keep)
-        except Exception as error:
-            self._engine.rewind(len(self._ids))
-            if isinstance(error, LimeEdgeError):
-                raise
-            raise blame_engine(self.target, error) from error
-        self._ids.extend(ids.tolist())
-        self._note(ids.size)
-        return rows
+        if routed and array.size > 1 and len(self._cache) and not self._header:
+            raise LimeEdgeError(
+                f"routed: {array.size} tokens after a cache of {len(self._cache)}",
+                "a routed prompt is run in one call, then token by token",
+            )
+        return self._cache.feed(array, keep, self._label, routed)
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
         vocab = self.bundle.manifest.model["vocab"]
@@ -173,12 +148,6 @@ class Session(ExpertSwitch):
             )
         return array.astype(np.int64, copy=False)
 
-    def _note(self, tokens: int) -> None:
-        name = describe_selection(self._selection)
-        if self._segments and self._segments[-1].selection == name:
-            tokens += self._segments.pop().tokens
-        self._segments.append(Segment(name, tokens))
-
     # running
 
     def logits(self, input_ids: Sequence[int], keep: int = 0) -> np.ndarray:
@@ -191,8 +160,8 @@ class Session(ExpertSwitch):
         """
         self._owner.check()
         self._turn.disturb("logits")
-        self._rewind(0)
-        return self._feed(input_ids, keep)
+        self._cache.rewind(0)
+        return self._read(self._check_ids(input_ids).tolist(), 0, keep)
 
     def extend(self, input_ids: Sequence[int], keep: int = 1) -> np.ndarray:
         """Logits of tokens appended to what the cache holds: (keep or S, V) float32.
@@ -252,14 +221,13 @@ class Session(ExpertSwitch):
         if room < 1:
             raise LimeEdgeError(f"the cache holds {self._engine.capacity} tokens, the prompt has {len(ids)}", ROOM)
         turn = self._turn.begin()
-        keeps = keep_cache and self._selection != ROUTED  # routing must see the whole prompt in one call
-        shared = self._shared_prefix(ids) if keeps else 0
-        self._rewind(shared)
+        kept = self._count_kept(ids, keep_cache)
+        self._cache.rewind(kept)
         self.finish_reason, count = None, 0
         limit = min(options.max_new_tokens, room)
         why = FULL if limit < options.max_new_tokens else LENGTH
         step: Callable[[int], np.ndarray] = lambda token: self._feed([token], 1)[-1]  # noqa: E731
-        first, options = self._feed(ids[shared:], 1)[-1], replace(options, max_new_tokens=limit)
+        first, options = self._read(ids, kept, 1)[-1], replace(options, max_new_tokens=limit)
         for token in stream_tokens(first, step, options, self.eos):
             count += 1
             yield token
@@ -270,14 +238,20 @@ class Session(ExpertSwitch):
                 return
         self.finish_reason = STOP if count < limit else why
 
-    def _shared_prefix(self, ids: Sequence[int]) -> int:
-        """Tokens the cache already holds; at least two are left to feed, for a call of one may round otherwise."""
-        count = 0
-        for mine, theirs in zip(self._ids, ids[:-2], strict=False):
-            if mine != theirs:
-                break
-            count += 1
-        return count
+    def _count_kept(self, ids: Sequence[int], keep_cache: bool) -> int:
+        """Tokens of a prompt that need not be read again.
+
+        What the original model read is kept without being asked for: it is the same for every expert. Two tokens at
+        least are left to read, for a call of one may round otherwise; and routing must see all of its own in one call.
+        """
+        silent = self.count_silent(ids)
+        kept = self._cache.count_kept(ids, [NONE] * silent + [self._label] * (len(ids) - silent))
+        if not keep_cache:
+            kept = min(kept, silent, self._cache.common)
+        elif self._selection == ROUTED:
+            kept = min(kept, silent)
+        kept = min(kept, max(silent, len(ids) - 2))
+        return kept - 1 if 0 < kept == silent - 1 else kept
 
     # many at once
 
@@ -389,3 +363,8 @@ class Session(ExpertSwitch):
     def __exit__(self, *_: object) -> None:
         self._owner.release()
         self.reset()
+
+
+def find_header(bundle: Bundle) -> int:
+    """How many of a prompt's last tokens the expert acts on: 0 for one that always acts (lime.json, `activation`)."""
+    return getattr(getattr(bundle.manifest, "activation", None), "tokens", 0)

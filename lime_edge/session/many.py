@@ -12,8 +12,8 @@ import numpy as np
 from lime_edge.bundle.experts import Selection
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import Faults, LimeEdgeError
-from lime_edge.session.batch import FULL, LENGTH, STOP, Batch, Event, Order
-from lime_edge.session.chunks import plan_chunks
+from lime_edge.session.batch import FULL, LENGTH, STOP, Batch, Event, Order, Reader, begin_row, plan_piece
+from lime_edge.session.chunks import CHUNK
 from lime_edge.session.engines import Rows, blame_engine
 from lime_edge.session.generate import GenerationOptions, TextStream
 from lime_edge.session.prefixes import SHORTEST, PrefixCache, count_common
@@ -63,6 +63,9 @@ class Asked(Protocol):
 
     def check_owner(self) -> None:
         """Refuse another thread."""
+
+    def count_silent(self, ids: Sequence[int]) -> int:
+        """Tokens of a prompt that the original model reads."""
 
     def read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Checked token ids."""
@@ -195,7 +198,9 @@ def make_order(session: Asked, request: Request, number: int, options: Generatio
     options = request.options or options
     try:
         ids = session.read_prompt(request.prompt)
-        residual, filler = session.identify(request.selection)
+        expert = Reader(*session.identify(request.selection))
+        silent = session.count_silent(ids)
+        before = Reader(*session.identify(None)) if silent else None
         room = session.max_length - len(ids)
         if room < 1:
             raise LimeEdgeError(f"a cache holds {session.max_length} tokens, the prompt has {len(ids)}", "shorten it")
@@ -205,12 +210,13 @@ def make_order(session: Asked, request: Request, number: int, options: Generatio
     return Order(
         number,
         tuple(ids),
-        residual,
-        filler,
+        expert,
         make_sampler(options.temperature, options.top_k, options.top_p, options.seed),
         most,
         LENGTH if most == options.max_new_tokens else FULL,
         () if options.ignore_eos else session.eos,
+        silent,
+        before,
     )
 
 
@@ -253,27 +259,26 @@ def read_logits(session: Asked, requests: Sequence[tuple[Any, Selection]], keep:
     rows = open_rows(session, 1, max(len(order.ids) for order in orders), None)
     found: list[np.ndarray] = []
     for place, order in enumerate(orders):
-        later = [other for other in orders[place + 1 :] if other.filler == order.filler]
+        later = [other for other in orders[place + 1 :] if other.first.filler == order.first.filler]
         found.append(_read_one(session, rows, order, later, keep))
     return found
 
 
 def _read_one(session: Asked, rows: Rows, order: Order, later: Sequence[Order], keep: int) -> np.ndarray:
-    ids, wanted = np.array(order.ids, np.int64), min(keep, len(order.ids)) if keep else len(order.ids)
-    routed = order.residual is None
-    count, prefix = (
-        (0, None) if routed else session.prefixes.find(order.filler, order.ids[: -max(wanted, 2)], rows.capacity)
-    )
-    row = rows.start(order.residual, prefix)
-    rows.rewind(row, count)
-    parts, start = [], count
-    for stop in [len(ids)] if routed else [count + end for end in plan_chunks(count, len(ids) - count)]:
-        own = stop - max(start, len(ids) - wanted)
-        logits = rows.feed(row, ids[start:stop], max(own, 1))
+    wanted = min(keep, len(order.ids)) if keep else len(order.ids)
+    first = len(order.ids) - wanted  # the first position whose logits are wanted
+    row, start = begin_row(rows, order, session.prefixes, order.shareable[:first])
+    parts = []
+    while start < len(order.ids):
+        stop = plan_piece(order, start, CHUNK)
+        own = stop - max(start, first)
+        logits = rows.feed(row, np.array(order.ids[start:stop], np.int64), max(own, 1))
         parts += [logits.copy()] if own > 0 else []
         start = stop
-    shared = 0 if routed else max((count_common(order.ids, other.ids[:-2]) for other in later), default=0)
-    if shared >= SHORTEST and shared > count:
-        session.prefixes.keep(order.filler, order.ids[:shared], rows.save(row, shared))
+        if stop == order.silent:
+            rows.set_expert(row, order.expert.residual)
+    shared = max((count_common(order.shareable, other.shareable) for other in later), default=0)
+    if shared >= SHORTEST:
+        session.prefixes.keep(order.first.filler, order.ids[:shared], rows.save(row, shared))
     rows.stop(row)
     return np.concatenate(parts)

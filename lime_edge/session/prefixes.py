@@ -11,8 +11,8 @@ LIMIT = 256 << 20  # bytes
 SHORTEST = 8  # tokens worth a copy
 
 
-def count_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens with which both begin."""
+def count_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """With how many of the same both begin."""
     for count, (mine, theirs) in enumerate(zip(one, other, strict=False)):
         if mine != theirs:
             return count
