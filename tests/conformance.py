@@ -23,13 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lime_edge
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.maths.layers import LimeLayer, Mode, routing_for
+from lime_edge.compiler.formats.authors import split_state
+from lime_edge.compiler.formats.hyper import ImportOptions, read_alpha
+from lime_edge.compiler.formats.importing import import_checkpoint
+from lime_edge.compiler.maths.layers import LimeLayer, Mode
 from lime_edge.compiler.maths.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
-from lime_edge.compiler.model.reference import UnfoldedModel, read_alpha, split_state
+from lime_edge.compiler.maths.variants import find_variant
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.session.generate import GenerationOptions
 from lime_edge.targets.devices import find_device
 
@@ -171,10 +174,10 @@ def check_layer(name: str, path: Path) -> Iterator[Check]:
     own = {key.removeprefix("linear.").removeprefix("embedding."): t for key, t in tensors.items()}
     rank = own["A"].shape[0] if "A" in own else own["part_T"].shape[int(embedding)]
     layer = LimeLayer(
-        hyper["variant"],
+        find_variant(hyper["variant"]),
         own,
         read_alpha(hyper) / rank,
-        routing_for(hyper["variant"], hyper),
+        find_variant(hyper["variant"]).read_routing(hyper),
         embedding,
         hyper.get("pad_token_id"),
     )
@@ -184,7 +187,7 @@ def check_layer(name: str, path: Path) -> Iterator[Check]:
 
 def check_prompt(name: str, hyper: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Check]:
     """Compare one prompt tuning fixture."""
-    routing = routing_for("prompt_tuning", hyper)
+    routing = find_variant("prompt_tuning").read_routing(hyper)
     embeds, mask = tensors["input_embeds"], tensors.get("attention_mask")
     if hyper.get("input_conditioned", True):
         conditioning = hyper.get("input_conditioning_mode", "mean")

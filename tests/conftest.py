@@ -111,8 +111,8 @@ def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Ma
         targets: tuple[str, ...] = ("onnx",),
         **options: Any,
     ) -> Path:
-        from lime_edge.compiler.compile import CompileOptions
-        from lime_edge.export.decoder import ExportOptions, export_bundle
+        from lime_edge.compiler.options import CompileOptions
+        from lime_edge.export.pipeline import ExportOptions, export_bundle
         from lime_edge.targets.devices import find_device
 
         model = model or tiny_model()

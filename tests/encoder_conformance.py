@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.formats.encoder import TASKS
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
 from lime_edge.compiler.maths.layers import Mode
-from lime_edge.export.decoder import ExportOptions
-from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_encoder
@@ -62,7 +62,7 @@ def export_fixture(fixture: Path, directory: Path, targets: tuple[str, ...] = ("
         import_checkpoint(fixture, imported, ImportOptions())
     compiling = CompileOptions(**({"quant": "none"} | options))
     output = directory / f"{compiling.quant}.lime"
-    export_encoder_bundle(
+    export_bundle(
         imported / "backbone",
         imported / "adapter",
         output,

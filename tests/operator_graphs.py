@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import find_variant
 from lime_edge.compiler.model.compiled import Branch, CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import Decoder
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
@@ -65,7 +66,19 @@ def draw_group(shape: Shape, seed: int = 0, variant: str = "lora") -> tuple[Comp
     experts = {f"expert{index}": 1 + 0.5 * draw(table.total) for index in range(shape.experts)}
     reference = 1 + 0.5 * draw(table.total)
     model = CompiledModel(
-        cast(Decoder, None), {}, {}, branches, table, reference, experts, "", "shared", None, "none", 32, variant
+        decoder=cast(Decoder, None),
+        weights={},
+        vectors={},
+        branches=branches,
+        sites=table,
+        reference=reference,
+        experts=experts,
+        fingerprint="",
+        fold="shared",
+        single=None,
+        quant="none",
+        group=32,
+        variant=find_variant(variant),
     )
     branch = model.group_branch(Group(names, shape.widths))
     assert branch is not None

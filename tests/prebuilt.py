@@ -120,13 +120,14 @@ def _run_compiled(
 ) -> tuple[np.ndarray, list[int]]:
     import torch
 
-    from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-    from lime_edge.compiler.formats.checkpoint import read_checkpoint
+    from lime_edge.compiler.compile import compile_checkpoint
+    from lime_edge.compiler.kinds import read_checkpoint
     from lime_edge.compiler.model.decoder import DecoderModule
-    from lime_edge.export.decoder import ExportOptions, find_calibration
+    from lime_edge.compiler.options import CompileOptions
+    from lime_edge.export.calibration import find_calibration
 
     checkpoint, compiling = read_checkpoint(model, adapter), CompileOptions(**options)
-    calibration = find_calibration(checkpoint, compiling, ExportOptions(), model)
+    calibration = find_calibration(checkpoint, compiling, None, model)
     compiled = compile_checkpoint(checkpoint, compiling, calibration)
     mix = {selection: 1.0} if isinstance(selection, str) else selection or {}
     vector = sum((w * compiled.experts[n].double() for n, w in mix.items()), torch.zeros(compiled.sites.total).double())

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lime_edge.compiler.formats.adapter import build_adapter, read_adapter, write_adapter
-from lime_edge.compiler.formats.adapter_checks import FIELDS, PARTS, SELECTIONS, name_selection
-from lime_edge.compiler.formats.importing import KNOWN, TRAINING
-from lime_edge.compiler.maths.fold import evaluate, fold_linear, fold_reference
-from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.formats.adapter_checks import FIELDS, SELECTIONS, name_selection
+from lime_edge.compiler.formats.hyper import KNOWN, TRAINING
+from lime_edge.compiler.maths.fold import evaluate
+from lime_edge.compiler.maths.layers import LimeLayer
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import LAYER_VARIANTS, VARIANTS, find_variant
 from lime_edge.errors import LimeEdgeError
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def make_tensors(variant: str = "lora") -> dict[str, torch.Tensor]:
         "LiME_shared": (H,),
         "gamma": (1,),
     }
-    parts = [*PARTS[variant], "LiMEs", "LiME_shared", "gamma"]
+    parts = [*find_variant(variant).parts, "LiMEs", "LiME_shared", "gamma"]
     random = torch.Generator().manual_seed(0)
     return {f"{site}.{part}": torch.randn(*shapes[part], generator=random) for site in SITES for part in parts}
 
@@ -64,13 +65,13 @@ def save(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -
     return path
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_what_is_written_is_read(variant: str, tmp_path: Path) -> None:
     tensors = make_tensors(variant)
     config = make_config(variant, routing="sparse_topk", sparse_mode=True, top_k=3, n_gram=4, training={"steps": 1})
     write_adapter(tmp_path, config, tensors)
     adapter = read_adapter(tmp_path)
-    assert adapter.routing_config == routing_for(variant, {"sparse_mode": True, "top_k": 3, "n_gram": 4})
+    assert adapter.routing_config == find_variant(variant).read_routing({"sparse_mode": True, "top_k": 3, "n_gram": 4})
     assert adapter.scale == 2.0
     for site in SITES:
         found = adapter.sites[site].tensors()
@@ -82,7 +83,7 @@ def test_what_is_written_is_read(variant: str, tmp_path: Path) -> None:
         assert adapter.sites[site].weight_shape == (H, D)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_a_site_joined_with_its_weight_folds_to_the_unfolded_layer(variant: str) -> None:
     """`join` gives folding what the documented assembly says, SliceFine's rows included."""
     adapter = build_adapter(make_config(variant), make_tensors(variant), "test")
@@ -90,19 +91,19 @@ def test_a_site_joined_with_its_weight_folds_to_the_unfolded_layer(variant: str)
     weight, bias, x = torch.randn(H, D), torch.randn(H), torch.randn(2, 3, D)
     own = site.tensors() | {"bias": bias}
     own |= {"part_F": weight[R:]} if variant == "slicefine" else {"weight": weight}
-    layer = LimeLayer(variant, own, adapter.scale, adapter.routing_config)
+    layer = LimeLayer(find_variant(variant), own, adapter.scale, adapter.routing_config)
     layer.use(1)
     p_ref = site.vectors().mean(0)
-    folded = fold_linear(variant, site.join(weight, bias), p_ref, adapter.scale)
-    residual = site.vectors()[1] - fold_reference(variant, p_ref)
+    folded = find_variant(variant).fold_linear(site.join(weight, bias), p_ref, adapter.scale)
+    residual = site.vectors()[1] - find_variant(variant).reference_of(p_ref)
     assert torch.allclose(evaluate(folded, x, residual), layer(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_embedding_shapes(variant: str) -> None:
     """The layer fixtures' embeddings fit; the same tensors called a linear layer do not."""
     layer = load_file(FIXTURES / f"layers/embedding-{variant}-soft-topk.safetensors")
-    tensors = {f"words.{part}": layer[part] for part in [*PARTS[variant], "LiMEs", "LiME_shared", "gamma"]}
+    tensors = {f"words.{part}": layer[part] for part in [*find_variant(variant).parts, "LiMEs", "LiME_shared", "gamma"]}
     config = make_config(
         variant,
         target_modules=["words"],
@@ -255,15 +256,15 @@ def test_documented_fields_are_the_fields_in_code() -> None:
 def test_documented_parts_are_the_parts_in_code() -> None:
     found = {row[0].strip("`"): row[3] for row in read_table("## Tensors of adapter_model.safetensors")}
     assert found.keys() == {
-        *(part for parts in PARTS.values() for part in parts),
+        *(part for variant in VARIANTS.values() for part in variant.parts),
         "LiMEs",
         "LiME_shared",
         "gamma",
         "input_proj",
     }
-    for variant, parts in PARTS.items():
-        for part in {part for parts in PARTS.values() for part in parts}:
-            assert (part in parts) == (variant in found[part].split(", ")), (variant, part)
+    for variant in VARIANTS.values():
+        for part in {part for other in VARIANTS.values() for part in other.parts}:
+            assert (part in variant.parts) == (variant.name in found[part].split(", ")), (variant.name, part)
 
 
 def test_every_hyper_parameter_of_the_fixtures_is_documented() -> None:

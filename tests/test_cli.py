@@ -286,7 +286,7 @@ def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapte
         (("--quant", "int3"), "--quant: expected none, int8, int4, found 'int3'"),
         (("--group-size", 24), "power of two"),
         (("--fold", "nobody"), "--fold: expected shared, none or an expert's name, found 'nobody'"),
-        (("--single",), "--single needs --fold NAME"),
+        (("--single",), "--single: needs an expert's name in fold"),
         (("--device", "toaster"), "--device: expected cpu"),
         (("--target", "toaster"), "target: expected onnx"),
         (("--rounding", "down"), "--rounding: expected"),
@@ -300,15 +300,15 @@ def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapte
 def test_an_unknown_fold_is_refused_before_the_model_is_read(
     lime: Cli, tiny_model: Make, tiny_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lime_edge.export import decoder as export
-    from lime_edge.export import encoder as export_encoder
+    from lime_edge.compiler import kinds
+    from lime_edge.export import pipeline
 
-    for module, name in ((export, "read_checkpoint"), (export_encoder, "read_encoder_checkpoint")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the model was read"))
-    for encoder in (False, True):
-        monkeypatch.setattr(export_encoder, "is_encoder", lambda _, encoder=encoder: encoder)
+    monkeypatch.setattr(pipeline, "read_checkpoint", lambda *_: pytest.fail("the model was read"))
+    for kind in kinds.KINDS:
+        monkeypatch.setattr(pipeline, "find_kind", lambda _, kind=kind: kind)
         words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--fold", "nobody")
-        assert "found 'nobody' hint: experts of this adapter: expert0, expert1" in lime.refuse(*words)
+        assert "--fold: expected shared, none or an expert's name, found 'nobody'" in lime.refuse(*words)
+        assert "hint: experts of this adapter: expert0, expert1" in lime.refuse(*words)
 
 
 def test_what_is_no_adapter_is_named_in_one_message(

@@ -18,8 +18,9 @@ from encoder_conformance import OnnxEncoderEngine, export_fixture, is_encoder_fi
 from test_coreml_export import make_oracle, residual_of
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.session.open import open_encoder
 
 pytestmark = pytest.mark.check

@@ -13,15 +13,16 @@ from test_coreml_interpreter import check_arithmetic, collect
 from test_encoder import FIXTURES, draw_text
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compile_encoder import CompiledEncoder, compile_encoder
-from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.encoder_layers import Product, Table
+from lime_edge.compiler.model.encoder import CompiledEncoder
+from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions
-from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.exporters.coreml.encoder import choose_lengths, export
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import Constant, read_package
@@ -42,8 +43,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     import_checkpoint(FIXTURES / request.param, directory, ImportOptions())
     paths, how = (directory / "backbone", directory / "adapter"), CompileOptions(quant=QUANTS[request.param])
     output = directory / "x.lime"
-    export_encoder_bundle(*paths, output, how, find_device("cpu"), ExportOptions(("coreml",), tokenizer=False))
-    compiled = compile_encoder(read_encoder_checkpoint(*paths), how)
+    export_bundle(*paths, output, how, find_device("cpu"), ExportOptions(("coreml",), tokenizer=False))
+    compiled = compile_checkpoint(read_checkpoint(*paths), how)
     round_floats(compiled)
     return output, compiled
 
@@ -53,7 +54,7 @@ def round_floats(compiled: CompiledEncoder) -> None:
     quantized = {
         id(part.weight)
         for part in compiled.module.modules()
-        if isinstance(part, (Product, Table)) and isinstance(part.stored, QuantizedTensor)
+        if isinstance(part, (StoredProduct, StoredTable)) and isinstance(part.stored, QuantizedTensor)
     }
     for tensor in [*compiled.module.parameters(), *compiled.module.buffers()]:
         if id(tensor) not in quantized and tensor.is_floating_point():

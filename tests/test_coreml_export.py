@@ -42,7 +42,7 @@ SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
 LENGTH, STEPS = 37, 11  # one full enumerated length and a padded one
 QUANTS: dict[str, dict[str, Any]] = {
     "int4": {"quant": "int4"},
-    "all int4": {"quant": "int4", "int8_kinds": ()},
+    "all int4": {"quant": "int4", "keep_int8": ()},
     "int8": {"quant": "int8"},
     "none": {"quant": "none"},
 }

@@ -14,14 +14,15 @@ from models import ALL_LINEARS, ATTENTION, CASES, Case, draw_ids, load_model, lo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.formats.architecture import read_decoder
-from lime_edge.compiler.formats.backbone import read_backbone
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.formats.decoder import read_decoder_backbone
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.layers import Mode
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import Cache, DecoderModule
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 
 DOUBLE = 1e-9  # both sides in float64, tables of cos and sin in float32 on both
@@ -210,14 +211,14 @@ def test_window_and_rope_are_heard(tiny_model: Make, tiny_adapter: Make) -> None
 def test_config_in_the_older_spelling(name: str, tiny_model: Make, tmp_path: Path) -> None:
     """rope_theta and rope_scaling beside each other, no layer_types: as most published models have it."""
     directory = Path(shutil.copytree(tiny_model(CASES[name].family, **CASES[name].changes), tmp_path / "old"))
-    wanted = read_backbone(directory).decoder
+    wanted = read_decoder_backbone(directory).decoder
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     rope = config.pop("rope_parameters")
     config.pop("layer_types", None)
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert read_backbone(directory).decoder == wanted
+    assert read_decoder_backbone(directory).decoder == wanted
 
 
 def test_unsupported_options_are_refused_together() -> None:

@@ -23,22 +23,21 @@ from torch import Tensor
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert, read_expert
 from lime_edge.bundle.vectors import read_vectors
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compile_encoder import (
-    CompiledEncoder,
-    EncoderCalibration,
-    choose_bits,
-    collect_encoder_grams,
-    compile_encoder,
-)
-from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
-from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.encoder_layers import CompiledLayer, as_float
-from lime_edge.compiler.model.reference import UnfoldedModel, split_state
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.authors import split_state
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.maths.quantize import QuantizedTensor, quantize
+from lime_edge.compiler.model.encoder import CompiledEncoder
+from lime_edge.compiler.model.encoder_layers import CompiledLayer
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.compiler.rounding.calibrate import Calibration, Sample
+from lime_edge.compiler.rounding.grams import collect_grams
+from lime_edge.compiler.rounding.model import list_units
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions
-from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.exporters.onnx.weights import unpack_codes
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.open import open_encoder
@@ -225,8 +224,8 @@ def test_variants_with_embeddings_equal_the_unfolded_model(
     variant: str, routing: dict[str, Any], fold: str, small: Path, tmp_path: Path
 ) -> None:
     adapter, hyper = make_variant(tmp_path / "adapter", small, variant, **routing)
-    checkpoint = read_encoder_checkpoint(small, adapter)
-    compiled = compile_encoder(checkpoint, CompileOptions(quant="none", fold=fold))
+    checkpoint = read_checkpoint(small, adapter)
+    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none", fold=fold))
     unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
     inputs = draw_text(2, 9, 256)
     inputs["input_ids"][1, 4:] = 0  # padding, which an adapted embedding leaves alone
@@ -240,7 +239,7 @@ def test_variants_with_embeddings_equal_the_unfolded_model(
 def test_variants_in_onnx(variant: str, routing: dict[str, Any], small: Path, tmp_path: Path) -> None:
     adapter, hyper = make_variant(tmp_path / "adapter", small, variant, **routing)
     output = tmp_path / "bundle.lime"
-    export_encoder_bundle(
+    export_bundle(
         small, adapter, output, CompileOptions(quant="none"), find_device("cpu"), ExportOptions(tokenizer=False)
     )
     session = open_bundle(output)
@@ -262,9 +261,9 @@ def test_variants_in_onnx(variant: str, routing: dict[str, Any], small: Path, tm
 @pytest.mark.parametrize("variant", ["lora", "dora", "slicefine"])
 def test_single_expert_equals_pinned(variant: str, small: Path, tmp_path: Path) -> None:
     adapter, hyper = make_variant(tmp_path / "adapter", small, variant)
-    checkpoint = read_encoder_checkpoint(small, adapter)
+    checkpoint = read_checkpoint(small, adapter)
     options = CompileOptions(quant="none", fold="expert2", single=True)
-    single = compile_encoder(checkpoint, options)
+    single = compile_checkpoint(checkpoint, options)
     unfolded = UnfoldedModel(checkpoint.backbone.model, load_sites(adapter)[0], hyper)
     unfolded.use(2)
     ids = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -282,8 +281,8 @@ def compile_bundle(bundle: Path) -> CompiledEncoder:
     """What the bundle was made of, compiled again."""
     quant = Bundle.open(bundle).manifest.quantization["quant"]
     imported = bundle.parent / "imported"
-    checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
-    return compile_encoder(checkpoint, CompileOptions(quant=quant, int8_kinds=KEPT))
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
+    return compile_checkpoint(checkpoint, CompileOptions(quant=quant, keep_int8=KEPT))
 
 
 def read_initializers(file: Path) -> dict[str, np.ndarray]:
@@ -297,7 +296,7 @@ KEPT = ("qkv",)  # the tables at int4 too
 
 @QUANTIZED
 def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported: Exported) -> None:
-    bundle = exported(name, quant=quant, int8_kinds=KEPT)
+    bundle = exported(name, quant=quant, keep_int8=KEPT)
     compiled = compile_bundle(bundle)
     manifest = Bundle.open(bundle).manifest
     assert manifest.quantization["weight_hash"] == compiled.weight_hash()
@@ -307,9 +306,10 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
     for file in ("model.onnx", "routed.onnx"):
         graph, tensors = onnx.load(bundle / "onnx" / file).graph, read_initializers(bundle / "onnx" / file)
         scales = {node.input[1]: node.input[2] for node in graph.node if node.op_type == "MatMulNBits"}
-        assert len(scales) == sum(not layer.embedding for layer in compiled.checkpoint.backbone.layers.values())
-        for layer, stored in compiled.weights.items():
+        assert len(scales) == sum(not layer.embedding for layer in compiled.layers.values())
+        for key, stored in compiled.weights.items():
             assert isinstance(stored, QuantizedTensor)
+            layer = key.removesuffix(".weight")
             codes = tensors[f"{layer}.codes"]
             factors = tensors[scales.get(f"{layer}.codes", f"{layer}.scales")].reshape(codes.shape[0], -1)
             factors = factors[:, : stored.scales.shape[1]]  # a row's one scale is repeated for every block
@@ -320,30 +320,89 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
 
 
 def test_gptq_keeps_what_the_layers_put_out(imported: Path) -> None:
-    checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
     ids = torch.randint(1, 256, (40, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    calibration = EncoderCalibration(tuple((tuple(row), None) for row in ids), "random")
-    plain = compile_encoder(checkpoint, CompileOptions(quant="none"))
-    narrow = [name for name, bits in choose_bits(checkpoint.backbone.layers, CompileOptions()).items() if bits == 4]
-    sources = {checkpoint.backbone.layers[name].source: name for name in narrow}
-    residuals = {name: vector - plain.reference for name, vector in plain.experts.items()}
-    grams = collect_encoder_grams(plain.module, sources, residuals, calibration, lambda *_: None)
+    calibration = Calibration(tuple(Sample(tuple(row)) for row in ids), "random")
     options = CompileOptions(quant="int4", rounding="gptq")
-    with_text, without = compile_encoder(checkpoint, options, calibration), compile_encoder(checkpoint, options)
-    assert (with_text.rounding, without.rounding) == ("gptq", "search") and len(narrow) == 4
-    for name in narrow:
-        gram = grams[checkpoint.backbone.layers[name].source]
-        errors = []
-        for compiled in (with_text, without):
-            off = as_float(compiled.weights[name]) - as_float(plain.weights[name])
-            errors.append(float(((off @ gram) * off).sum()))
-        assert errors[0] < 0.9 * errors[1], name
+    plain = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
+    narrow = {unit.names: unit.source for unit in list_units(plain, options) if unit.bits == 4}
+    grams = collect_grams(plain, plain.module, calibration, set(narrow.values()))
+    with_text, without = compile_checkpoint(checkpoint, options, calibration), compile_checkpoint(checkpoint, options)
+    assert len(narrow) == len(grams) == 4
+    for names, source in narrow.items():
+        for name in names:
+            errors = []
+            for compiled in (with_text, without):
+                off = compiled.weight(name) - plain.weight(name)
+                errors.append(float(((off @ grams[source]) * off).sum()))
+            assert errors[0] < 0.9 * errors[1], name
+
+
+def test_grams_of_an_encoder_are_those_of_its_own_inputs(imported: Path) -> None:
+    """Against hooks on the transformers model, no expert's doing: the first layer's query reads the embeddings."""
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
+    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
+    rows = [torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(length)) for length in (5, 9)]
+    calibration = Calibration(tuple(Sample(tuple(row.tolist()), "expert_1") for row in rows), "random")
+    found = collect_grams(compiled, compiled.module, calibration)
+    name = next(n for n in compiled.layers if n.endswith("0.attention.self.query"))
+    seen: list[Tensor] = []
+    layer = checkpoint.backbone.model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    for row in rows:
+        checkpoint.backbone.model(input_ids=row[None])
+    hook.remove()
+    torch.testing.assert_close(found[compiled.layers[name].source], sum(x.t() @ x for x in seen))
+
+
+def test_branches_of_a_quantized_encoder_are_numbers_that_float16_holds(imported: Path) -> None:
+    """As docs/folding.md promises, so that an exporter may store halves; the product moves by 2^-10 at most."""
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
+    exact, rounded = (compile_checkpoint(checkpoint, CompileOptions(quant=quant)) for quant in ("none", "int8"))
+    changed = 0
+    for name, branch in rounded.branches.items():
+        assert branch.a is not None and branch.b is not None
+        for matrix in (branch.a, branch.b):
+            assert torch.equal(matrix.half().float(), matrix), name
+        own = exact.branches[name]
+        assert own.a is not None and own.b is not None
+        product = own.b @ own.a
+        assert float((branch.b @ branch.a - product).norm() / product.norm()) < 2**-10, name
+        changed += not torch.equal(branch.b @ branch.a, product)
+        layer = rounded.module.layers[name]
+        a, b = layer.get_buffer("a"), layer.get_buffer("b")
+        assert torch.equal(a.half().float(), a) and torch.equal(b.half().float(), b), name
+    assert changed == len(rounded.sites), "nothing was rounded: the comparison proves nothing"
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_survival_of_an_encoder_is_that_of_the_definition(quant: str, exported: Exported) -> None:
+    """Without a tokenizer all inputs count alike: ||(found - exact)|| / ||exact|| of the matrices themselves."""
+    bundle = exported("bert-lora-cls", quant=quant, keep_int8=("head",), rounding="search")
+    found = Bundle.open(bundle).manifest.quantization["survival"]
+    imported = bundle.parent / "imported"
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
+    options = CompileOptions(quant=quant, keep_int8=("head",), rounding="search")
+    exact, stored = (compile_checkpoint(checkpoint, how) for how in (CompileOptions(quant="none"), options))
+    original, _ = checkpoint.backbone.split_state(())
+    assert found["sites"].keys() == {site.name for site in stored.sites}
+    for site in stored.sites:
+        key, branch = f"{site.name}.weight", exact.branches[site.name]
+        tensor = stored.weights[key]
+        assert isinstance(tensor, QuantizedTensor) and branch.a is not None and branch.b is not None
+        start = quantize(original[key], tensor.bits, tensor.group).dequantize()
+        noise = tensor.dequantize() - start - (exact.weight(key) - original[key])
+        vectors = [vector[site.offset : site.offset + site.width] for vector in exact.experts.values()]
+        effects = [p[:, None] * (branch.b @ branch.a) for p in vectors]
+        worst = max(float(noise.norm() / effect.norm()) for effect in effects)
+        assert found["sites"][site.name]["error"] == pytest.approx(worst, rel=0.02), site.name
+    assert found["kinds"]["query"]["bits"] == [8 if quant == "int8" else 4]
 
 
 @QUANTIZED
 def test_quantized_graphs_compute_what_the_oracle_computes(name: str, quant: str, exported: Exported) -> None:
     """With float activations in place of the runtime's int8 ones, nothing is left but rounding of sums."""
-    bundle = exported(name, quant=quant, int8_kinds=KEPT)
+    bundle = exported(name, quant=quant, keep_int8=KEPT)
     session, compiled = open_bundle(bundle), compile_bundle(bundle)
     inputs = draw_inputs(session, 3, 12)
     arrays = {key: x.numpy() for key, x in inputs.items()}
@@ -370,7 +429,7 @@ def load_with_float_activations(file: Path) -> ort.InferenceSession:
 
 
 def test_both_graphs_share_one_weight_file(exported: Exported) -> None:
-    folder = exported("vit-lora-cls", quant="int8", int8_kinds=KEPT) / "onnx"
+    folder = exported("vit-lora-cls", quant="int8", keep_int8=KEPT) / "onnx"
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data", "routed.onnx"]
     compiled = compile_bundle(folder.parent)
     packed = sum(t.nbytes() for t in compiled.weights.values() if isinstance(t, QuantizedTensor))

@@ -17,14 +17,15 @@ from models import load_sites, make_adapter
 from safetensors.torch import load_file, save_file
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compile_encoder import compile_encoder
-from lime_edge.compiler.formats.encoder import TASKS, infer_task, is_encoder, read_encoder_checkpoint, read_pooling
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.encoder import TASKS, infer_task, is_encoder, read_pooling
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions
-from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 
@@ -71,7 +72,7 @@ def test_missing_weights_are_refused(imported: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((imported / "backbone" / "config.json").read_bytes())
     with pytest.raises(LimeEdgeError, match="classifier.weight is missing"):
-        read_encoder_checkpoint(tmp_path, imported / "adapter")
+        read_checkpoint(tmp_path, imported / "adapter")
 
 
 def test_an_adapter_of_another_model_is_refused(imported: Path, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_an_adapter_of_another_model_is_refused(imported: Path, tmp_path: Path) 
     moved = {key.replace("layer.1", "layer.7"): tensor for key, tensor in tensors.items()}
     save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LimeEdgeError, match=r"layer.7.attention.self.key is neither a linear layer"):
-        read_encoder_checkpoint(imported / "backbone", adapter)
+        read_checkpoint(imported / "backbone", adapter)
 
 
 def test_unknown_pooling_is_refused(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_real_embedder(tmp_path: Path) -> None:
     directory = Path(EMBEDDER.origin).parent / "model"
     adapter = make_adapter(tmp_path / "adapter", directory, ("query", "key", "value"), rank=8)
     output = tmp_path / "minilm.lime"
-    export_encoder_bundle(directory, adapter, output, CompileOptions(quant="none"), find_device("cpu"), ExportOptions())
+    export_bundle(directory, adapter, output, CompileOptions(quant="none"), find_device("cpu"), ExportOptions())
     session = open_encoder(Bundle.open(output, verify=True))
     ids, mask = tokenize(output, TEXTS)
     unfolded = UnfoldedModel(transformers.BertModel.from_pretrained(directory), *load_sites(adapter))
@@ -125,9 +126,9 @@ def test_real_embedder(tmp_path: Path) -> None:
     with pytest.raises(LimeEdgeError, match="no routed graph"):
         session.use("routed")
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    checkpoint = read_encoder_checkpoint(directory, adapter)
+    checkpoint = read_checkpoint(directory, adapter)
     for quant, closest in (("int8", 0.998), ("int4", 0.95)):
-        compiled = compile_encoder(checkpoint, CompileOptions(quant=quant))
+        compiled = compile_checkpoint(checkpoint, CompileOptions(quant=quant))
         for index in (0, 1):
             vectors = compiled.run(inputs, compiled.experts[f"expert{index}"])["sentence_embedding"].numpy()
             assert (vectors * expected[str(index)]).sum(1).min() > closest, quant

@@ -15,10 +15,11 @@ from test_encoder import FIXTURES, draw_text
 from test_executorch_integers import Matrix, assert_same, list_products, read_program
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compile_encoder import CompiledEncoder, compile_encoder
-from lime_edge.compiler.formats.encoder import read_encoder_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.model.encoder import CompiledEncoder
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.executorch.encoder import EncoderMethod, pack_product
 from lime_edge.session.encoder import EncoderSession
@@ -41,8 +42,8 @@ def open_bundle(path: Path) -> EncoderSession:
 
 def compile_again(bundle: Path, **options: Any) -> CompiledEncoder:
     imported = bundle.parent / "imported"
-    checkpoint = read_encoder_checkpoint(imported / "backbone", imported / "adapter")
-    return compile_encoder(checkpoint, CompileOptions(**options))
+    checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
+    return compile_checkpoint(checkpoint, CompileOptions(**options))
 
 
 def test_the_text_fixture(bert: Path) -> None:

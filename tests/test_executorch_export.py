@@ -23,13 +23,14 @@ from test_variants import IDS, check_session, make_prompt_adapter, prompt_logits
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.cli.export import report_delegation
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths import prompt_tuning
 from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
 from lime_edge.compiler.model.decoder import DecoderModule
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.exporters.executorch.decoder import choose_sizes, export, write_stock
 from lime_edge.exporters.executorch.prompt import summarize
 from lime_edge.runtimes.executorch.decoder import check_provider

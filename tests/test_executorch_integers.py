@@ -23,7 +23,8 @@ from onnx import numpy_helper
 from test_onnx_export import BLEND, compile_again, products_of
 
 import lime_edge
-from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel
+from lime_edge.compiler.formats.architecture import EMBEDDING
+from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.executorch.decoder import choose_sizes
 from lime_edge.exporters.executorch.program import DecoderProgram, list_groups
 from lime_edge.exporters.onnx.weights import unpack_codes
@@ -31,7 +32,7 @@ from lime_edge.exporters.onnx.weights import unpack_codes
 pytestmark = pytest.mark.check
 QUANTS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"},
-    "int4": {"quant": "int4", "int8_kinds": ("qkv",)},
+    "int4": {"quant": "int4", "keep_int8": ("qkv",)},
 }
 
 

@@ -9,17 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lime_edge.compiler.maths.fold import (
-    evaluate,
-    evaluate_embedding,
-    fold_embedding,
-    fold_linear,
-    fold_reference,
-    original_of,
-    recover_routing,
-)
-from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.maths.fold import evaluate, evaluate_embedding
+from lime_edge.compiler.maths.layers import LimeLayer
 from lime_edge.compiler.maths.route import route
+from lime_edge.compiler.maths.variants import LAYER_VARIANTS, find_variant
 from lime_edge.errors import LimeEdgeError
 
 Site = dict[str, torch.Tensor]
@@ -65,7 +58,7 @@ def make_site(
 @st.composite
 def sites(draw: st.DrawFn) -> Drawn:
     embedding = draw(st.booleans())
-    variant = draw(st.sampled_from(VARIANTS))
+    variant = draw(st.sampled_from(LAYER_VARIANTS))
     outputs = draw(st.integers(5, 12))
     experts, rank = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     site = make_site(
@@ -111,10 +104,10 @@ def fold_and_evaluate(
     p: torch.Tensor,
     pad: int | None = None,
 ) -> torch.Tensor:
-    tensors, residual = split(site)[0], p - fold_reference(variant, p_ref)
+    tensors, residual = split(site)[0], p - find_variant(variant).reference_of(p_ref)
     if embedding:
-        return evaluate_embedding(fold_embedding(variant, tensors, p_ref, scale, pad), x, residual)
-    return evaluate(fold_linear(variant, tensors, p_ref, scale), x, residual)
+        return evaluate_embedding(find_variant(variant).fold_embedding(tensors, p_ref, scale, pad), x, residual)
+    return evaluate(find_variant(variant).fold_linear(tensors, p_ref, scale), x, residual)
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, where: object, tolerance: float = TOLERANCE) -> None:
@@ -126,7 +119,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, where: object, tolerance:
 @given(sites(), st.integers(0, 2**31))
 def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn: Drawn, seed: int) -> None:
     variant, site, scale, embedding = drawn
-    layer = LimeLayer(variant, site, scale, routing_for(variant, {"top_k": 1}), embedding)
+    layer = LimeLayer(find_variant(variant), site, scale, find_variant(variant).read_routing({"top_k": 1}), embedding)
     random = torch.Generator().manual_seed(seed)
     x = draw_input(site, embedding, seed)
     p_ref = torch.randn(site["LiMEs"].shape[1], generator=random)
@@ -140,32 +133,32 @@ def test_any_fold_and_any_blend_equal_the_unfolded_layer(drawn: Drawn, seed: int
 @given(sites(), st.integers(0, 2**31), st.integers(1, 3), st.booleans())
 def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn: Drawn, seed: int, n_gram: int, auto: bool) -> None:
     variant, site, scale, embedding = drawn
-    routing = routing_for(variant, {"top_k": 1, "n_gram": n_gram, "auto_topk": auto})
+    routing = find_variant(variant).read_routing({"top_k": 1, "n_gram": n_gram, "auto_topk": auto})
     x = draw_input(site, embedding, seed)
     p_ref = torch.randn(site["LiMEs"].shape[1], generator=torch.Generator().manual_seed(seed))
     tensors, width = split(site)[0], site["LiMEs"].shape[1]
     one, zero = torch.ones(width), torch.zeros(width)
     if embedding:
-        table = fold_embedding(variant, tensors, p_ref, scale)
+        table = find_variant(variant).fold_embedding(tensors, p_ref, scale)
         start = evaluate_embedding(table, x, one if variant == "slicefine" else zero)
         delta = evaluate_embedding(table, x, one) - start
     else:
-        folded = fold_linear(variant, tensors, p_ref, scale)
+        folded = find_variant(variant).fold_linear(tensors, p_ref, scale)
         bare = replace(folded, bias=None) if variant == "slicefine" else folded
         start = evaluate(bare, x, one if variant == "slicefine" else zero)
         delta = evaluate(bare, x, one) - start
-    operands = recover_routing(variant, start, delta, p_ref, site["LiMEs"].shape[0])
+    operands = find_variant(variant).recover_routing(start, delta, p_ref, site["LiMEs"].shape[0])
     weights = route(*operands, routing)
     found = fold_and_evaluate(variant, site, scale, embedding, p_ref, x, make_p(site, weights))
-    check(found, LimeLayer(variant, site, scale, routing, embedding)(x), variant, ROUTED_TOLERANCE)
+    check(found, LimeLayer(find_variant(variant), site, scale, routing, embedding)(x), variant, ROUTED_TOLERANCE)
 
 
 @pytest.mark.parametrize("embedding", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_what_the_expert_moves_is_not_small(variant: str, embedding: bool) -> None:
     """A fold without its branch, or with another p_ref's residual, must be far from the layer."""
     site = make_site(variant, 3, 7, 9, 3, 4, True, True, embedding)
-    layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), embedding)
+    layer = LimeLayer(find_variant(variant), site, 2.0, find_variant(variant).read_routing({}), embedding)
     layer.use(2)
     x, p_ref = draw_input(site, embedding, 5), torch.randn(9)
     p = make_p(site, torch.eye(4)[2])
@@ -186,20 +179,20 @@ def test_original_of_gives_the_original_layer(variant: str, embedding: bool) -> 
         if embedding
         else torch.nn.functional.linear(x, site["weight"], site["bias"])
     )
-    found = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, p_ref + original_of(variant, p_ref))
+    found = fold_and_evaluate(variant, site, 2.0, embedding, p_ref, x, p_ref + find_variant(variant).original_of(p_ref))
     check(found, plain, variant)
 
 
 @pytest.mark.parametrize("variant", ["dora", "slicefine"])
 def test_no_original_where_none_exists(variant: str) -> None:
     with pytest.raises(LimeEdgeError, match=variant):
-        original_of(variant, torch.ones(4))
+        find_variant(variant).original_of(torch.ones(4))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_padding_id_is_out_of_every_experts_reach(variant: str) -> None:
     site = make_site(variant, 4, 7, 9, 3, 4, True, False, True)
-    layer = LimeLayer(variant, site, 2.0, routing_for(variant, {}), True, pad_token_id=2)
+    layer = LimeLayer(find_variant(variant), site, 2.0, find_variant(variant).read_routing({}), True, pad_token_id=2)
     ids, p_ref = torch.tensor([[2, 2, 0, 4, 6, 2]]), torch.randn(9)
     layer.use(1)
     p = make_p(site, torch.eye(4)[1])
@@ -211,7 +204,7 @@ def test_padding_id_is_out_of_every_experts_reach(variant: str) -> None:
 def test_fold_at_the_reference_itself_needs_no_branch(variant: str) -> None:
     """d = 0 is exact in floats: the branch adds nothing at all."""
     site = make_site(variant, 8, 7, 9, 3, 4, True, True, False)
-    folded = fold_linear(variant, split(site)[0], make_p(site, torch.eye(4)[0]), 2.0)
+    folded = find_variant(variant).fold_linear(split(site)[0], make_p(site, torch.eye(4)[0]), 2.0)
     x = draw_input(site, False, 2)
     without = replace(folded, branch_a=None, branch_b=None)
     assert torch.equal(evaluate(folded, x, torch.zeros(9)), evaluate(without, x, torch.zeros(9)))
@@ -220,13 +213,13 @@ def test_fold_at_the_reference_itself_needs_no_branch(variant: str) -> None:
 def test_faults_are_named_together() -> None:
     site = split(make_site("dora", 0, 7, 9, 3, 4, False, True, False))[0]
     with pytest.raises(LimeEdgeError) as fault:
-        fold_linear("dora", site | {"B": torch.ones(9, 2), "m": torch.ones(1)}, torch.ones(4), 1.0)
+        find_variant("dora").fold_linear(site | {"B": torch.ones(9, 2), "m": torch.ones(1)}, torch.ones(4), 1.0)
     for name in ("B: expected (9, 3), found (9, 2)", "m: ", "p_ref: "):
         assert name in fault.value.problem
     with pytest.raises(LimeEdgeError, match="missing: m"):
-        fold_linear("dora", {k: v for k, v in site.items() if k != "m"}, torch.ones(9), 1.0)
+        find_variant("dora").fold_linear({k: v for k, v in site.items() if k != "m"}, torch.ones(9), 1.0)
     with pytest.raises(LimeEdgeError, match="variant"):
-        fold_linear("lokr", site, torch.ones(9), 1.0)
+        find_variant("lokr").fold_linear(site, torch.ones(9), 1.0)
     with pytest.raises(LimeEdgeError, match=r"B: expected \(7, 3\)"):
         embedding = split(make_site("lora", 0, 7, 9, 3, 4, False, True, True))[0]
-        fold_embedding("lora_fa", embedding, torch.ones(9), 1.0)
+        find_variant("lora_fa").fold_embedding(embedding, torch.ones(9), 1.0)

@@ -19,8 +19,9 @@ from lime_edge.bundle.experts import Expert
 from lime_edge.cli import import_adapter as cli_import
 from lime_edge.compiler.formats.adapter import Adapter, read_adapter
 from lime_edge.compiler.formats.adapter_checks import FIELDS
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
 
@@ -128,7 +129,7 @@ def test_hyper_parameters_from_the_command_line_and_tokenizer_files(tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["experts"] == ["a", "b", "c", "d"]
     adapter = read_adapter(tmp_path / "out/adapter")
-    assert (adapter.variant, adapter.routing_config.n_gram, adapter.rank) == ("dora", 3, 2)
+    assert (adapter.variant.name, adapter.routing_config.n_gram, adapter.rank) == ("dora", 3, 2)
     assert (tmp_path / "out/backbone/tokenizer.json").is_file()
     assert read_checkpoint(tmp_path / "out/backbone", tmp_path / "out/adapter").sites.total > 0
 

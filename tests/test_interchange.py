@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from lime_edge.cli import interchange as cli_interchange
 from lime_edge.compiler.formats.adapter import Adapter, read_adapter, write_adapter
-from lime_edge.compiler.formats.backbone import read_backbone
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint
+from lime_edge.compiler.formats.decoder import read_decoder_backbone
+from lime_edge.compiler.formats.hyper import ImportOptions
+from lime_edge.compiler.formats.importing import import_checkpoint
 from lime_edge.compiler.formats.interchange import export_expert, pin_expert
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
@@ -247,7 +248,7 @@ def test_gguf_adapter_merged_into_a_gguf_model_gives_our_logits(apply: bool, tmp
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     (tmp_path / "merged").mkdir()
     write_gguf_model(tmp_path / "merged/model.gguf", tmp_path / "base", tensors if apply else {}, alpha)
-    merged = read_backbone(tmp_path / "merged").tensors
+    merged = read_decoder_backbone(tmp_path / "merged").tensors
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_state_dict(merged, strict=False)
     with torch.no_grad():
@@ -303,7 +304,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     import_checkpoint(FIXTURES / "llama-lora-auto", tmp_path / "in", ImportOptions())
     with pytest.raises(LimeEdgeError, match="does not fit"):
         export_expert(tmp_path / "adapter", "red", "gguf", tmp_path / "x.gguf", tmp_path / "in/backbone")
-    with pytest.raises(LimeEdgeError, match="--model"):
+    with pytest.raises(LimeEdgeError, match="`model`: a gguf needs the base"):
         export_expert(tmp_path / "adapter", "red", "gguf", tmp_path / "x.gguf")
     with pytest.raises(LimeEdgeError, match="peft or gguf"):
         export_expert(tmp_path / "adapter", "red", "onnx", tmp_path / "x")

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from lime_edge.compiler.maths.layers import VARIANTS, LimeLayer, routing_for
+from lime_edge.compiler.formats.authors import split_state
+from lime_edge.compiler.maths.layers import LimeLayer
 from lime_edge.compiler.maths.prompt_tuning import compute_prompt, route_static, summarize
-from lime_edge.compiler.model.reference import UnfoldedModel, split_state
+from lime_edge.compiler.maths.variants import LAYER_VARIANTS, find_variant
+from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
@@ -45,7 +47,7 @@ def test_model_fixture(directory: Path) -> None:
 def test_fixtures_cover_every_variant_and_selection() -> None:
     names = " ".join(path.stem for path in LAYERS)
     for word in (
-        *VARIANTS,
+        *LAYER_VARIANTS,
         "embedding",
         "prompt_tuning",
         "soft-topk",
@@ -132,7 +134,7 @@ def make_layer(variant: str) -> tuple[LimeLayer, dict[str, torch.Tensor]]:
         }
     if variant == "dora":
         tensors["m"] = torch.rand(6, generator=random) + 0.5
-    return LimeLayer(variant, tensors, 2.0, routing_for(variant, {})), tensors
+    return LimeLayer(find_variant(variant), tensors, 2.0, find_variant(variant).read_routing({})), tensors
 
 
 def compute_by_matrix(variant: str, t: dict[str, torch.Tensor], x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -147,7 +149,7 @@ def compute_by_matrix(variant: str, t: dict[str, torch.Tensor], x: torch.Tensor,
     return x @ weight.T + bias
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_pinned_and_blended_are_one_matrix(variant: str) -> None:
     layer, tensors = make_layer(variant)
     x = torch.randn(2, 4, 5)
@@ -159,7 +161,7 @@ def test_pinned_and_blended_are_one_matrix(variant: str) -> None:
         assert torch.allclose(layer(x[0]), layer(x)[0], atol=1e-6), "(N, D) input"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
 @pytest.mark.parametrize("mode", ["routed", 1])
 def test_masked_positions_are_frozen_and_still_move_the_scale(variant: str, mode: Any) -> None:
     layer, tensors = make_layer(variant)
@@ -179,14 +181,15 @@ def test_masked_positions_are_frozen_and_still_move_the_scale(variant: str, mode
 
 
 def test_lora_ignores_windows_and_the_others_do_not() -> None:
-    assert routing_for("lora", {"n_gram": 3}).n_gram == 1
-    assert all(routing_for(variant, {"n_gram": 3}).n_gram == 3 for variant in VARIANTS if variant != "lora")
+    assert find_variant("lora").read_routing({"n_gram": 3}).n_gram == 1
+    others = [find_variant(name) for name in LAYER_VARIANTS if name != "lora"]
+    assert all(variant.read_routing({"n_gram": 3}).n_gram == 3 for variant in others)
 
 
 def test_prompt_tuning_is_sparse_by_default() -> None:
-    assert routing_for("prompt_tuning", {}).sparse_mode
-    assert not routing_for("prompt_tuning", {"sparse_mode": False}).sparse_mode
-    assert not routing_for("dora", {}).sparse_mode
+    assert find_variant("prompt_tuning").read_routing({}).sparse_mode
+    assert not find_variant("prompt_tuning").read_routing({"sparse_mode": False}).sparse_mode
+    assert not find_variant("dora").read_routing({}).sparse_mode
 
 
 @pytest.mark.parametrize("rows, axis", [(9, 0), (9, 1)])
@@ -295,7 +298,7 @@ def test_static_prompt_is_one_table_per_expert() -> None:
     pinned = compute_prompt(tensors, torch.eye(tensors["LiMEs"].shape[0])[1])
     assert torch.allclose(pinned, tensors["prompt_base"] + tensors["prompt_delta"] * p, atol=1e-6)
     with conformance.safe_open(path, "pt") as file:
-        routing = routing_for("prompt_tuning", json.loads(file.metadata()["lime"]))
+        routing = find_variant("prompt_tuning").read_routing(json.loads(file.metadata()["lime"]))
     routed = compute_prompt(tensors, route_static(tensors, routing))
     assert torch.allclose(routed, tensors["output_embeds"][0, : routed.shape[0]], atol=1e-5)
 

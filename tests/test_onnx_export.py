@@ -19,15 +19,16 @@ from models import ALL_LINEARS, CASES, CONTEXT, Case, draw_ids, load_model, load
 from onnx import numpy_helper
 
 import lime_edge
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.layers import Mode
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions, find_calibration
+from lime_edge.export.calibration import find_calibration
 from lime_edge.exporters.onnx.weights import unpack_codes
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
@@ -398,7 +399,7 @@ def test_fused_operators(name: str, quant: str, tiny_model: Make, tiny_adapter: 
     """
     case = CASES[name]
     model, adapter = build(case, tiny_model, tiny_adapter)
-    found, inside = count_operators(tiny_bundle(model, adapter, quant=quant, int8_kinds=()))
+    found, inside = count_operators(tiny_bundle(model, adapter, quant=quant, keep_int8=()))
     layers = case.changes.get("num_hidden_layers", 2)
     groups = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"}]
     whole = [layers * (group <= set(case.targets)) for group in groups]
@@ -444,7 +445,7 @@ def count_operators(bundle: Path) -> tuple[Counter[str], dict[str, Counter[str]]
 
 QUANTS: dict[str, dict[str, Any]] = {
     "int4": {"quant": "int4"},
-    "all int4": {"quant": "int4", "int8_kinds": ()},
+    "all int4": {"quant": "int4", "keep_int8": ()},
     "int8": {"quant": "int8"},
 }
 
@@ -452,7 +453,7 @@ QUANTS: dict[str, dict[str, Any]] = {
 def compile_again(model: Path, adapter: Path, **changes: Any) -> CompiledModel:
     """What the export compiled, calibration included."""
     checkpoint, options = read_checkpoint(model, adapter), CompileOptions(**changes)
-    return compile_checkpoint(checkpoint, options, find_calibration(checkpoint, options, ExportOptions(), model))
+    return compile_checkpoint(checkpoint, options, find_calibration(checkpoint, options, None, model))
 
 
 def stored(compiled: CompiledModel, name: str) -> QuantizedTensor:
@@ -581,5 +582,5 @@ def test_sizes_that_the_operators_do_not_take(tiny_model: Make, tiny_adapter: Ma
     adapter = tiny_adapter(model)
     with pytest.raises(LimeEdgeError, match="head_dim: expected a multiple of 8, found 20"):
         tiny_bundle(model, adapter, quant="int4")
-    with pytest.raises(LimeEdgeError, match="--group-size: expected a power of two from 16 to 256, found 512"):
+    with pytest.raises(LimeEdgeError, match="`group`: expected a power of two from 16 to 256, found 512"):
         tiny_bundle(model, adapter, quant="int4", group=512)

@@ -15,9 +15,9 @@ from onnx import TensorProto
 
 import lime_edge
 from lime_edge.checks.verify import verify_bundle
-from lime_edge.compiler.compile import CompileOptions
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.runtimes.onnx.places import CUDA, TO_DEVICE, TO_HOST, Device
 from lime_edge.session.decoder import Session
 from lime_edge.targets.devices import DEVICES, find_device

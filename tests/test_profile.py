@@ -14,10 +14,11 @@ from models import load_model, load_sites
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.evaluate import Example
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.profiling import average_routing, mix_experts
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.profile import add_profile, compare_profile
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import make_adapter, make_model
 
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import (
     SMALLEST_SCALE,
     QuantizedTensor,
@@ -23,17 +21,19 @@ from lime_edge.compiler.maths.quantize import (
 )
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import DecoderModule
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.compiler.rounding.calibrate import (
     Calibration,
     Sample,
     built_in_calibration,
-    collect_grams,
     read_calibration,
     render_exchange,
     vocabulary_words,
 )
-from lime_edge.compiler.rounding.model import bits_by_name, quantize_model, round_by_gram, split_rows
+from lime_edge.compiler.rounding.grams import Grams, collect_grams
+from lime_edge.compiler.rounding.model import list_narrow, list_units, round_by_gram, round_model, split_rows
 from lime_edge.errors import LimeEdgeError
+from tests.models import make_adapter, make_model
 
 
 def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -198,8 +198,8 @@ def test_grams_are_those_of_one_sequence_at_a_time(folded: CompiledModel) -> Non
     """Padding and batching leave no trace: the sum equals unbatched runs of the same inputs."""
     names = list(folded.experts)
     samples = tuple(Sample(s.tokens, names[i % 2]) for i, s in enumerate(random_calibration(folded, 3, 7).samples))
-    together = collect_grams(folded, Calibration(samples, "test"))
-    apart = [collect_grams(folded, Calibration((sample,), "test")) for sample in samples]
+    together = collect_grams(folded, DecoderModule(folded), Calibration(samples, "test"))
+    apart = [collect_grams(folded, DecoderModule(folded), Calibration((sample,), "test")) for sample in samples]
     for key, gram in together.items():
         torch.testing.assert_close(gram, torch.stack([g[key] for g in apart]).sum(0), rtol=1e-4, atol=1e-3)
     assert len(together) == 4 * len(folded.decoder.layers)
@@ -211,13 +211,13 @@ def test_first_gram_is_the_embeddings(folded: CompiledModel) -> None:
     x = folded.weight("model.embed_tokens.weight")[list(tokens)]
     x = x / (x.square().mean(1, keepdim=True) + folded.decoder.norm_eps).sqrt()
     x = x * folded.vectors["model.layers.0.input_layernorm.weight"]
-    found = collect_grams(folded, Calibration((Sample(tokens),), "test"))[0, "qkv"]
+    found = collect_grams(folded, DecoderModule(folded), Calibration((Sample(tokens),), "test"))[0, "qkv"]
     torch.testing.assert_close(found, x.t() @ x)
 
 
 def test_grams_are_taken_with_the_expert_active(folded: CompiledModel) -> None:
     one, other = (
-        collect_grams(folded, Calibration((Sample((5, 9, 44, 7), name),), "test"))[1, "down"]
+        collect_grams(folded, DecoderModule(folded), Calibration((Sample((5, 9, 44, 7), name),), "test"))[1, "down"]
         for name in list(folded.experts)[:2]
     )
     assert (one - other).norm() > 0.01 * one.norm()
@@ -232,7 +232,11 @@ def test_gptq_model_is_nearer_to_float_than_search(folded: CompiledModel, kinds:
     wanted = [DecoderModule(folded)(torch.tensor([s.tokens]), expert) for s in probe]
     lost = {}
     for rounding in ("nearest", "search", "gptq"):
-        weights = quantize_model(folded, 4, 32, rounding, calibration, int8_kinds=kinds)
+        options, grams = CompileOptions(rounding=rounding, keep_int8=kinds), Grams()
+        if rounding == "gptq":
+            narrow = list_narrow(list_units(folded, options))
+            grams = collect_grams(folded, DecoderModule(folded), calibration, narrow)
+        weights = round_model(folded, options, grams)
         assert list(weights) == list(folded.weights)
         module = DecoderModule(replace(folded, weights=weights))
         lost[rounding] = sum(
@@ -242,33 +246,36 @@ def test_gptq_model_is_nearer_to_float_than_search(folded: CompiledModel, kinds:
     assert lost["gptq"] < share * lost["search"], lost
 
 
-def bits_of(weights: Mapping[str, QuantizedTensor | torch.Tensor]) -> dict[str, int]:
-    """The width of every matrix; all are quantized."""
-    found = {name: weight.bits for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
-    assert set(found) == set(weights)
-    return found
-
-
 def test_sensitive_matrices_stay_int8(folded: CompiledModel) -> None:
-    weights = quantize_model(folded, 4, 32, "search")
-    chosen = bits_by_name(folded, 4)
+    def search(**options: Any) -> dict[str, Any]:
+        return round_model(folded, CompileOptions(rounding="search", **options), {})
+
+    units = list_units(folded, CompileOptions())
+    chosen = {name: unit.bits for unit in units for name in unit.names}
     assert chosen["model.embed_tokens.weight"] == chosen["lm_head.weight"] == 8
-    for name, tensor in weights.items():
+    for name, tensor in search().items():
         assert isinstance(tensor, QuantizedTensor) and tensor.bits == chosen[name], name
+    shared = [set(unit.names) for unit in units]
     for layer in range(len(folded.decoder.layers)):
         for group in folded.groups(layer).values():  # one product, so one width of codes
-            assert len({chosen[f"{name}.weight"] for name in group.names}) == 1
-    assert set(bits_of(quantize_model(folded, 4, 32, "search", int8_kinds=())).values()) == {4}
-    narrow = bits_of(quantize_model(folded, 4, 32, "search", int8_kinds=("head",)))
-    assert {name for name, bits in narrow.items() if bits == 8} == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert set(bits_of(quantize_model(folded, 8, 32, "gptq")).values()) == {8}
+            assert {f"{name}.weight" for name in group.names} in shared
+    assert {t.bits for t in search(keep_int8=()).values()} == {4}
+    narrow = search(keep_int8=("head",))
+    assert {name for name, t in narrow.items() if t.bits == 8} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert {t.bits for t in search(quant="int8").values()} == {8}
+    assert list_narrow(list_units(folded, CompileOptions(quant="int8"))) == set()
 
 
-def test_gptq_without_calibration_is_refused(folded: CompiledModel) -> None:
-    with pytest.raises(LimeEdgeError, match="needs calibration"):
-        quantize_model(folded, 4, 32, "gptq")
-    with pytest.raises(LimeEdgeError, match="--rounding"):
-        quantize_model(folded, 4, 32, "best")
+def test_a_width_that_the_group_does_not_divide_is_no_narrow_unit(folded: CompiledModel) -> None:
+    units = {unit.names[0]: unit for unit in list_units(folded, CompileOptions(group=64, keep_int8=()))}
+    down, gate = (units[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("down", "gate"))
+    assert (down.bits, gate.bits) == (8, 4)  # 96 and 64 wide
+    assert (0, "down") not in list_narrow(list(units.values()))
+
+
+def test_unknown_roundings_are_refused() -> None:
+    with pytest.raises(LimeEdgeError, match="`rounding`: expected nearest, search, gptq, found 'best'"):
+        CompileOptions(rounding="best")
 
 
 def test_built_in_calibration_repeats_and_uses_the_words() -> None:
@@ -301,7 +308,7 @@ def test_exchanges_follow_the_chat_template_without_its_system_prompt() -> None:
     assert render_exchange(None)("a", "b") == "a\nb"
 
 
-def test_user_calibration_is_read_or_refused_with_every_fault(tmp_path: Path) -> None:
+def test_user_calibration_is_read_or_refused_with_every_fault(tmp_path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"prompt": "ab", "answer": "c", "expert": "x"}\n\n{"prompt": "d", "answer": "e"}\n')
     found = read_calibration(path, lambda t: list(t.encode()), ["x", "y"])

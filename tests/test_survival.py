@@ -12,10 +12,11 @@ from test_cli import Cli
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.inspect import find_losses
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.architecture import EMBEDDING
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import quantize
-from lime_edge.compiler.model.compiled import EMBEDDING
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.compiler.rounding.survival import measure_site
 
 Make = Callable[..., Path]
@@ -64,7 +65,7 @@ def test_export_writes_it_down(tiny_bundle: Make) -> None:
     def kinds(**options: object) -> dict[str, dict[str, float]]:
         return Bundle.open(tiny_bundle(**options)).manifest.quantization["survival"]["kinds"]
 
-    coarse, fine = kinds(quant="int4", rounding="search", int8_kinds=()), kinds(quant="int8")
+    coarse, fine = kinds(quant="int4", rounding="search", keep_int8=()), kinds(quant="int8")
     assert set(coarse) == set(fine) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for kind in coarse:
         assert 0 < fine[kind]["error"] < coarse[kind]["error"] <= coarse[kind]["worst_error"], kind

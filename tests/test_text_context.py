@@ -12,13 +12,13 @@ from models import load_sites, make_adapter
 from transformers import BertConfig, BertModel, PreTrainedModel, RobertaConfig, RobertaModel
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.compile_encoder import compile_encoder
-from lime_edge.compiler.formats.encoder import find_text_context, read_encoder_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.encoder import find_text_context
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.decoder import ExportOptions
-from lime_edge.export.encoder import export_encoder_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.exporters.coreml.encoder import choose_lengths
 from lime_edge.exporters.executorch.encoder import choose_limits
 from lime_edge.session.open import open_encoder
@@ -61,15 +61,13 @@ def test_every_target_and_the_session_agree(name: str, tmp_path: Path) -> None:
     model, context = make(name), MODELS[name][2]
     model.save_pretrained(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", ("query", "value"), rank=2)
-    checkpoint = read_encoder_checkpoint(tmp_path / "model", adapter)
-    compiled = compile_encoder(checkpoint, CompileOptions(quant="none"))
+    checkpoint = read_checkpoint(tmp_path / "model", adapter)
+    compiled = compile_checkpoint(checkpoint, CompileOptions(quant="none"))
     assert choose_limits(compiled)["sequence"] == context
     assert choose_lengths(compiled, (8, 4096)) == (8, context)
     output = tmp_path / "x.lime"
     options = ExportOptions(tokenizer=False)
-    export_encoder_bundle(
-        tmp_path / "model", adapter, output, CompileOptions(quant="none"), find_device("cpu"), options
-    )
+    export_bundle(tmp_path / "model", adapter, output, CompileOptions(quant="none"), find_device("cpu"), options)
     bundle = Bundle.open(output)
     assert bundle.manifest.model["context"] == context
     session = open_encoder(bundle)

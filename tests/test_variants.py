@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.formats.adapter_checks import name_selection
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
-from lime_edge.compiler.maths.layers import Mode, fix_weights, routing_for
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.maths.layers import Mode, fix_weights
 from lime_edge.compiler.maths.prompt_tuning import compute_prompt, prepend_prompt, route_conditioned, route_static
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import find_variant
 from lime_edge.compiler.model.decoder import Cache, DecoderModule
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
@@ -272,7 +274,7 @@ def prompt_logits(model: Path, adapter: Path, mode: Mode) -> np.ndarray:
     own["input_proj.weight"] = own.pop("input_proj")
     theirs = load_model(model)
     embeds = theirs.get_submodule("model.embed_tokens")(torch.tensor([IDS])).detach()
-    routing = routing_for("prompt_tuning", config)
+    routing = find_variant("prompt_tuning").read_routing(config)
     if not isinstance(mode, str):
         assert mode is not None
         weights = fix_weights(mode, 4)

@@ -27,11 +27,11 @@ from lime_edge.checks.judge import LEAN_SHARE, find_lean, may_lean
 from lime_edge.checks.report import MISSED, OK, UNCHECKED, Check, count_results
 from lime_edge.checks.tolerance import TOLERANCES, Tolerance
 from lime_edge.checks.verify import verify_bundle
-from lime_edge.compiler.compile import CompileOptions
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, LimeEdgeError
-from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_any

@@ -37,10 +37,11 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.staging import stage_directory, write_file
 from lime_edge.checks.evaluate import evaluate, read_examples
 from lime_edge.cli.demo import find_backbone
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.formats.checkpoint import Checkpoint, read_checkpoint
-from lime_edge.compiler.rounding.model import INT8_KINDS
-from lime_edge.export.decoder import ExportOptions, copy_tokenizer, fill_bundle
+from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.options import KEPT_INT8, CompileOptions
+from lime_edge.export.beside import copy_tokenizer
+from lime_edge.export.pipeline import ExportOptions, fill_bundle
 from lime_edge.targets.devices import find_device
 
 EXAMPLES = {"demo": Path("examples/demo_adapter"), "starter": Path("examples/starter_adapter")}
@@ -110,7 +111,7 @@ _read: dict[str, Checkpoint] = {}  # read once, inherited by every worker
 
 def export_setting(setting: Setting, bundle: Path) -> None:
     """Export one setting."""
-    kinds = INT8_KINDS if setting.keep == "default" else ()
+    kinds = KEPT_INT8 if setting.keep == "default" else ()
     rounding = setting.rounding if setting.quant != "none" else "nearest"
     options = CompileOptions(setting.quant, setting.group, setting.fold, False, rounding, kinds)
     calibration = EXAMPLES[setting.adapter] / setting.calibration if setting.calibration else None

@@ -25,10 +25,11 @@ from lime_edge import terminal
 from lime_edge.bundle.experts import Selection
 from lime_edge.checks.evaluate import read_examples
 from lime_edge.cli.demo import find_backbone
-from lime_edge.compiler.compile import CompileOptions
-from lime_edge.compiler.formats.backbone import find_gguf, quiet
+from lime_edge.compiler.formats.backbone import quiet
+from lime_edge.compiler.formats.decoder import find_gguf
 from lime_edge.compiler.model.reference import UnfoldedModel
-from lime_edge.export.decoder import ExportOptions, export_bundle
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
 from lime_edge.targets.devices import find_device

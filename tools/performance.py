@@ -26,9 +26,10 @@ from lime_edge import terminal
 from lime_edge.bench.measure import describe_machine
 from lime_edge.bundle.staging import write_file
 from lime_edge.cli.demo import find_backbone
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.exporters.onnx.experts import EXPERT
 from lime_edge.runtimes.onnx.operators import find_library
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from models import make_adapter, make_model  # noqa: E402
 from prebuilt import ADAPTERS, BUNDLES, ODD, name_of, write_golden  # noqa: E402
 
-from lime_edge.compiler.compile import CompileOptions  # noqa: E402
 from lime_edge.compiler.formats.backbone import quiet  # noqa: E402
-from lime_edge.export.decoder import ExportOptions, export_bundle  # noqa: E402
+from lime_edge.compiler.options import CompileOptions  # noqa: E402
+from lime_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
 from lime_edge.targets.devices import find_device  # noqa: E402
 
 

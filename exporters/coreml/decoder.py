@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from lime_edge import __version__
+from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
 from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.compiled import Branch, CompiledModel, VirtualTokens
+from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, read_minimum, types
@@ -212,7 +213,7 @@ def describe(model: CompiledModel) -> dict[str, str]:
         "sites": model.sites.hash,
         "fold": model.fold,
         "quant": model.quant,
-        "variant": model.variant,
+        "variant": model.variant.name,
     }
 
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lime_edge import __version__
-from lime_edge.compiler.compile_encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
 from lime_edge.compiler.formats.encoder import Input, make_sample
 from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.encoder_layers import Product, Stored, Table
+from lime_edge.compiler.model.compiled import Stored
+from lime_edge.compiler.model.encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
+from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED, check_package_options
 from lime_edge.exporters.coreml.graph import INT4, ct, mb, measure_package, read_minimum, save_package, silent
@@ -47,7 +48,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: options out of range, or a model that coremltools cannot convert.
     """
     begun, chosen = time.perf_counter(), options.coreml
-    check_options(options, compiled.options.quant, compiled.options.group)
+    check_options(options, compiled.quant, compiled.group)
     minimum, module = read_minimum(chosen.minimum), compiled.module
     lengths = choose_lengths(compiled, chosen.prompt_lengths)
     longest = max(lengths, default=LONGEST)
@@ -103,7 +104,7 @@ def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[
 
     The context is that of the model, LONGEST at most.
     """
-    context = min(compiled.checkpoint.backbone.context, LONGEST)
+    context = min(compiled.backbone.context, LONGEST)
     return tuple(sorted({length for length in wanted if length < context} | {context})) if context else ()
 
 
@@ -196,12 +197,12 @@ class CodeTable(nn.Module):
         return torch.ops.lime_edge.code_rows(ids, self.codes, self.scales, self.bits)
 
 
-def pack_product(product: Product | Table) -> nn.Module:
+def pack_product(product: StoredProduct | StoredTable) -> nn.Module:
     """A layer's product over integers; float32 ones stay."""
     stored: Stored = product.stored
     if not isinstance(stored, QuantizedTensor):
         return product
-    return CodeTable(stored) if isinstance(product, Table) else CodeProduct(stored, product.bias)
+    return CodeTable(stored) if isinstance(product, StoredTable) else CodeProduct(stored, product.bias)
 
 
 class Traced(nn.Module):
@@ -299,17 +300,17 @@ def join(parts: list[Path], path: Path) -> None:
 
 def describe(compiled: CompiledEncoder) -> dict[str, str]:
     """Metadata of the package."""
-    backbone, options = compiled.checkpoint.backbone, compiled.options
+    backbone = compiled.backbone
     kind = f"single expert {compiled.single}" if compiled.single else f"{len(compiled.experts)} experts"
     return {
         "author": "lime_edge",
         "license": "that of the backbone and of the adapter",
         "version": __version__,
-        "description": f"{type(backbone.model).__name__} with a LiME adapter ({kind}), {options.quant}",
+        "description": f"{type(backbone.model).__name__} with a LiME adapter ({kind}), {compiled.quant}",
         "experts": ",".join(compiled.experts),
         "fingerprint": compiled.fingerprint,
         "sites": compiled.sites.hash,
-        "fold": options.fold,
-        "quant": options.quant,
-        "variant": compiled.checkpoint.adapter.variant,
+        "fold": compiled.fold,
+        "quant": compiled.quant,
+        "variant": compiled.variant.name,
     }

@@ -50,7 +50,7 @@ class RoutedExperts:
     def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
         self.model, self.graph, self.config = model, graph, config
         self.count = len(model.experts)
-        self.plan = plan_routing(config, self.count, 1 if model.variant == "slicefine" else 2)
+        self.plan = plan_routing(config, self.count, model.variant.routing_reads)
         self.expert = None
         self._operations = ProgramOperations(None, None)
 
@@ -91,7 +91,7 @@ class RoutedExperts:
         if branch.a is None:
             return [frozen]
         adapted = self._leading(branch, delta)
-        if self.model.variant == "dora":
+        if self.model.variant.routing_keeps:
             frozen = mb.add(x=frozen, y=adapted)
         reference = self.graph.half(f"{name}.reference", self._references(branch))
         return [mb.sub(x=frozen, y=mb.mul(x=adapted, y=reference)), adapted]

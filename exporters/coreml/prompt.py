@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lime_edge.compiler.maths.prompt_tuning import route_prompt
+from lime_edge.compiler.maths.prompt_tuning import VirtualTokens, route_prompt
 from lime_edge.compiler.maths.route import find_anchors
-from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
+from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.coreml.experts import RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, mb
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel, Group
+from lime_edge.compiler.formats.architecture import EMBEDDING
+from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, mb, scale, spell
 from lime_edge.exporters.coreml.prompt import select_virtual

@@ -152,7 +152,7 @@ def write_stock(
     model: CompiledModel, sizes: Sizes, backend: str, constants: dict[str, Any], file: Path, progress: Progress
 ) -> Delegation:
     """Write stock.pte: `forward(tokens, pos)` as the stock text runner calls it, and `set_expert(d)`."""
-    neutral = torch.full((model.sites.total,), float(model.variant == "slicefine"))
+    neutral = torch.full((model.sites.total,), model.variant.neutral)
     length = torch.export.Dim("length", min=1, max=sizes.prompt)
     program = StockProgram(DecoderProgram(model, sizes), neutral)
     inputs = (torch.zeros(1, min(3, sizes.prompt), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

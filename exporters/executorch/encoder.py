@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lime_edge.compiler.compile_encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.formats.encoder import make_sample
-from lime_edge.compiler.model.encoder_layers import Product as CompiledProduct
-from lime_edge.compiler.model.encoder_layers import Table as CompiledTable
+from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
+from lime_edge.compiler.model.encoder_layers import StoredProduct as CompiledProduct
+from lime_edge.compiler.model.encoder_layers import StoredTable as CompiledTable
 from lime_edge.errors import need
 from lime_edge.targets.options import TargetOptions
 
@@ -39,7 +39,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
     Raises:
         LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
     """
-    provider = check_backend(options.executorch.backend, compiled.options.quant)
+    provider = check_backend(options.executorch.backend, compiled.quant)
     limits = choose_limits(compiled)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     with compiled.module.replace_products(pack_product):
@@ -57,7 +57,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
         "outputs": list(compiled.module.outputs),
         "weight_hash": compiled.weight_hash(),
-        "compute": "float32" if compiled.options.quant == "none" else "int8-per-token",
+        "compute": "float32" if compiled.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }
     return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
@@ -74,7 +74,7 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
 
 def choose_limits(compiled: CompiledEncoder) -> dict[str, int]:
     """The most inputs of one call and, of a text, tokens."""
-    context = compiled.checkpoint.backbone.context
+    context = compiled.backbone.context
     return {"batch": BATCH} | ({"sequence": min(context, LONGEST)} if context else {})
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  registers update_cache, custom_sdpa
 from torch import Tensor, nn
 
-from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel, Group, GroupBranch
+from lime_edge.compiler.formats.architecture import EMBEDDING
+from lime_edge.compiler.model.compiled import CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import ACTIVATIONS
 from lime_edge.compiler.model.multiplier import Multiplier
 from lime_edge.exporters.executorch.prompt import VirtualPrompt

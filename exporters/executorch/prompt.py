@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lime_edge.compiler.maths.prompt_tuning import route_static
+from lime_edge.compiler.maths.prompt_tuning import VirtualTokens, route_static
 from lime_edge.compiler.maths.route import route
-from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
+from lime_edge.compiler.model.compiled import CompiledModel
 
 
 class VirtualPrompt(nn.Module):

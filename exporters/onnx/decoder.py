@@ -48,7 +48,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
     if model.virtual is None and not graph.half:
-        write_defaulted(directory / FILE, float(model.variant == "slicefine"))
+        write_defaulted(directory / FILE, model.variant.neutral)
     facts = {
         "file": f"onnx/{FILE}",
         "opset": OPSET,

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_edge import __version__
-from lime_edge.compiler.compile_encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.formats.encoder import make_sample
 from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.encoder_layers import Product, Table
+from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
+from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.onnx.external import INLINE_BYTES, WeightFile
 from lime_edge.exporters.onnx.graph import MICROSOFT, OPSET
@@ -47,7 +47,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         LimeEdgeError: torch's exporter does not take the model.
     """
     weights = WeightFile(directory / f"{FILE}.data")
-    metadata = {"fingerprint": compiled.fingerprint, "fold": compiled.options.fold, "quant": compiled.options.quant}
+    metadata = {"fingerprint": compiled.fingerprint, "fold": compiled.fold, "quant": compiled.quant}
     takes_expert = compiled.single is None
     routed = compiled.routing is not None
     progress("write onnx", 0, 1 + routed)
@@ -79,7 +79,7 @@ class OnnxProduct(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, product: Product):
+    def __init__(self, product: StoredProduct):
         super().__init__()
         self.register_buffer("bias", product.bias)
         self.attributes: dict[str, Any] = {}
@@ -118,7 +118,7 @@ class OnnxProduct(nn.Module):
 class OnnxTable(nn.Module):
     """Rows of a table: int4 through GatherBlockQuantized, int8 as codes times the row's scale, or float."""
 
-    def __init__(self, table: Table):
+    def __init__(self, table: StoredTable):
         super().__init__()
         stored = table.stored
         self.bits = stored.bits if isinstance(stored, QuantizedTensor) else 0
@@ -155,9 +155,9 @@ def check_options(options: TargetOptions, quant: str, group: int) -> None:
     """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
 
 
-def pack_product(product: Product | Table) -> nn.Module:
+def pack_product(product: StoredProduct | StoredTable) -> nn.Module:
     """A layer's product as this target computes it."""
-    return OnnxProduct(product) if isinstance(product, Product) else OnnxTable(product)
+    return OnnxProduct(product) if isinstance(product, StoredProduct) else OnnxTable(product)
 
 
 def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool, metadata: dict[str, str]) -> int:

@@ -104,7 +104,7 @@ class RoutedExperts:
     def __init__(self, model: CompiledModel, graph: Graph, config: RoutingConfig):
         self.model, self.graph, self.config = model, graph, config
         self.count = len(model.experts)
-        self.plan = plan_routing(config, self.count, 1 if model.variant == "slicefine" else 2)
+        self.plan = plan_routing(config, self.count, model.variant.routing_reads)
         self.anchors: list[str] = ["routing_anchors"] if self.plan.window > 1 else []
 
     def declare(self) -> None:
@@ -215,7 +215,7 @@ class RoutedExperts:
         columns = np.concatenate([np.arange(start, start + self.count) for start in starts])
         if branch.b is None:
             return columns, np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-        kept = 1.0 if self.model.variant == "dora" else 0.0
+        kept = self.model.variant.routing_keeps
         offsets = [part.site.offset for part in branch.parts if part.site is not None]
         reference = self.model.reference.numpy()
         recovery = np.concatenate([kept - reference[offset : offset + self.count] for offset in offsets])

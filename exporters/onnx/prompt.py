@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from lime_edge.compiler.maths.prompt_tuning import route_prompt
-from lime_edge.compiler.model.compiled import CompiledModel, VirtualTokens
+from lime_edge.compiler.maths.prompt_tuning import VirtualTokens, route_prompt
+from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.onnx.graph import Graph
 

@@ -104,8 +104,8 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
     if not examples.is_dir():
         raise LimeEdgeError(f"{examples}: no such folder", "run the demo in a checkout, or pass --examples")
     try:
-        from lime_edge.compiler.compile import CompileOptions
-        from lime_edge.export.decoder import ExportOptions, export_bundle
+        from lime_edge.compiler.options import CompileOptions
+        from lime_edge.export.pipeline import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
         raise need(error.name or "torch", "export") from None
     with terminal.show_steps() as progress:

@@ -126,10 +126,9 @@ def export(
     chosen, targets = find_device(device), split_names(target) or ["onnx"]
     refuse_hub_name(model)
     try:
-        from lime_edge.compiler.compile import CompileOptions
         from lime_edge.compiler.formats.prequantized import refuse_prequantized
-        from lime_edge.export.decoder import ExportOptions, export_bundle
-        from lime_edge.export.encoder import export_encoder_bundle, is_encoder
+        from lime_edge.compiler.options import CompileOptions
+        from lime_edge.export.pipeline import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
         from lime_edge.errors import need
 
@@ -145,8 +144,7 @@ def export(
     refuse_prequantized(model)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
         options = ExportOptions(tuple(targets), tokenizer, force, prompts, static)
-        write = export_encoder_bundle if is_encoder(model) else export_bundle
-        write(model, adapter, output, compiling, chosen, options, progress)
+        export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)
     warn_of_overflow(output)

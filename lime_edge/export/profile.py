@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import Expert
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.checks.evaluate import Example, evaluate
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.profiling import average_routing, mix_experts
+from lime_edge.compiler.options import CompileOptions, Progress
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
+from lime_edge.session.kinds import DECODER, require_kind
 from lime_edge.session.open import open_decoder
-
-Progress = Callable[[str, int, int], None]
 
 
 def add_profile(
@@ -34,8 +33,10 @@ def add_profile(
         LimeEdgeError: the bundle is of another backbone or adapter, or the checkpoint has no routing.
     """
     opened = Bundle.open(bundle)
+    require_kind(opened, DECODER)
+    fingerprint, sites = opened.manifest.fingerprint, opened.manifest.sites.hash
     checkpoint = read_checkpoint(model, adapter)
-    if (checkpoint.fingerprint, checkpoint.sites.hash) != (opened.manifest.fingerprint, opened.manifest.sites.hash):
+    if (checkpoint.backbone.fingerprint, checkpoint.sites.hash) != (fingerprint, sites):
         raise LimeEdgeError(
             f"{bundle} was not exported from {model} with {adapter}", "name the model and the adapter of the export"
         )
@@ -45,7 +46,7 @@ def add_profile(
     weights = average_routing(compiled, sequences, lambda done: progress("route", done, len(sequences)))
     vector = mix_experts(compiled, weights).numpy().astype(opened.manifest.adapter["expert_dtype"])
     note = f"routing averaged over {len(examples)} examples"
-    expert = Expert(name, vector, opened.manifest.fingerprint, opened.manifest.sites.hash, note)
+    expert = Expert(name, vector, fingerprint, sites, note)
     opened.add_expert(expert, replace_existing=force)
     used = [torch.exp(-(w * w.clamp_min(1e-12).log()).sum()) for w in weights.values()]
     return float(torch.stack(used).mean())

@@ -91,7 +91,7 @@ def prepare(model: str, arguments: argparse.Namespace) -> tuple[Models, dict[str
     gguf = arguments.gguf
     if gguf is None:
         from lime_edge.cli.demo import find_backbone
-        from lime_edge.compiler.formats.backbone import find_gguf
+        from lime_edge.compiler.formats.decoder import find_gguf
 
         gguf = find_gguf(find_backbone())
     return Models(folder), prepare_smollm2(folder, gguf, arguments.bits.split(","), engines, tell)

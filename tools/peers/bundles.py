@@ -15,13 +15,14 @@ from lime_edge import __version__
 from lime_edge.bundle.bundle import Manifest
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.bundle.staging import stage_directory
-from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
+from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.formats.architecture import Decoder, read_decoder
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
-from lime_edge.export.decoder import complete_bundle
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.export.manifest import complete_bundle
 from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporter
 
@@ -60,7 +61,7 @@ def export_real(
             continue
         options = CompileOptions(rounding="search", fold=expert if single else "shared", single=single)
         if kinds is not None:
-            options = replace(options, int8_kinds=kinds)
+            options = replace(options, keep_int8=kinds)
         pack(compile_checkpoint(checkpoint, options), checkpoint.backbone.name, checkpoint.backbone.eos, output)
 
 
@@ -101,7 +102,12 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
                 "head_dim": decoder.head_dim,
                 "eos": list(eos),
             },
-            adapter={"variant": model.variant, "fold": model.fold, "single": model.single, "expert_dtype": "float16"},
+            adapter={
+                "variant": model.variant.name,
+                "fold": model.fold,
+                "single": model.single,
+                "expert_dtype": "float16",
+            },
             quantization={"quant": model.quant, "group": model.group, "scheme": "symmetric"},
             sites=model.sites,
             experts=(),

@@ -12,9 +12,10 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from encoder_conformance import export_fixture  # noqa: E402
 from models import make_adapter, make_model  # noqa: E402
 
-from lime_edge.compiler.compile import CompileOptions  # noqa: E402
-from lime_edge.compiler.formats.importing import ImportOptions, import_checkpoint  # noqa: E402
-from lime_edge.export.decoder import ExportOptions, export_bundle  # noqa: E402
+from lime_edge.compiler.formats.hyper import ImportOptions  # noqa: E402
+from lime_edge.compiler.formats.importing import import_checkpoint  # noqa: E402
+from lime_edge.compiler.options import CompileOptions  # noqa: E402
+from lime_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
 from lime_edge.targets.devices import find_device  # noqa: E402
 
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "conformance" / "models"

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lime_edge.compiler.formats.adapter_checks import CONFIG, IMPORT, WEIGHTS, check_adapter, is_named
-from lime_edge.compiler.maths.layers import routing_for
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import Variant, find_variant
 from lime_edge.errors import Faults, LimeEdgeError
 
 CHECKPOINT = ("lime.json", "model.safetensors", "pytorch_model.bin")  # what a checkpoint of the authors' code holds
@@ -68,14 +68,14 @@ class AdapterSite:
         return None if lora else size, self.width
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the site holds, named as in the file; `compiler.reference` takes it so."""
+        """What the site holds, named as in the file; `model.reference` takes it so."""
         named = {"A": self.a, "B": self.b, "m": self.m, "part_T": self.part_t, "LiMEs": self.experts}
         if self.shared is not None:
             named |= {"LiME_shared": self.shared, "gamma": torch.tensor([self.gamma])}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def join(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The tensors that `fold.fold_linear` and `fold.fold_embedding` take.
+        """The tensors that `Variant.fold_linear` and `Variant.fold_embedding` take.
 
         Args:
             weight: the backbone's (H, D), or table (V, H). SliceFine: only what part_T leaves is read.
@@ -97,7 +97,7 @@ class Adapter:
     """A LiME adapter as read: no maths done yet. `routing_config` is what its variant applies."""
 
     path: str
-    variant: str
+    variant: Variant
     rank: int
     alpha: float
     expert_names: tuple[str, ...]
@@ -116,8 +116,8 @@ class Adapter:
         return self.alpha / self.rank
 
     def hyper(self) -> dict[str, object]:
-        """The hyper-parameters under the reference's names, as `compiler.reference` takes them."""
-        named = {"variant": self.variant, "alpha": self.alpha, "pad_token_id": self.pad_token_id}
+        """The hyper-parameters under the reference's names, as `model.reference` takes them."""
+        named = {"variant": self.variant.name, "alpha": self.alpha, "pad_token_id": self.pad_token_id}
         return named | asdict(self.routing_config)
 
 
@@ -142,11 +142,11 @@ def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], w
     """
     with Faults(where, "docs/adapter-format.md lists every field and tensor") as faults:
         found = check_adapter(config, tensors, faults)
-    embeddings = config.get("embedding_modules", [])
+    variant, embeddings = find_variant(config["variant"]), config.get("embedding_modules", [])
     sites = {name: _build_site(parts, is_named(name, embeddings)) for name, parts in found.items()}
     return Adapter(
         path=where,
-        variant=config["variant"],
+        variant=variant,
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         expert_names=tuple(config["expert_names"]),
@@ -155,7 +155,7 @@ def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], w
         base_fingerprint=config.get("base_fingerprint"),
         routing=config.get("routing", "pinned"),
         sites=sites,
-        routing_config=routing_for(config["variant"], config),
+        routing_config=variant.read_routing(config),
         pad_token_id=config.get("pad_token_id"),
         conditioning=config.get("input_conditioning_mode", "mean") if config.get("input_conditioned", True) else None,
     )

@@ -9,24 +9,15 @@ from typing import Any
 import torch
 
 from lime_edge.bundle.experts import check_name
-from lime_edge.compiler.maths.layers import routing_for
 from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import VARIANTS, find_variant
 from lime_edge.errors import Faults, LimeEdgeError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# variant -> the tensors of a site besides the experts, named as in the reference
-PARTS: dict[str, tuple[str, ...]] = {
-    "lora": ("A", "B"),
-    "lora_fa": ("A", "B"),
-    "dora": ("A", "B", "m"),
-    "slicefine": ("part_T",),
-    "prompt_tuning": ("prompt_base", "prompt_delta"),
-}
 VECTORS = ("LiMEs", "LiME_shared", "gamma")  # what an expert delivered later consists of
 IMPORT = "lime-edge import CHECKPOINT -o imported/, then export imported/backbone --adapter imported/adapter"
 PROMPT = "prompt"  # the one site of prompt tuning: the virtual tokens before the model
-VARIANTS = tuple(PARTS)
 SELECTIONS = ("soft_topk", "hard_topk", "auto_topk", "sparse_topk", "sparse_auto_topk")
 # field -> (types, required); documented one by one in docs/adapter-format.md
 FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
@@ -72,7 +63,7 @@ def check_adapter(
     refuse_strangers(tensors, faults.where)
     typed = _check_types(config, faults)
     sites: dict[str, dict[str, torch.Tensor]] = {}
-    if typed.get("variant") in PARTS and "r" in typed and "num_experts" in typed:
+    if typed.get("variant") in VARIANTS and "r" in typed and "num_experts" in typed:
         sites = _check_tensors(typed, tensors, faults)
     if all(name in typed for name, (_, required) in FIELDS.items() if required):
         _check_values(typed, faults)
@@ -182,9 +173,9 @@ def _check_values(config: dict[str, Any], faults: Faults) -> None:
 
 
 def _check_routing(config: dict[str, Any], faults: Faults) -> None:
-    if not check_routing(config, f"{CONFIG}: ", faults):
+    if not check_routing(config, f"{CONFIG}: ", faults) or config["variant"] not in VARIANTS:
         return
-    routing = routing_for(config["variant"], config)
+    routing = find_variant(config["variant"]).read_routing(config)
     word = config.get("routing", "pinned")
     if word == "pinned":
         return
@@ -198,7 +189,7 @@ def _check_routing(config: dict[str, Any], faults: Faults) -> None:
 def _check_tensors(
     config: dict[str, Any], tensors: Mapping[str, torch.Tensor], faults: Faults
 ) -> dict[str, dict[str, torch.Tensor]]:
-    parts = [*PARTS[config["variant"]], "LiMEs"]
+    parts = [*find_variant(config["variant"]).parts, "LiMEs"]
     parts += ["LiME_shared", "gamma"] if config.get("use_shared_lime") else []
     parts += ["input_proj"] if any(name == f"{PROMPT}.input_proj" for name in tensors) else []
     grouped: dict[str, dict[str, torch.Tensor]] = {}
@@ -251,7 +242,8 @@ def _expect_shapes(
     rank = config["r"]
     source = found["LiMEs"] if "B" not in found else found["A"].T if embedding else found["B"]
     width = source.shape[-1 if "B" not in found else 0] if source.ndim == 2 else None
-    narrow_b = not embedding or config["variant"] == "lora"
+    table = find_variant(config["variant"]).table
+    narrow_b = not (embedding and table is not None and table.tall_b)
     return {
         "A": (rank, width if embedding else None),
         "B": (width if narrow_b else None, rank),

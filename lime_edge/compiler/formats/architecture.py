@@ -10,8 +10,11 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lime_edge.compiler.formats.backbone import Layer
 from lime_edge.errors import Faults
 
+EMBEDDING = "model.embed_tokens"
+PLACES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -83,7 +86,7 @@ class Decoder:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the state dict: name -> shape. A tied head is not listed."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab, self.hidden)}
         for index in range(len(self.layers)):
             prefix = f"model.layers.{index}."
             for name, shape in self.linears(index).items():
@@ -99,6 +102,16 @@ class Decoder:
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
+
+
+def list_layers(decoder: Decoder) -> dict[str, Layer]:
+    """Every module that can be a site, in computation order."""
+    layers = {EMBEDDING: Layer((decoder.vocab, decoder.hidden), True, False, (-1, "head"))}
+    for index in range(len(decoder.layers)):
+        for name, shape in decoder.linears(index).items():
+            place = PLACES[name.rsplit(".", 1)[-1].removesuffix("_proj")]
+            layers[name] = Layer(shape, False, decoder.has_bias(name), (index, place))
+    return layers
 
 
 def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:

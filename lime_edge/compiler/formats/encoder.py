@@ -5,9 +5,9 @@ Task and model class come from optimum's TasksManager; what is a site comes from
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lime_edge.bundle.sites import SiteTable
-from lime_edge.compiler.formats.adapter import Adapter, read_adapter
-from lime_edge.compiler.formats.adapter_checks import is_named, refuse_checkpoint
+from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import FAMILIES
-from lime_edge.compiler.formats.backbone import quiet
-from lime_edge.compiler.formats.importing import read_json, read_weights
-from lime_edge.compiler.maths.layers import LINEAR
+from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.compiler.formats.files import read_json, read_weights
 from lime_edge.errors import Faults, LimeEdgeError, need
 
 # What an encoder's class may be called after its family, and the task that TasksManager knows it under.
@@ -59,32 +56,19 @@ class Pooling:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A linear layer or embedding that the model calls.
+class EncoderBackbone(Backbone):
+    """A loaded encoder or vision model. called: its layers by module name, in the order of their first call."""
 
-    Attributes:
-        shape: of its weight, (H, D) or (V, H). embedding: which of the two. bias: it has one.
-        source: layers of equal source read the same tensor (query, key and value, say).
-    """
-
-    shape: tuple[int, int]
-    embedding: bool
-    bias: bool
-    source: int
-
-
-@dataclass(frozen=True)
-class EncoderBackbone:
-    """A loaded model. layers: by module name, in the order of their first call."""
-
-    path: str
-    name: str
     task: str
     model: nn.Module = field(repr=False)
     inputs: tuple[Input, ...]
     pooling: Pooling | None
-    layers: dict[str, Layer] = field(repr=False)
-    fingerprint: str
+    called: dict[str, Layer] = field(repr=False)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The plain linear layers and embeddings that the model calls."""
+        return self.called
 
     @property
     def config(self) -> Any:
@@ -92,18 +76,28 @@ class EncoderBackbone:
         return self.model.config
 
     @property
+    def reads_text(self) -> bool:
+        """Whether token ids go in, and not pixels."""
+        return self.inputs[0].name == "input_ids"
+
+    @property
     def context(self) -> int:
         """Tokens of the longest text, as its own tables say; 0 for pixels."""
-        return find_text_context(self.model) if self.inputs[0].name == "input_ids" else 0
+        return find_text_context(self.model) if self.reads_text else 0
 
+    def read_state(self) -> Mapping[str, Tensor]:
+        """What the directory's weight files hold, integer buffers left out.
 
-@dataclass(frozen=True)
-class EncoderCheckpoint:
-    """An encoder and the adapter made for it, checked against each other."""
+        Names as in the file, which do not change with the version of transformers.
+        """
+        return {name: tensor for name, tensor in read_weights(Path(self.path)).items() if tensor.is_floating_point()}
 
-    backbone: EncoderBackbone
-    adapter: Adapter
-    sites: SiteTable
+    def split_state(self, sites: Container[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The layers' weights and their biases; all else stays in the model."""
+        modules = {name: self.model.get_submodule(name) for name in self.called}
+        weights = {f"{name}.weight": module.get_parameter("weight").detach() for name, module in modules.items()}
+        biased = {name: module for name, module in modules.items() if self.called[name].bias}
+        return weights, {f"{name}.bias": module.get_parameter("bias").detach() for name, module in biased.items()}
 
 
 def is_encoder(model_dir: Path) -> bool:
@@ -132,19 +126,7 @@ def find_text_context(model: nn.Module) -> int:
     return int(getattr(model.config, "max_position_embeddings", 0)) or UNTOLD_CONTEXT
 
 
-def read_encoder_checkpoint(model: Path, adapter: Path) -> EncoderCheckpoint:
-    """Read both halves and check that they belong together.
-
-    Args:
-        model: Hugging Face directory. adapter: LiME adapter directory.
-    Raises:
-        LimeEdgeError: faults of either half, or of the pair, all at once.
-    """
-    read = read_adapter(adapter)
-    return pair_encoder(read_encoder(model), read)
-
-
-def read_encoder(path: Path) -> EncoderBackbone:
+def read_encoder_backbone(path: Path) -> EncoderBackbone:
     """Load an encoder or vision model in float32.
 
     Raises:
@@ -155,16 +137,8 @@ def read_encoder(path: Path) -> EncoderBackbone:
     task = infer_task(architecture, path)
     model = load_model(path, task, architecture)
     inputs = list_inputs(model, path)
-    return EncoderBackbone(
-        str(path),
-        path.resolve().name,
-        task,
-        model,
-        inputs,
-        read_pooling(path),
-        watch_layers(model, make_sample(inputs)),
-        hash_weights_file(path),
-    )
+    called = watch_layers(model, make_sample(inputs))
+    return EncoderBackbone(str(path), path.resolve().name, task, model, inputs, read_pooling(path), called)
 
 
 def infer_task(architecture: str, path: Path) -> str:
@@ -309,16 +283,14 @@ def read_pooling(path: Path) -> Pooling | None:
 @torch.no_grad()
 def watch_layers(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Layer]:
     """Run the model once and list the plain linear layers and embeddings that were called, in order."""
-    found: dict[str, Layer] = {}
+    found: dict[str, tuple[nn.Module, int]] = {}
     inputs: list[Tensor] = []  # held, so that an address means one tensor
     hooks = []
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
-        source = next((i for i, seen in enumerate(inputs) if seen is x), len(inputs))
+        number = next((i for i, seen in enumerate(inputs) if seen is x), len(inputs))
         inputs.append(x)
-        rows, columns = module.get_parameter("weight").shape
-        bias = getattr(module, "bias", None) is not None
-        found.setdefault(name, Layer((rows, columns), isinstance(module, nn.Embedding), bias, source))
+        found.setdefault(name, (module, number))
 
     for name, module in model.named_modules():
         if _is_plain(module):
@@ -328,62 +300,36 @@ def watch_layers(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Layer
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    readers = [number for _, number in found.values()]
+    return {name: describe_layer(name, module, n, readers.count(n)) for name, (module, n) in found.items()}
+
+
+def describe_layer(name: str, module: nn.Module, number: int, readers: int) -> Layer:
+    """The facts of a linear layer or embedding.
+
+    Args:
+        name: module name; one without a number lies outside the repeated blocks.
+        number: of the tensor that it reads. readers: layers that read it, this one included.
+    """
+    rows, columns = module.get_parameter("weight").shape
+    embedding, bias = isinstance(module, nn.Embedding), getattr(module, "bias", None) is not None
+    return Layer((rows, columns), embedding, bias, (number, name_place(name, (rows, columns), embedding, readers)))
+
+
+def name_place(name: str, shape: tuple[int, int], embedding: bool, readers: int) -> str:
+    """Which of `options.PLACES` a layer has, by its name and shape. Args: see `describe_layer`."""
+    if embedding or not any(part.isdigit() for part in name.split(".")):
+        return "head"
+    if readers > 1 or "qkv" in name.lower():
+        return "qkv"
+    rows, columns = shape
+    return "o" if rows == columns else "gate_up" if rows > columns else "down"
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Subclasses with a forward of their own (a scaled embedding, say) are not what we compile."""
     kind = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
     return isinstance(module, kind) and type(module).forward is kind.forward
-
-
-def hash_weights_file(path: Path) -> str:
-    """sha256 over names, shapes and float32 bytes of the directory's weights, as `Backbone.fingerprint`.
-
-    Names as in the file, which do not change with the version of transformers; integer buffers are left out.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(read_weights(path).items()):
-        if tensor.is_floating_point():
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def pair_encoder(backbone: EncoderBackbone, adapter: Adapter) -> EncoderCheckpoint:
-    """Put an adapter on an encoder; sites get the order in which the model calls them.
-
-    Raises:
-        LimeEdgeError: the adapter was made for another model, adapts what the model does not call, or is
-            prompt tuning.
-    """
-    if adapter.variant not in LINEAR:
-        raise LimeEdgeError(
-            f"{adapter.path}: a {adapter.variant} adapter cannot be exported with an encoder",
-            f"{', '.join(LINEAR)} can",
-        )
-    layers = backbone.layers
-    hint = f"this adapter was made for {adapter.base_name or 'another model'}"
-    with Faults(f"{adapter.path} does not fit {backbone.path}", hint) as faults:
-        targeted = {name for name in layers if is_named(name, list(adapter.target_modules))}
-        for name in sorted(targeted - adapter.sites.keys()):
-            faults.add(f"site {name} is targeted but has no tensors")
-        for name, site in adapter.sites.items():
-            layer = layers.get(name)
-            if layer is None:
-                faults.add(f"site {name} is neither a linear layer nor an embedding that the model calls")
-                continue
-            if name not in targeted:
-                faults.add(f"site {name} has tensors but target_modules leaves it out")
-            if site.embedding != layer.embedding:
-                found = "an embedding" if site.embedding else "a linear layer"
-                faults.add(f"site {name}: embedding_modules makes it {found}, the model does not")
-            elif any(n not in (None, m) for n, m in zip(site.weight_shape, layer.shape, strict=True)):
-                faults.add(f"site {name}: {'(V, H)' if site.embedding else '(H, D)'}", layer.shape, site.weight_shape)
-        if adapter.base_fingerprint and adapter.base_fingerprint != backbone.fingerprint:
-            faults.add("base_fingerprint", adapter.base_fingerprint, backbone.fingerprint)
-    table = SiteTable.from_widths((n, adapter.sites[n].width) for n in layers if n in adapter.sites)
-    return EncoderCheckpoint(backbone, adapter, table)
 
 
 def _tasks_manager() -> Any:

@@ -21,8 +21,9 @@ from lime_edge.bundle.experts import Selection, describe_selection
 from lime_edge.bundle.staging import stage_directory, write_file
 from lime_edge.compiler.formats.adapter import Adapter, read_adapter
 from lime_edge.compiler.formats.architecture import Decoder
-from lime_edge.compiler.formats.backbone import read_backbone
 from lime_edge.compiler.formats.checkpoint import pair
+from lime_edge.compiler.formats.decoder import read_decoder_backbone
+from lime_edge.compiler.maths.variants import DORA, PROMPT_TUNING, SLICEFINE
 from lime_edge.errors import Faults, LimeEdgeError, need
 
 FORMATS = ("peft", "gguf")
@@ -65,21 +66,21 @@ def export_expert(
     """
     if form not in FORMATS:
         raise LimeEdgeError(
-            f"--format: expected {' or '.join(FORMATS)}, found {form!r}",
+            f"`form`: expected {' or '.join(FORMATS)}, found {form!r}",
             "peft for PEFT and transformers, gguf for llama.cpp",
         )
     if form == "gguf" and model is None:
         raise LimeEdgeError(
-            "--format gguf needs the base model: its rows are ordered by attention heads",
-            "pass --model, a Hugging Face directory or a GGUF file",
+            "`model`: a gguf needs the base model: its rows are ordered by attention heads",
+            "pass a Hugging Face directory or a GGUF file",
         )
     read = read_adapter(adapter)
     lora = pin_expert(read, selection)
-    decoder = None if model is None else pair(read_backbone(model), read).backbone.decoder
+    decoder = None if model is None else pair(read_decoder_backbone(model), read).backbone.decoder
     if form == "gguf":
         assert decoder is not None
         if output.exists() and not force:
-            raise LimeEdgeError(f"{output}: already exists", "choose another name or pass --force")
+            raise LimeEdgeError(f"{output}: already exists", "choose another name or pass `force`")
         write_file(output, encode_gguf(lora, decoder))
         return lora
     with stage_directory(output, replace=force) as stage:
@@ -94,7 +95,7 @@ def pin_expert(adapter: Adapter, selection: Selection) -> PlainLora:
         adapter: of variant lora or lora_fa. selection: as in `export_expert`.
     Raises:
         LimeEdgeError: another variant, sites on embeddings, unknown expert, weights that do not sum to 1.
-    Source: design, "The maths"; p = sum_e w_e p_e + gamma p_shared.
+    Source: this file's first lines; p = sum_e w_e p_e + gamma p_shared (conformance README).
     """
     check_plain(adapter)
     weights = weigh(adapter, selection)
@@ -119,13 +120,14 @@ def check_plain(adapter: Adapter) -> None:
         LimeEdgeError: with the reason.
     """
     reasons = {
-        "dora": "its magnitude scales the frozen output too, bias included, and neither PEFT's DoRA nor "
+        DORA.name: "its magnitude scales the frozen output too, bias included, and neither PEFT's DoRA nor "
         "llama.cpp computes that for every p",
-        "slicefine": "it multiplies rows of the weight instead of adding a low-rank product",
+        SLICEFINE.name: "it multiplies rows of the weight instead of adding a low-rank product",
+        PROMPT_TUNING.name: "it puts virtual tokens before the prompt and changes no layer",
     }
     hint = "export a bundle with lime-edge export instead"
-    if adapter.variant in reasons:
-        problem = f"{adapter.path}: a {adapter.variant} expert is not a LoRA: {reasons[adapter.variant]}"
+    if (name := adapter.variant.name) in reasons:
+        problem = f"{adapter.path}: a {name} expert is not a LoRA: {reasons[name]}"
         raise LimeEdgeError(problem, hint)
     embeddings = [name for name, site in adapter.sites.items() if site.embedding]
     if embeddings:

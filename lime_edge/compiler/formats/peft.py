@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ from safetensors.torch import load_file
 
 from lime_edge.bundle.experts import FORMAT, read_expert
 from lime_edge.bundle.sites import SiteTable
-from lime_edge.compiler.formats.architecture import Decoder
-from lime_edge.compiler.formats.backbone import Backbone, read_backbone
-from lime_edge.compiler.formats.checkpoint import list_weights
-from lime_edge.compiler.formats.importing import (
+from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
+from lime_edge.compiler.formats.files import read_json
+from lime_edge.compiler.formats.hyper import (
     Imported,
     ImportOptions,
     check_hyper,
     make_config,
     name_targets,
     read_hyper,
-    read_json,
 )
+from lime_edge.compiler.maths.variants import DORA, LORA, LORA_FA
 from lime_edge.errors import Faults, LimeEdgeError
 
 PREFIX = "base_model.model."
@@ -72,18 +71,18 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
         hint = "this is a LiME adapter already: use it as it is" if known else "only PEFT's LoRA and DoRA are read"
         problem = f"{source}/adapter_config.json: peft_type: expected LORA, found {config.get('peft_type')}"
         raise LimeEdgeError(problem, hint)
-    base = None if options.model is None else read_backbone(options.model)
+    base = None if options.model is None else read_decoder_backbone(options.model)
     dora = bool(config.get("use_dora"))
-    hyper = {"variant": "dora" if dora else "lora", **read_hyper(source, options)}
+    hyper = {"variant": DORA.name if dora else LORA.name, **read_hyper(source, options)}
     with Faults(str(source), "docs/adapter-format.md says what an import takes over") as faults:
         _check_options(config, faults)
         check_hyper(hyper, faults)
         sites = _read_sites(source / "adapter_model.safetensors", dora, faults)
         if dora:
             _check_dora(base, sites, faults)
-            if hyper["variant"] != "dora":
-                faults.add("variant: this is a DoRA", "dora", hyper["variant"])
-        elif hyper["variant"] not in ("lora", "lora_fa"):
+            if hyper["variant"] != DORA.name:
+                faults.add("variant: this is a DoRA", DORA.name, hyper["variant"])
+        elif hyper["variant"] not in (LORA.name, LORA_FA.name):
             faults.add("variant: this is a LoRA", "lora or lora_fa", hyper["variant"])
         faults.raise_any()
         rank, alpha = config["r"], float(config["lora_alpha"])
@@ -104,7 +103,7 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
         if not any(key in hyper for key in ("top_k", "auto_topk", "sparse_mode")):
             made["routing"] = "pinned"
     made["base_model_name_or_path"] = config.get("base_model_name_or_path")
-    made["target_modules"] = _name_targets(config, sites, None if base is None else base.decoder)
+    made["target_modules"] = _name_targets(config, sites, None if base is None else base.layers)
     return Imported(made, tensors | vectors, base=base)
 
 
@@ -146,21 +145,21 @@ def _read_sites(file: Path, dora: bool, faults: Faults) -> dict[str, dict[str, t
     return dict(sorted(sites.items()))
 
 
-def _check_dora(base: Backbone | None, sites: Mapping[str, Any], faults: Faults) -> None:
+def _check_dora(base: DecoderBackbone | None, sites: Mapping[str, Any], faults: Faults) -> None:
     """PEFT's DoRA leaves the bias alone, LiME's scales it: equal only where there is none."""
     if base is None:
-        faults.add("a DoRA needs its base model, to see which layers have a bias: pass --model")
+        faults.add("a DoRA needs its base model, to see which layers have a bias: pass `model`")
         return
     biased = [name for name in sites if base.decoder.has_bias(name)]
     if biased:
         faults.add(f"DoRA on layers with a bias is another function in PEFT than in LiME: {', '.join(biased[:4])}")
 
 
-def _name_targets(config: Mapping[str, Any], sites: Mapping[str, Any], decoder: Decoder | None) -> list[str]:
+def _name_targets(config: Mapping[str, Any], sites: Mapping[str, Any], layers: Iterable[str] | None) -> list[str]:
     wanted = config.get("target_modules")
     wanted = wanted if isinstance(wanted, list) else []
-    if decoder is not None:
-        return name_targets(sites, list_weights(decoder), wanted)
+    if layers is not None:
+        return name_targets(sites, layers, wanted)
     narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
     return list(sites) if narrowed or not wanted else name_targets(sites, [], wanted)
 
@@ -168,7 +167,9 @@ def _name_targets(config: Mapping[str, Any], sites: Mapping[str, Any], decoder: 
 Vectors = tuple[dict[str, torch.Tensor], list[str]]
 
 
-def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Backbone | None, faults: Faults) -> Vectors:
+def _read_vectors(
+    files: tuple[Path, ...], widths: Mapping[str, int], base: DecoderBackbone | None, faults: Faults
+) -> Vectors:
     """Expert vectors as `SITE.LiMEs` (E, H) and so on, and the experts' names where files say them."""
     if not files:
         return {f"{site}.LiMEs": torch.ones(1, width) for site, width in widths.items()}, []
@@ -182,24 +183,24 @@ def _read_vectors(files: tuple[Path, ...], widths: Mapping[str, int], base: Back
             flat |= found
     faults.raise_any()
     if per_site and flat:
-        faults.add("--experts: per-site tensors in one file and flat vectors in another: give one kind")
+        faults.add("`experts`: per-site tensors in one file and flat vectors in another: give one kind")
     elif per_site:
         for site in widths:
             if f"{site}.LiMEs" not in per_site:
-                faults.add(f"--experts: {site}.LiMEs is missing")
+                faults.add(f"`experts`: {site}.LiMEs is missing")
         return per_site, []
     faults.raise_any()
     table = _order_sites(widths, base)
     for name, vector in flat.items():
         if tuple(vector.shape) != (table.total,):
-            faults.add(f"--experts: {name}", (table.total,), tuple(vector.shape))
+            faults.add(f"`experts`: {name}", (table.total,), tuple(vector.shape))
     faults.raise_any()
     stacked = torch.stack([vector.float() for vector in flat.values()])
     return {f"{s.name}.LiMEs": stacked[:, s.offset : s.offset + s.width] for s in table}, list(flat)
 
 
 def _read_vector_file(
-    file: Path, widths: Mapping[str, int], base: Backbone | None, faults: Faults
+    file: Path, widths: Mapping[str, int], base: DecoderBackbone | None, faults: Faults
 ) -> dict[str, torch.Tensor]:
     """One file's tensors; an expert file of ours is checked against the base and gives one flat vector."""
     try:
@@ -212,17 +213,17 @@ def _read_vector_file(
     expert = read_expert(file)
     if base is not None:
         table = _order_sites(widths, base)
-        if expert.fingerprint and expert.fingerprint != base.fingerprint():
-            faults.add(f"{file}: backbone fingerprint", base.fingerprint()[:16], expert.fingerprint[:16])
+        if expert.fingerprint and expert.fingerprint != base.fingerprint:
+            faults.add(f"{file}: backbone fingerprint", base.fingerprint[:16], expert.fingerprint[:16])
         if expert.sites_hash and expert.sites_hash != table.hash:
             faults.add(f"{file}: site table", table.hash[:16], expert.sites_hash[:16])
     return {expert.name: torch.from_numpy(expert.vector)}
 
 
-def _order_sites(widths: Mapping[str, int], base: Backbone | None) -> SiteTable:
+def _order_sites(widths: Mapping[str, int], base: DecoderBackbone | None) -> SiteTable:
     if base is None:
         raise LimeEdgeError(
-            "--experts: flat vectors follow the base model's order of layers",
-            "pass the base model with --model, or tensors SITE.LiMEs",
+            "`experts`: flat vectors follow the base model's order of layers",
+            "pass the base model as `model`, or tensors SITE.LiMEs",
         )
-    return SiteTable.from_widths((name, widths[name]) for name in list_weights(base.decoder) if name in widths)
+    return SiteTable.from_widths((name, widths[name]) for name in base.layers if name in widths)

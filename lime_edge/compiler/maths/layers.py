@@ -1,168 +1,23 @@
-"""The unfolded LiME layers: what the authors' code computes, one small function per variant.
+"""The unfolded LiME layer: the authors' formula, y = base + delta * p, in every mode.
 
-A variant says how it makes `Parts` from an input; `compose` knows one formula,
-y = base + delta * p. Routing is in `routing`, folding in `fold`.
+The parts come from `unfolded`, by way of the variant; routing is in `routing`, folding in `fold`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.unfolded import Parts
+from lime_edge.compiler.maths.variants import Variant
 from lime_edge.errors import LimeEdgeError
 
 Mode = None | int | Mapping[int, float] | str
-VARIANTS = ("lora", "lora_fa", "dora", "slicefine")
-
-
-class Parts(NamedTuple):
-    """What a variant makes of one input, all (..., H).
-
-    Attributes:
-        base: what is added to delta * p.
-        delta: what the expert multiplies.
-        frozen: the layer's output where attention_mask is 0.
-        route_on: its first E columns are the routing's first operand.
-        route_delta: its first E columns are the second one; None routes on `route_on` alone.
-    """
-
-    base: Tensor
-    delta: Tensor
-    frozen: Tensor
-    route_on: Tensor
-    route_delta: Tensor | None
-
-
-def make_lora(tensors: Mapping[str, Tensor], x: Tensor, scale: float) -> Parts:
-    """LoRA and LoRA-FA: h = W x + b, delta = s B A x.
-
-    Args:
-        tensors: `weight` (H, D), `A` (r, D), `B` (H, r), maybe `bias` (H,).
-        x: (..., D); scale: s = alpha / r.
-    Source: conformance README, "What the reference computes".
-    """
-    frozen = F.linear(x, tensors["weight"], tensors.get("bias"))
-    delta = F.linear(F.linear(x, tensors["A"]), tensors["B"]) * scale
-    return Parts(frozen, delta, frozen, frozen, delta)
-
-
-def make_dora(tensors: Mapping[str, Tensor], x: Tensor, scale: float) -> Parts:
-    """DoRA: LoRA's h and delta times n = m / ||W + s B A||_row; routes on n h + n delta.
-
-    Args:
-        tensors: as `make_lora`, and `m` (H,).
-        x: (..., D); scale: s = alpha / r.
-    Source: conformance README, "DoRA scales h ..."; floor of the norm: Kowsher/LiME at 82f981f.
-    """
-    plain = make_lora(tensors, x, scale)
-    combined = tensors["weight"] + (tensors["B"] @ tensors["A"]) * scale
-    return _scale_parts(plain, tensors["m"] / combined.norm(dim=1).clamp_min(1e-8))
-
-
-def make_slicefine(tensors: Mapping[str, Tensor], x: Tensor, scale: float) -> Parts:
-    """SliceFine: y = [p[:r] * T x; F x] + b; routes on [T x; F x], without the bias.
-
-    Args:
-        tensors: `part_T` (r, D), `part_F` (H - r, D), maybe `bias` (H,).
-        x: (..., D); scale: not used.
-    Source: design, "SliceFine"; routing without the bias: fixtures slicefine-*-n3.
-    """
-    top, rest = F.linear(x, tensors["part_T"]), F.linear(x, tensors["part_F"])
-    return _slice_parts(top, rest, tensors.get("bias"))
-
-
-def embed_lora(tensors: Mapping[str, Tensor], ids: Tensor, scale: float) -> Parts:
-    """LoRA on an embedding: h = table[id], delta = s B A h, so A is (r, H) and B (H, r).
-
-    Source: fixtures embedding-lora-*.
-    """
-    frozen = F.embedding(ids, tensors["weight"])
-    delta = F.linear(F.linear(frozen, tensors["A"]), tensors["B"]) * scale
-    return Parts(frozen, delta, frozen, frozen, delta)
-
-
-def embed_lora_fa(tensors: Mapping[str, Tensor], ids: Tensor, scale: float) -> Parts:
-    """LoRA-FA on an embedding: delta = s (B A)[id], with A (r, H) and B (V, r).
-
-    Source: fixtures embedding-lora_fa-*.
-    """
-    frozen = F.embedding(ids, tensors["weight"])
-    delta = F.embedding(ids, tensors["B"]) @ tensors["A"] * scale
-    return Parts(frozen, delta, frozen, frozen, delta)
-
-
-def embed_dora(tensors: Mapping[str, Tensor], ids: Tensor, scale: float) -> Parts:
-    """DoRA on an embedding: as LoRA-FA, times n = m / ||table + s B A||_column, (H,).
-
-    Source: fixtures embedding-dora-*.
-    """
-    plain = embed_lora_fa(tensors, ids, scale)
-    combined = tensors["weight"] + (tensors["B"] @ tensors["A"]) * scale
-    return _scale_parts(plain, tensors["m"] / combined.norm(dim=0).clamp_min(1e-8))
-
-
-def embed_slicefine(tensors: Mapping[str, Tensor], ids: Tensor, scale: float) -> Parts:
-    """SliceFine on an embedding: the first r columns times p[:r]; `part_T` (V, r), `part_F` (V, H - r).
-
-    Source: fixtures embedding-slicefine-*.
-    """
-    return _slice_parts(F.embedding(ids, tensors["part_T"]), F.embedding(ids, tensors["part_F"]), None)
-
-
-def _scale_parts(parts: Parts, ratio: Tensor) -> Parts:
-    frozen, delta = parts.frozen * ratio, parts.delta * ratio
-    return Parts(frozen, delta, frozen, frozen + delta, delta)
-
-
-def _slice_parts(top: Tensor, rest: Tensor, bias: Tensor | None) -> Parts:
-    plain = torch.cat([top, rest], dim=-1)
-    base = torch.cat([torch.zeros_like(top), rest], dim=-1)
-    delta = torch.cat([top, torch.zeros_like(rest)], dim=-1)
-    frozen = plain
-    if bias is not None:
-        base, frozen = base + bias, plain + bias
-    return Parts(base, delta, frozen, plain, None)
-
-
-MakeParts = Callable[[Mapping[str, Tensor], Tensor, float], Parts]
-LINEAR: dict[str, MakeParts] = {
-    "lora": make_lora,
-    "lora_fa": make_lora,
-    "dora": make_dora,
-    "slicefine": make_slicefine,
-}
-EMBEDDING: dict[str, MakeParts] = {
-    "lora": embed_lora,
-    "lora_fa": embed_lora_fa,
-    "dora": embed_dora,
-    "slicefine": embed_slicefine,
-}
-
-
-def routing_for(variant: str, hyper: Mapping[str, object]) -> RoutingConfig:
-    """The routing that a variant really applies.
-
-    Args:
-        variant: one of VARIANTS, or "prompt_tuning".
-        hyper: hyper-parameters, keys as in the reference.
-    Raises:
-        LimeEdgeError: a value out of range.
-    Source: conformance README, "LoRA ignores n_gram"; prompt tuning's default sparse_mode:
-        Kowsher/LiME at 82f981f.
-    """
-    values = dict(hyper)
-    if variant == "lora":
-        values["n_gram"] = 1
-    if variant == "prompt_tuning":
-        values.setdefault("sparse_mode", True)
-    return RoutingConfig.from_mapping(values)
 
 
 def compose(base: Tensor, delta: Tensor, weights: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -193,7 +48,7 @@ def fix_weights(mode: int | Mapping[int, float], experts: int) -> Tensor:
         experts: E.
     Raises:
         LimeEdgeError: no such expert, or weights that do not sum to 1.
-    Source: design, "Blends must sum to 1"; conformance README, "Pinning".
+    Source: conformance README, "Pinning".
     """
     blend = {mode: 1.0} if isinstance(mode, int) else dict(mode)
     unknown = [index for index in blend if not 0 <= index < experts]
@@ -211,20 +66,16 @@ def fix_weights(mode: int | Mapping[int, float], experts: int) -> Tensor:
     return weights
 
 
-def check_mode(mode: Mode, variant: str) -> None:
+def check_mode(mode: Mode, variant: Variant) -> None:
     """Refuse a mode that the variant cannot have.
 
     Raises:
-        LimeEdgeError: an unknown word, or None for DoRA and SliceFine.
-    Source: design, "no adapter".
+        LimeEdgeError: an unknown word, or None where nothing switches the adapter off.
     """
     if isinstance(mode, str) and mode != "routed":
         raise LimeEdgeError(f"mode: expected None, an expert, a blend or 'routed', found {mode!r}")
-    if mode is None and variant in ("dora", "slicefine"):
-        raise LimeEdgeError(
-            f"a {variant} adapter cannot be switched off: no expert vector gives the original layer",
-            "pin an expert, or use the original model",
-        )
+    if mode is None:
+        variant.require_off()
 
 
 class LimeLayer(nn.Module):
@@ -232,7 +83,7 @@ class LimeLayer(nn.Module):
 
     def __init__(
         self,
-        variant: str,
+        variant: Variant,
         tensors: Mapping[str, Tensor],
         scale: float,
         routing: RoutingConfig,
@@ -242,21 +93,17 @@ class LimeLayer(nn.Module):
         """Hold a site's tensors; it starts routed.
 
         Args:
-            variant: one of VARIANTS.
-            tensors: the variant's (see LINEAR and EMBEDDING), `LiMEs` (E, H), maybe `LiME_shared` (H,)
-                and `gamma` (1,).
+            variant: one that adapts layers.
+            tensors: the variant's (see `unfolded`), `LiMEs` (E, H), maybe `LiME_shared` (H,) and `gamma` (1,).
             scale: s = alpha / r (SliceFine: not used).
-            routing: what `routing_for` gives.
+            routing: what `Variant.read_routing` gives.
             embedding: the input is token ids.
             pad_token_id: embeddings only: without an attention mask, this id gets the frozen output.
         """
         super().__init__()
-        makers = EMBEDDING if embedding else LINEAR
-        if variant not in makers:
-            raise LimeEdgeError(f"variant: expected one of {', '.join(makers)}, found {variant!r}")
         self.variant, self.scale, self.routing = variant, scale, routing
         self.embedding, self.pad_token_id = embedding, pad_token_id
-        self.make_parts = makers[variant]
+        self.make_parts = variant.find_form(embedding).unfold
         self.names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone())

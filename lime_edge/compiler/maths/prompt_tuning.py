@@ -8,6 +8,7 @@ model. Pinned, both kinds are the same table, since only the routing reads the i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +16,38 @@ from torch import Tensor
 from lime_edge.compiler.maths.layers import compose
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.maths.routing import RoutingConfig
-from lime_edge.compiler.model.compiled import VirtualTokens
 from lime_edge.errors import LimeEdgeError
 
 CONDITIONING = ("mean", "first", "last", "attention")
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """V virtual tokens before the prompt, base + d * delta.
+
+    base, delta: (V, H) float32, p_ref folded into base. original: base without it, which routing reads.
+    conditioning: how routing reads the input (None: it does not); input_proj: (H, H) or None.
+    """
+
+    base: Tensor
+    delta: Tensor
+    original: Tensor
+    conditioning: str | None
+    input_proj: Tensor | None
+
+
+def fold_prompt(
+    base: Tensor, delta: Tensor, p_ref: Tensor, conditioning: str | None, input_proj: Tensor | None
+) -> VirtualTokens:
+    """Fold p_ref into the virtual tokens: base' = base + p_ref * delta, so base' + d * delta for every expert.
+
+    Args:
+        base, delta: `prompt_base` and `prompt_delta`, (V, H). p_ref: (H,).
+        conditioning, input_proj: see `VirtualTokens`.
+    Source: docs/folding.md, "Prompt tuning".
+    """
+    folded = (base.double() + p_ref.double() * delta.double()).float()
+    return VirtualTokens(folded, delta, base, conditioning, input_proj)
 
 
 def compute_prompt(tensors: Mapping[str, Tensor], weights: Tensor) -> Tensor:
@@ -59,7 +88,7 @@ def route_conditioned(
 
     Args:
         tensors: as `compute_prompt`, maybe `input_proj.weight` (H, H).
-        routing: what `layers.routing_for` gives.
+        routing: what `Variant.read_routing` gives.
         conditioning: one of CONDITIONING.
         embeds: (B, T, H), the prompt's embeddings.
         attention_mask: (B, T), 1 for real tokens, or None.

@@ -50,7 +50,7 @@ def round_scales(scales: torch.Tensor) -> torch.Tensor:
     if not bool((rounded <= torch.finfo(torch.float16).max).all()):
         raise LimeEdgeError(
             f"a quantization scale of {rounded.max():.3g} is beyond float16's range",
-            "the weights are not sane: check the checkpoint, or export with --quant none",
+            "the weights are not sane: check the checkpoint, or export with `quant=none`",
         )
     return rounded
 

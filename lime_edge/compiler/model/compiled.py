@@ -1,19 +1,28 @@
-"""The compiled model: folded and quantized weights, residual branches, experts. Plain data."""
+"""The compiled model: folded and quantized weights, residual branches, experts. Plain data.
+
+`Compiled` is what every kind of model has, `CompiledModel` a decoder language model; encoders are in `encoder`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from lime_edge.bundle.sites import Site, SiteTable
-from lime_edge.compiler.formats.architecture import Decoder
+from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers
+from lime_edge.compiler.formats.backbone import Layer
+from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import LORA, Variant
 
-EMBEDDING = "model.embed_tokens"
+Stored = QuantizedTensor | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,20 @@ class Branch:
     a: torch.Tensor | None
     b: torch.Tensor | None
     rows: int = 0
+
+    def round_half(self) -> Branch:
+        """A and B as float16 holds them, so that half of their bytes say it all; still float32 here.
+
+        First a power of two moves from one to the other (exactly), so that both are equally far from float16's ends.
+        """
+        if self.a is None or self.b is None:
+            return self
+        largest = [max(float(matrix.abs().max()), 1e-30) for matrix in (self.a, self.b)]
+        shift = 2.0 ** round(math.log2(largest[1] / largest[0]) / 2)
+        a, b = (self.a * shift).half().float(), (self.b / shift).half().float()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            return self  # an adapter out of all proportion stays as it is
+        return replace(self, a=a, b=b)
 
 
 @dataclass(frozen=True)
@@ -88,51 +111,105 @@ class GroupBranch:
         return runs if self.gaps else [(runs[0][0], self.width)]
 
 
-@dataclass(frozen=True)
-class VirtualTokens:
-    """Prompt tuning: V virtual tokens before the prompt, base + d * delta.
-
-    base, delta: (V, H) float32, p_ref folded into base. original: base without it, which routing reads.
-    conditioning: how routing reads the input (None: it does not); input_proj: (H, H) or None.
-    """
-
-    base: torch.Tensor
-    delta: torch.Tensor
-    original: torch.Tensor
-    conditioning: str | None
-    input_proj: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class CompiledModel:
-    """What every exporter packs; `lime_edge.compiler.model.decoder.DecoderModule` runs it (the oracle).
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What every exporter packs, whatever the kind of model; a kind adds what runs it.
 
     weights: matrices by tensor name, QuantizedTensor or float32; vectors: norms and biases, float32;
-    branches: by site name, empty for a single-expert model; reference: p_ref (sum_H,) float32;
-    experts: stored full vectors (sum_H,), already rounded to their storage dtype; routing: how the
-    experts are weighed in routed mode, None where they are not.
+    branches: by site name, empty for a single-expert model; reference: what to subtract from an expert (sum_H,)
+    float32, p_ref or zeros; experts: stored full vectors (sum_H,), already rounded to their storage dtype;
+    fingerprint: of the original backbone; single: the one expert that was folded, or None; routing: how the experts
+    are weighed in routed mode, None where they are not; pad_token_id: an id that no adapted embedding touches.
     """
 
-    decoder: Decoder
-    weights: dict[str, QuantizedTensor | torch.Tensor] = field(repr=False)
-    vectors: dict[str, torch.Tensor] = field(repr=False)
-    branches: dict[str, Branch] = field(repr=False)
+    weights: Mapping[str, Stored] = field(repr=False)
+    vectors: Mapping[str, torch.Tensor] = field(repr=False)
+    branches: Mapping[str, Branch] = field(repr=False)
     sites: SiteTable = field(repr=False)
     reference: torch.Tensor = field(repr=False)
-    experts: dict[str, torch.Tensor] = field(repr=False)
+    experts: Mapping[str, torch.Tensor] = field(repr=False)
     fingerprint: str
     fold: str
     single: str | None
     quant: str
     group: int
-    variant: str = "lora"
+    variant: Variant = LORA
     routing: RoutingConfig | None = None
-    virtual: VirtualTokens | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The backbone's layers by module name, in computation order."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model takes at most."""
+        raise NotImplementedError
+
+    @property
+    def swaps(self) -> bool:
+        """Whether there is anything an expert changes: not in a single-expert model."""
+        return bool(self.branches)
+
+    def common(self) -> dict[str, Any]:
+        """The fields that every kind has, for the dataclass of one kind."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Compiled)}
 
     def weight(self, name: str) -> torch.Tensor:
         """A matrix as float32, dequantized where it is quantized."""
-        stored = self.weights[name]
-        return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+        return as_float(self.weights[name])
+
+    def bank(self, site: Site) -> torch.Tensor:
+        """Every expert's residual at a site, d_e = p_e - p_ref: (E, H) float32, in expert order."""
+        rows = [cut(site, vector).float() for vector in self.experts.values()]
+        return torch.stack(rows) - cut(site, self.reference)
+
+    def weight_hash(self) -> str:
+        """sha256 over the canonical integers (or floats) and scales: equal across targets."""
+        return self._weight_hash
+
+    @cached_property
+    def _weight_hash(self) -> str:  # every target's manifest entry asks for it: hash the weights once
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            stored = self.weights[name]
+            parts = (stored.codes, stored.scales) if isinstance(stored, QuantizedTensor) else (stored,)
+            digest.update(name.encode())
+            for part in parts:
+                digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def as_float(stored: Stored) -> torch.Tensor:
+    """A matrix as float32, dequantized where it is quantized."""
+    return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+
+
+def cut(site: Site, flat: torch.Tensor) -> torch.Tensor:
+    """A site's stretch (H,) of a flat vector (sum_H,)."""
+    return flat[site.offset : site.offset + site.width]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledModel(Compiled):
+    """A decoder language model; `lime_edge.compiler.model.decoder.DecoderModule` runs it (the oracle).
+
+    virtual: prompt tuning's tokens before the prompt.
+    """
+
+    decoder: Decoder
+    virtual: VirtualTokens | None = None
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The token table and every linear layer but the head."""
+        return list_layers(self.decoder)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model takes at most."""
+        return self.decoder.context
 
     @property
     def head_name(self) -> str:
@@ -194,12 +271,6 @@ class CompiledModel:
             row += width
         return GroupBranch(torch.cat(stacks), b, parts)
 
-    def bank(self, site: Site) -> torch.Tensor:
-        """Every expert's residual at a site, d_e = p_e - p_ref: (E, H) float32, in expert order."""
-        stop = site.offset + site.width
-        rows = [vector[site.offset : stop].float() for vector in self.experts.values()]
-        return torch.stack(rows) - self.reference[site.offset : stop]
-
     def group_bank(self, branch: GroupBranch) -> torch.Tensor:
         """The banks of a group's G sites on a diagonal: (G * E, N), zeros where no expert multiplies."""
         count, sites = len(self.experts), [part.site for part in branch.parts if part.site is not None]
@@ -220,18 +291,3 @@ class CompiledModel:
         return torch.cat(
             [torch.zeros(width) if bias is None else bias for bias, width in zip(biases, group.widths, strict=True)]
         )
-
-    def weight_hash(self) -> str:
-        """sha256 over the canonical integers (or floats) and scales: equal across targets."""
-        return self._weight_hash
-
-    @cached_property
-    def _weight_hash(self) -> str:  # every target's manifest entry asks for it: hash the weights once
-        digest = hashlib.sha256()
-        for name in sorted(self.weights):
-            stored = self.weights[name]
-            parts = (stored.codes, stored.scales) if isinstance(stored, QuantizedTensor) else (stored,)
-            digest.update(name.encode())
-            for part in parts:
-                digest.update(part.contiguous().numpy().data)
-        return digest.hexdigest()

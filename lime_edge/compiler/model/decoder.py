@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lime_edge.compiler.formats.architecture import Decoder
+from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder
+from lime_edge.compiler.formats.backbone import Source
 from lime_edge.compiler.maths.prompt_tuning import route_prompt
-from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel, Group
+from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.compiler.model.multiplier import Multiplier
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -196,6 +197,8 @@ class DecoderModule(nn.Module):
         model: the compiled model; quantized weights are dequantized here.
     """
 
+    at_once = 16  # sequences of one calibration call
+
     def __init__(self, model: CompiledModel):
         super().__init__()
         self.config: Decoder = model.decoder
@@ -227,6 +230,25 @@ class DecoderModule(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin, cache, expert)
         return F.linear(self.norm(x[:, added:]), self.head)
+
+    def list_readers(self) -> dict[Source, nn.Module]:
+        """For every input that is multiplied, the product that reads it."""
+        places = ("qkv", "o", "gate_up", "down")
+        return {(index, place): getattr(block, place) for index, block in enumerate(self.blocks) for place in places}
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, real: Tensor, residual: Tensor) -> None:
+        """Run over text without the head, for who watches the layers.
+
+        Causal attention keeps padding from the positions before it, so no mask is needed.
+
+        Args:
+            ids: (B, S) int64, padded on the right. real: (B, S) bool, not read. residual: (sum_H,) float32.
+        """
+        cos, sin = (table.to(self.embedding.table) for table in self.config.rope_tables(ids.shape[1]))
+        cache, x = Cache(), self.embedding(ids, residual)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, residual)
 
     @torch.no_grad()
     def greedy(self, input_ids: Tensor, expert: Tensor | None, count: int, eos: tuple[int, ...] = ()) -> list[int]:

@@ -1,6 +1,6 @@
 """Compiled layers inside a transformers model: folded weight, residual branch, and routing where asked.
 
-A layer keeps its product (`Product`, `Table`) apart, so that an exporter can put its own in its place.
+A layer keeps its product (`StoredProduct`, `StoredTable`) apart, so that an exporter can put its own in its place.
 The expert reaches a layer as its `residual` buffer, which `EncoderModule` swaps for a piece of the input.
 """
 
@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lime_edge.compiler.maths.fold import recover_routing, scale_leading
-from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.compiler.maths.fold import scale_leading
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.maths.routing import RoutingConfig
+from lime_edge.compiler.maths.variants import Variant
+from lime_edge.compiler.model.compiled import Stored, as_float
 from lime_edge.errors import LimeEdgeError
 
-Stored = QuantizedTensor | Tensor
 
-
-class Product(nn.Module):
+class StoredProduct(nn.Module):
     """x W'^T + bias: x (..., D) to (..., H). `stored` is the matrix as the compiler left it, bias (H,) or None."""
 
     bias: Tensor | None
@@ -37,7 +36,7 @@ class Product(nn.Module):
         return F.linear(x, self.get_buffer("weight"), self.bias)
 
 
-class Table(nn.Module):
+class StoredTable(nn.Module):
     """Rows of an embedding table (V, H): ids (...) int64 to (..., H)."""
 
     def __init__(self, stored: Stored):
@@ -64,7 +63,7 @@ class SiteParts:
         pad_token_id: embeddings only: the id that no expert touches, or None.
     """
 
-    variant: str
+    variant: Variant
     a: Tensor | None
     b: Tensor | None
     rows: int
@@ -82,7 +81,7 @@ class CompiledLayer(nn.Module):
     given from outside and zero-parameter routing over the bank.
     """
 
-    def __init__(self, product: Product | Table, parts: SiteParts | None):
+    def __init__(self, product: StoredProduct | StoredTable, parts: SiteParts | None):
         super().__init__()
         self.product: nn.Module = product
         self.parts = parts
@@ -141,7 +140,7 @@ class CompiledLayer(nn.Module):
                 f"routing: expected a layer's output (B, T, H), found {y.dim()} axes", "export the adapter pinned"
             )
         reference = self.get_buffer("reference")
-        operands = recover_routing(self.parts.variant, y, delta, reference, bank.shape[0])
+        operands = self.parts.variant.recover_routing(y, delta, reference, bank.shape[0])
         mixed = route(*operands, self.parts.routing) @ bank
         return mixed.squeeze(1) if flat else mixed
 
@@ -149,8 +148,3 @@ class CompiledLayer(nn.Module):
         """(..., 1) bool: where an embedding's id is the padding id; None where there is no such id."""
         pad = None if self.parts is None else self.parts.pad_token_id
         return None if pad is None else (x == pad).unsqueeze(-1)
-
-
-def as_float(stored: Stored) -> Tensor:
-    """A matrix as float32, dequantized where it is quantized."""
-    return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored

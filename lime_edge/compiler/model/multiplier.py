@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lime_edge.bundle.sites import Site
-from lime_edge.compiler.maths.fold import recover_routing
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.model.compiled import CompiledModel, GroupBranch, Part
 
@@ -65,10 +64,10 @@ class Multiplier(nn.Module):
                 pieces.append(self._widen(None, part, y).expand(*y.shape[:2], -1))
             else:
                 bank, reference = self.banks[index], self.references[index]
-                frozen, adapted = recover_routing(
-                    self.variant, y[..., row:stop], delta[..., row:stop], reference, bank.shape[0]
+                operands = self.variant.recover_routing(
+                    y[..., row:stop], delta[..., row:stop], reference, bank.shape[0]
                 )
-                weights = route(frozen, adapted, self.routing)
+                weights = route(*operands, self.routing)
                 if self.observe is not None:
                     self.observe(part.site, weights)
                 pieces.append(self._widen(weights @ bank, part, y))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lime_edge.bundle.experts import ALWAYS_ON, ROUTED, describe_selection, parse_selection
+from lime_edge.bundle.experts import NONE, ROUTED, describe_selection, parse_selection
 from lime_edge.bundle.golden import PIXEL, Golden, Output, Rows, choose_columns, condense, stack_rows
-from lime_edge.compiler.compile_encoder import CompiledEncoder, feed_tokens
 from lime_edge.compiler.formats.encoder import Input
-from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.compiled import Compiled, CompiledModel
 from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.encoder import CompiledEncoder, feed_text
+from lime_edge.compiler.options import Progress
 
 PROMPTS, LENGTH, STEPS = 2, 12, 4  # prompts, tokens each, greedy steps from there
 IMAGES = 4
@@ -23,18 +24,20 @@ TEXTS = (
     "In the spring of that year the old bridge was closed, and people walked to the market along the river instead.",
     "She wrote 17 letters before she found the right words; the last one said only that the work was done.",
 )
-Progress = Callable[[str, int, int], None]
+Encode = Callable[[str], list[int]]  # text to token ids as the model reads them, special tokens added
 
 
-def list_selections(experts: Sequence[str], variant: str, routed: bool, single: bool) -> tuple[str, ...]:
+def list_selections(model: Compiled) -> tuple[str, ...]:
     """What is checked: every expert, a blend of two, no adapter where that exists, routed where there is routing."""
-    if single:
-        return tuple(experts)
+    experts = tuple(model.experts)
+    if model.single is not None:
+        return experts
     blend = [describe_selection(dict(zip(experts, BLEND, strict=False)))] if len(experts) > 1 else []
-    return (*experts, *blend, *([] if variant in ALWAYS_ON else ["none"]), *([ROUTED] if routed else []))
+    off = [NONE] if model.variant.switches_off else []
+    return (*experts, *blend, *off, *([] if model.routing is None else [ROUTED]))
 
 
-def choose_prompts(encode: Callable[[str], list[int]] | None, vocab: int, length: int) -> np.ndarray:
+def choose_prompts(encode: Encode | None, vocab: int, length: int) -> np.ndarray:
     """Token ids (PROMPTS, length) int64: the built-in texts, or seeded ids where nothing can read them.
 
     Args:
@@ -57,9 +60,7 @@ def mix_experts(experts: Mapping[str, Tensor], label: str) -> Tensor:
     return mixed.float()
 
 
-def ask_decoder(
-    model: CompiledModel, encode: Callable[[str], list[int]] | None, progress: Progress = lambda *_: None
-) -> Golden:
+def ask_decoder(model: CompiledModel, encode: Encode | None, progress: Progress = lambda *_: None) -> Golden:
     """Golden logits and greedy tokens of a language model.
 
     Args:
@@ -68,8 +69,7 @@ def ask_decoder(
     virtual = 0 if model.virtual is None else len(model.virtual.base)
     room = model.decoder.context - virtual - STEPS
     prompts = choose_prompts(encode, model.decoder.vocab, max(1, min(LENGTH, room)))
-    labels = list_selections(tuple(model.experts), model.variant, model.routing is not None, model.single is not None)
-    module = DecoderModule(model)
+    labels, module = list_selections(model), DecoderModule(model)
 
     def answer(label: str) -> dict[str, np.ndarray]:
         if label == ROUTED:  # its scale runs over the whole call: one prompt at a time
@@ -92,23 +92,17 @@ def run_steps(module: DecoderModule, prompts: np.ndarray, expert: Tensor | None)
     return torch.stack(rows, 1).numpy()
 
 
-def ask_encoder(
-    model: CompiledEncoder,
-    encode: Callable[[str], list[int]] | None,
-    context: int,
-    progress: Progress = lambda *_: None,
-) -> Golden:
+def ask_encoder(model: CompiledEncoder, encode: Encode | None, progress: Progress = lambda *_: None) -> Golden:
     """Golden outputs of an encoder or a vision model.
 
     Args:
-        encode: text to token ids, None without a tokenizer. context: tokens it takes at most.
+        encode: text to token ids, None without a tokenizer.
     """
     entry = model.module.inputs[0]
     calls = {entry.name: draw_pixels(entry)}
     if entry.name == "input_ids":
-        calls = {entry.name: choose_prompts(encode, entry.limit, min(LENGTH, context))[:, None]}
-    variant, experts = model.checkpoint.adapter.variant, tuple(model.experts)
-    labels = list_selections(experts, variant, model.routing is not None, model.single is not None)
+        calls = {entry.name: choose_prompts(encode, entry.limit, min(LENGTH, model.context))[:, None]}
+    labels = list_selections(model)
 
     def answer(label: str) -> dict[str, np.ndarray]:
         vector = None if label == ROUTED else mix_experts(model.experts, label)
@@ -127,7 +121,7 @@ def _list_calls(model: CompiledEncoder, calls: np.ndarray) -> Iterator[dict[str,
         if array.dtype.kind == "f":
             yield {model.module.inputs[0].name: torch.from_numpy(array)}
         else:
-            yield feed_tokens(model.module.inputs, array[0].tolist())
+            yield feed_text(model.module.inputs, torch.from_numpy(array))
 
 
 def draw_pixels(entry: Input) -> np.ndarray:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lime_edge.compiler.maths.layers import LimeLayer, Mode, check_mode, routing_for
-from lime_edge.errors import Faults, LimeEdgeError
-
-DEFAULT_ALPHA = 16.0  # Source: Kowsher/LiME at 82f981f.
+from lime_edge.compiler.formats.hyper import read_alpha
+from lime_edge.compiler.maths.layers import LimeLayer, Mode, check_mode
+from lime_edge.compiler.maths.variants import SLICEFINE, find_variant
+from lime_edge.errors import Faults
 
 
 class UnfoldedModel:
@@ -42,7 +42,7 @@ class UnfoldedModel:
             LimeEdgeError: a site that is no linear layer or embedding of the model, or lacks tensors.
         """
         self.model = model.eval()
-        self.variant = str(hyper.get("variant"))
+        self.variant = find_variant(hyper.get("variant"))
         self.mask_padding = mask_padding
         self.layers: dict[str, LimeLayer] = {}
         self.originals: dict[str, nn.Module] = {}
@@ -118,13 +118,13 @@ def make_layer(module: nn.Module, adapter: Mapping[str, Tensor], hyper: Mapping[
     Raises:
         LimeEdgeError: unknown variant, or hyper-parameters out of range.
     """
-    variant, embedding = str(hyper.get("variant")), isinstance(module, nn.Embedding)
+    variant, embedding = find_variant(hyper.get("variant")), isinstance(module, nn.Embedding)
     weight = module.get_parameter("weight")
     tensors = {name: tensor.to(weight) for name, tensor in adapter.items()}
     bias = getattr(module, "bias", None)
     if bias is not None:
         tensors.setdefault("bias", bias)
-    if variant == "slicefine":
+    if variant is SLICEFINE:
         tensors.setdefault("part_F", weight.narrow(*_rest_of(weight, tensors["part_T"], embedding)))
     else:
         tensors["weight"] = weight
@@ -134,51 +134,10 @@ def make_layer(module: nn.Module, adapter: Mapping[str, Tensor], hyper: Mapping[
         variant,
         tensors,
         read_alpha(hyper) / rank,
-        routing_for(variant, hyper),
+        variant.read_routing(hyper),
         embedding,
         pad if isinstance(pad, int) else None,
     )
-
-
-def read_alpha(hyper: Mapping[str, object]) -> float:
-    """The adapter's alpha, or the reference's default."""
-    alpha = hyper.get("alpha", DEFAULT_ALPHA)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise LimeEdgeError(f"alpha: expected a number, found {alpha!r}")
-    return float(alpha)
-
-
-def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Split a reference checkpoint's full state dict into backbone and sites.
-
-    Args:
-        state: names as the reference saves them; a site is a module that has `LiMEs`.
-    Returns:
-        The backbone's state dict in transformers' own names (SliceFine's parts joined), and module
-        name -> adapter tensors.
-    Source: conformance README, "models".
-    """
-    names = {key.removesuffix(".LiMEs") for key in state if key.endswith(".LiMEs")}
-    backbone: dict[str, Tensor] = {}
-    sites: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key, tensor in state.items():
-        site = next((name for name in names if key.startswith(name + ".")), None)
-        if site is None:
-            backbone[key] = tensor
-            continue
-        local = key.removeprefix(site + ".")
-        if local.startswith(("linear.", "embedding.")):
-            backbone[f"{site}.{local.split('.', 1)[1]}"] = tensor
-        else:
-            sites[site][local] = tensor
-    for name, tensors in sites.items():
-        if "part_T" in tensors:
-            rows = tensors["part_T"].shape[0] + tensors["part_F"].shape[0]
-            side = 0 if rows == tensors["LiMEs"].shape[1] else 1
-            backbone[f"{name}.weight"] = torch.cat([tensors["part_T"], tensors["part_F"]], dim=side)
-            if "bias" in tensors:
-                backbone[f"{name}.bias"] = tensors["bias"]
-    return backbone, {name: sites[name] for name in sorted(sites)}
 
 
 def _rest_of(weight: Tensor, top: Tensor, embedding: bool) -> tuple[int, int, int]:

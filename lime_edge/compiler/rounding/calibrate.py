@@ -1,26 +1,17 @@
-"""Calibration: text that shows a folded model's layers their inputs, and what is kept of it."""
+"""Calibration: text that shows a folded model's layers their inputs; `grams` keeps what is seen."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lime_edge.compiler.model.compiled import CompiledModel
-from lime_edge.compiler.model.decoder import Cache, DecoderModule
 from lime_edge.errors import Faults
 
-# (layer, "qkv" | "o" | "gate_up" | "down") -> (D, D) float32, sum of x x^T over tokens
-Grams = dict[tuple[int, str], torch.Tensor]
-Progress = Callable[[str, int, int], None]
 Encode = Callable[[str], list[int]]
 Render = Callable[[str, str], str]
-KINDS = ("qkv", "o", "gate_up", "down")
-BATCH = 16  # sequences in one forward pass
 LONGEST = 512  # tokens of a sequence that are read
 
 INSTRUCTIONS = (
@@ -184,85 +175,17 @@ def render_exchange(apply_template: Callable[[list[dict[str, str]]], str] | None
 
 
 def vocabulary_words(vocabulary: Mapping[str, int]) -> list[str]:
-    """Whole words of a tokenizer in id order: pieces that begin a word, 4 or more letters a-z."""
-    found = []
-    for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1]):
-        word = piece[1:]
-        plain = word.isascii() and word.isalpha() and word.islower()
-        if piece[:1] in ("\u0120", "\u2581", " ") and len(word) > 3 and plain:
-            found.append(word)
-    return found
+    """Whole words of a tokenizer in id order: pieces that begin a word, 4 or more letters a-z.
 
-
-@torch.no_grad()
-def collect_grams(
-    model: CompiledModel,
-    calibration: Calibration,
-    kinds: Container[tuple[int, str]] | None = None,
-    progress: Progress = lambda *_: None,
-) -> Grams:
-    """Run the float model over the samples, experts active; sum x x^T of the groups' inputs.
-
-    Args:
-        model: folded, weights float32. kinds: (layer, kind) of the groups wanted; None: all of them
-            (as much work as the forward pass itself). progress: called with ("calibrate", done, total).
+    WordPiece marks a word's later pieces instead: where no piece is marked as a beginning, the unmarked ones are words.
     """
-    module, grams = DecoderModule(model), Grams()
-    keep: list[torch.Tensor] = [torch.empty(0)]  # the batch's real positions, (B, S) bool
-    for layer, block in enumerate(module.blocks):
-        for kind in KINDS:
-            if kinds is None or (layer, kind) in kinds:
-                getattr(block, kind).register_forward_pre_hook(_adder(grams, (layer, kind), keep))
-    batches = list(_batches(model, calibration))
-    for index, (expert, samples) in enumerate(batches):
-        progress("calibrate", index, len(batches))
-        ids, keep[0] = _pad([sample.tokens[: model.decoder.context] for sample in samples])
-        run_blocks(module, ids, expert)
-    progress("calibrate", len(batches), len(batches))
-    return grams
-
-
-def run_blocks(module: DecoderModule, ids: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """The decoder without its head: ids (B, S) int64, padded on the right -> (B, S, hidden).
-
-    Causal attention keeps padding from the positions before it, so no mask is needed.
-    """
-    cos, sin = (table.to(module.embedding.table) for table in module.config.rope_tables(ids.shape[1]))
-    cache, x = Cache(), module.embedding(ids, expert)
-    for block in module.blocks:
-        x = block(x, cos, sin, cache, expert)
-    return x
-
-
-def _pad(rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, S) int64 padded on the right with 0, and (B, S) bool: which are real."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
-    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
-
-
-def _adder(grams: Grams, key: tuple[int, str], keep: list[torch.Tensor]) -> Callable[..., None]:
-    def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0][keep[0]]
-        gram = x.t() @ x
-        grams[key] = grams[key] + gram if key in grams else gram
-
-    return add
-
-
-def _batches(model: CompiledModel, calibration: Calibration) -> Iterator[tuple[torch.Tensor, list[Sample]]]:
-    """(residual (sum_H,), samples of similar length) per expert; nameless samples go round the experts."""
-    names = list(model.experts)
-    by_expert: dict[str, list[Sample]] = {name: [] for name in names}
-    turn = 0
-    for sample in calibration.samples:
-        by_expert[sample.expert or names[turn % len(names)]].append(sample)
-        turn += sample.expert is None
-    for name, samples in by_expert.items():
-        residual = model.experts[name].float() - model.reference
-        samples.sort(key=lambda sample: len(sample.tokens))
-        for start in range(0, len(samples), BATCH):
-            yield residual, samples[start : start + BATCH]
+    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    begun = [piece[1:] for piece in pieces if piece[:1] in ("\u0120", "\u2581", " ")]
+    for words in (begun, pieces):
+        found = [word for word in words if len(word) > 3 and word.isascii() and word.isalpha() and word.islower()]
+        if found:
+            return found
+    return []
 
 
 def _sample(encode: Encode, text: str, expert: str | None = None) -> Sample:

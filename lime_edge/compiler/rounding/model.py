@@ -2,98 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from lime_edge.compiler.formats.backbone import Source
 from lime_edge.compiler.maths.quantize import QuantizedTensor, group_for, quantize, search_scales
-from lime_edge.compiler.model.compiled import CompiledModel
-from lime_edge.compiler.rounding.calibrate import Calibration, Grams, collect_grams
-from lime_edge.errors import LimeEdgeError
+from lime_edge.compiler.model.compiled import Compiled, Stored
+from lime_edge.compiler.options import QUANTS, CompileOptions, Progress
+from lime_edge.compiler.rounding.grams import Grams
 
-ROUNDINGS = ("nearest", "search", "gptq")
-KINDS = ("head", "qkv", "o", "gate_up", "down")  # head: the embedding and the head
-INT8_KINDS = ("head", "qkv", "down")  # what an int4 model keeps at int8, see `bits_by_name`
 DAMPING = 0.1  # few calibration tokens must not be trusted too much
-Progress = Callable[[str, int, int], None]
 
 
-def quantize_model(
-    model: CompiledModel,
-    bits: int,
-    group: int,
-    rounding: str = "gptq",
-    calibration: Calibration | None = None,
-    progress: Progress = lambda *_: None,
-    int8_kinds: tuple[str, ...] = INT8_KINDS,
-) -> dict[str, QuantizedTensor | torch.Tensor]:
+@dataclass(frozen=True)
+class Unit:
+    """Matrices that share an input and are rounded together, to equal bits.
+
+    names: of the tensors. source: the input that multiplies them; None for tables, and for the head, which no
+    calibration is run through.
+    """
+
+    names: tuple[str, ...]
+    bits: int
+    source: Source | None
+
+
+def list_units(model: Compiled, options: CompileOptions) -> list[Unit]:
+    """Every matrix of a model, in units; none for float32.
+
+    An int4 model keeps the places of `keep_int8`, and widths that the group does not divide, at int8 per channel. What
+    that buys, the head being among them, on SmolLM2-135M with a LiME adapter, gptq (400 prompts; same greedy answer as
+    float32, packed size): qkv and the outer eighths of `down` 94.8%, 98 MB; qkv and all of `down` 96.8%, 107 MB.
+    `down` reads the widest input, for which calibration is shortest, and holds the loudest columns.
+    """
+    bits = QUANTS[options.quant]
+    if not bits:
+        return []
+
+    def choose_bits(name: str, place: str) -> int:
+        wanted = 8 if place in options.keep_int8 else bits
+        return group_for(model.weight(name).shape[1], wanted, options.group)[0]
+
+    shared: dict[Source, list[str]] = {}
+    for name, layer in model.layers.items():
+        if not layer.embedding:
+            shared.setdefault(layer.source, []).append(f"{name}.weight")
+    units = [Unit(tuple(names), choose_bits(names[0], key[1]), key) for key, names in shared.items()]
+    grouped = {name for unit in units for name in unit.names}
+    return units + [Unit((n,), choose_bits(n, "head"), None) for n in model.weights if n not in grouped]
+
+
+def list_narrow(units: list[Unit]) -> set[Source]:
+    """The inputs of what is rounded to four bits: those that gptq must see."""
+    return {unit.source for unit in units if unit.source is not None and unit.bits == 4}
+
+
+def round_model(
+    model: Compiled, options: CompileOptions, grams: Grams, progress: Progress = lambda *_: None
+) -> dict[str, Stored]:
     """Quantize every matrix of a folded float model.
-
-    An int4 model keeps some matrices at int8 per channel, see `bits_by_name`.
 
     Args:
         model: folded, weights float32 (nothing quantized yet).
-        bits: 4 or 8. group: elements per int4 scale.
-        rounding: "nearest": w / s rounded, s = max|w| / high; "search": s of least squared error;
-            "gptq": int4 codes of least error on the layer's calibration outputs.
-        calibration: token sequences that show the layers their inputs; only "gptq" reads it.
-        progress: called with (step, done, total).
-        int8_kinds: of KINDS, those that stay int8 in an int4 model.
+        options: of which `rounding` says how: "nearest": w / s rounded, s = max|w| / high; "search": s of least squared
+            error; "gptq": int4 codes of least error on the inputs seen, where `grams` has them.
+        grams: of the inputs of `list_narrow`; empty but for gptq. progress: called with ("quantize", done, total).
     Returns:
         tensor name -> quantized matrix, in the order of `model.weights`.
-    Raises:
-        LimeEdgeError: unknown rounding; "gptq" at 4 bits without calibration.
     """
-    if rounding not in ROUNDINGS:
-        raise LimeEdgeError(
-            f"--rounding: expected {', '.join(ROUNDINGS)}, found {rounding!r}",
-            "gptq (calibrated) is the most exact for int4",
-        )
-    units, widths, grams = _units(model), bits_by_name(model, bits, int8_kinds), Grams()
-    given = {
-        key: group_for(model.weight(names[0]).shape[1], widths[names[0]], group)[0] for key, names in units.items()
-    }
-    if rounding == "gptq" and 4 in given.values():
-        if calibration is None:
-            raise LimeEdgeError("--rounding gptq at 4 bits needs calibration text", "use --rounding search")
-        grams = collect_grams(model, calibration, {key for key in units if given[key] == 4}, progress)
-    done: dict[str, QuantizedTensor] = {}
-    for index, (key, names) in enumerate(units.items()):
+    units, done = list_units(model, options), dict[str, Stored]()
+    for index, unit in enumerate(units):
         progress("quantize", index, len(units))
-        parts = [model.weight(name) for name in names]
-        if key in grams:
-            whole = round_by_gram(torch.cat(parts), grams[key], group)
+        parts = [model.weight(name) for name in unit.names]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        gram = None if unit.source is None else grams.get(unit.source)
+        if unit.bits == 4 and gram is not None:
+            stored = round_by_gram(whole, gram, options.group)
         else:
-            whole = quantize(torch.cat(parts), given[key], group, search=rounding != "nearest")
-        done |= dict(zip(names, split_rows(whole, [len(part) for part in parts]), strict=True))
+            stored = quantize(whole, unit.bits, options.group, search=options.rounding != "nearest")
+        done |= dict(zip(unit.names, split_rows(stored, [len(part) for part in parts]), strict=True))
     progress("quantize", len(units), len(units))
-    return {name: done[name] for name in model.weights}
-
-
-def bits_by_name(model: CompiledModel, bits: int, int8_kinds: tuple[str, ...] = INT8_KINDS) -> dict[str, int]:
-    """Tensor name -> bits, before the fallback of odd widths.
-
-    At 4 bits the groups of `int8_kinds` keep 8. What that buys, the head being among them, on
-    SmolLM2-135M with a LiME adapter, gptq (400 prompts; same greedy answer as float32, packed size):
-    qkv and the outer eighths of `down` 94.8%, 98 MB; qkv and all of `down` 96.8%, 107 MB.
-    `down` reads the widest input, for which calibration is shortest, and holds the loudest columns.
-    """
-    chosen = {name: 8 if "head" in int8_kinds else bits for name in model.weights}
-    for layer in range(len(model.decoder.layers)):
-        for kind, group in model.groups(layer).items():
-            chosen |= {f"{name}.weight": 8 if kind in int8_kinds else bits for name in group.names}
-    return chosen
-
-
-def _units(model: CompiledModel) -> dict[tuple[int, str], list[str]]:
-    """Matrices that are rounded together, since they share one input: (layer, kind) -> tensor names."""
-    units = {
-        (layer, kind): [f"{name}.weight" for name in group.names]
-        for layer in range(len(model.decoder.layers))
-        for kind, group in model.groups(layer).items()
-    }
-    grouped = {name for names in units.values() for name in names}
-    return units | {(-1, name): [name] for name in model.weights if name not in grouped}
+    return {name: done[name] for name in model.weights} if units else dict(model.weights)
 
 
 def split_rows(whole: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lime_edge.compiler.formats.backbone import Source
 from lime_edge.compiler.maths.quantize import QuantizedTensor, quantize
-from lime_edge.compiler.model.compiled import EMBEDDING, CompiledModel
-from lime_edge.compiler.rounding.calibrate import Calibration, Grams
+from lime_edge.compiler.model.compiled import Compiled, cut
+from lime_edge.compiler.rounding.calibrate import Calibration
+from lime_edge.compiler.rounding.grams import Grams
 
 SEQUENCES = 16  # of the calibration: enough for a norm, and done in seconds
 
@@ -79,7 +81,7 @@ def measure_site(
 
 @torch.no_grad()
 def measure_survival(
-    original: Mapping[str, Tensor], folded: CompiledModel, stored: CompiledModel, grams: Grams, gptq: bool
+    original: Mapping[str, Tensor], folded: Compiled, stored: Compiled, grams: Grams, gptq: bool
 ) -> list[SiteSurvival]:
     """Every folded site of a quantized model.
 
@@ -87,49 +89,37 @@ def measure_survival(
     where it rounded, W itself takes their place (on SmolLM2-135M that moved the error by less than 0.05).
 
     Args:
-        original: the backbone's tensors. folded: float32. stored: quantized, the same fold.
-        grams: (layer, kind) -> (D, D); where one is missing all inputs count alike.
+        original: the backbone's matrices. folded: float32. stored: quantized, the same fold.
+        grams: by input, (D, D); where one is missing all inputs count alike.
         gptq: whether 4-bit matrices were rounded by gptq.
     """
-    kinds = {
-        name: (layer, kind)
-        for layer in range(len(stored.decoder.layers))
-        for kind, group in stored.groups(layer).items()
-        for name in group.names
-    }
     found = []
     for site in stored.sites:
         key = f"{site.name}.weight"
         weight, branch = stored.weights.get(key), folded.branches.get(site.name)
         if not isinstance(weight, QuantizedTensor) or branch is None or branch.a is None or branch.b is None:
             continue
-        table = site.name == EMBEDDING  # its rows are looked up, so an output is a column: all ids count alike
+        layer = stored.layers[site.name]
+        table = layer.embedding  # its rows are looked up, so an output is a column: all ids count alike
         turn = Tensor.t if table else lambda matrix: matrix
-        product = branch.b @ (branch.a.t() if table else branch.a)
         ready = weight.bits == 4 and gptq and not table
         start = original[key] if ready else quantize(original[key], weight.bits, weight.group).dequantize()
-        part = slice(site.offset, site.offset + site.width)
-        residuals = {name: p[part].float() - stored.reference[part] for name, p in stored.experts.items()}
         error, kept = measure_site(
             turn(weight.dequantize() - start),
             turn(original[key]),
             turn(folded.weight(key)),
-            product,
-            residuals,
-            grams.get(kinds.get(site.name, (-1, ""))),
+            branch.b @ turn(branch.a),
+            {name: cut(site, p).float() - cut(site, stored.reference) for name, p in stored.experts.items()},
+            None if table else grams.get(layer.source),
         )
         found.append(SiteSurvival(site.name, weight.bits, error, kept))
     return found
 
 
-def list_groups(model: CompiledModel) -> set[tuple[int, str]]:
-    """(layer, kind) of the groups that hold a site: the inputs worth looking at."""
-    return {
-        (layer, kind)
-        for layer in range(len(model.decoder.layers))
-        for kind, group in model.groups(layer).items()
-        if any(model.sites.find(name) for name in group.names)
-    }
+def list_sources(model: Compiled) -> set[Source]:
+    """The inputs that sites are multiplied with: those worth looking at."""
+    adapted = [layer for name, layer in model.layers.items() if model.sites.find(name)]
+    return {layer.source for layer in adapted if not layer.embedding}
 
 
 def choose_sequences(calibration: Calibration | None) -> Calibration | None:

@@ -1,0 +1,190 @@
+"""Decoder language models: a Hugging Face model directory or a GGUF file, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
+from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, read_decoder
+from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.errors import Faults, LimeEdgeError
+
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class DecoderBackbone(Backbone):
+    """A language model: what to build, float32 tensors by Hugging Face name, end-of-text token ids."""
+
+    decoder: Decoder
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    eos: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The token table and every linear layer but the head."""
+        return list_layers(self.decoder)
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of an embedding."""
+        return self.decoder.hidden
+
+    def read_state(self) -> Mapping[str, torch.Tensor]:
+        """All tensors; a tied head is not among them."""
+        return self.tensors
+
+    def split_state(self, sites: Container[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Matrices, and norms and biases. A head that is tied to an adapted table keeps the old table."""
+        weights = {name: tensor for name, tensor in self.tensors.items() if tensor.ndim == 2}
+        if self.decoder.tied and EMBEDDING in sites:
+            weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"]
+        return weights, {name: tensor for name, tensor in self.tensors.items() if tensor.ndim != 2}
+
+
+def read_decoder_backbone(path: Path) -> DecoderBackbone:
+    """Read a language model.
+
+    Args:
+        path: a directory with config.json and *.safetensors, a .gguf file, or a directory that holds
+            exactly one .gguf file.
+    Raises:
+        LimeEdgeError: not a model, not a supported one, or tensors missing, extra, mis-shaped or
+            not finite: all faults at once.
+    """
+    gguf = find_gguf(path)
+    if gguf is not None:
+        config, tensors = _read_gguf(gguf)
+    else:
+        config, tensors = _read_directory(path)
+    decoder = read_decoder(config, str(path))
+    tensors = _check_tensors(decoder, tensors, str(path))
+    name = gguf.stem if gguf else path.resolve().name
+    return DecoderBackbone(str(path), name, decoder, tensors, _read_eos(path, config))
+
+
+def _read_eos(path: Path, config: Any) -> tuple[int, ...]:
+    """End-of-text ids: of generation_config.json where there is one, else of the model's config."""
+    file = path / "generation_config.json"
+    ids = None
+    if file.is_file():
+        try:
+            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise LimeEdgeError(
+                f"{file}: not a readable generation config: {error}", "mend it, or remove it: config.json has eos too"
+            ) from None
+    ids = config.eos_token_id if ids is None else ids
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` means, or None when it is a Hugging Face directory."""
+    if not path.exists():
+        raise LimeEdgeError(f"{path}: no such file or directory", "pass a model directory or a .gguf file")
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise LimeEdgeError(
+            f"{path}: expected a model directory or a .gguf file, found a {path.suffix} file",
+            "name the directory that the file lies in",
+        )
+    if (path / "config.json").is_file():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise LimeEdgeError(f"{path}: holds {len(found)} GGUF files ({names})", "name one of them")
+    raise LimeEdgeError(f"{path}: neither config.json nor a .gguf file is in it", "is this a model directory?")
+
+
+def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise LimeEdgeError(
+            f"{path / 'config.json'}: not a readable model config: {error}", "is this what save_pretrained writes?"
+        ) from None
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    tensors[name] = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise LimeEdgeError(
+                f"{file}: not a readable safetensors file: {error}", "copy it again: it may be truncated"
+            ) from None
+    return config, tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise LimeEdgeError(f"{index}: not a readable weight index: {error!r}", "copy the model again") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise LimeEdgeError(f"{path}: shards are missing: {', '.join(missing)}", "copy every shard")
+        return [path / name for name in names]
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    hint = "save it with save_pretrained(..., safe_serialization=True)"
+    raise LimeEdgeError(f"{path}: model.safetensors is missing", hint)
+
+
+def _read_gguf(file: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise LimeEdgeError(
+                f"{file}: not a GGUF file (no GGUF magic)", "copy it again, or pass a Hugging Face directory"
+            )
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
+        raise LimeEdgeError(
+            f"{file}: not a readable GGUF model: {error}", "pass the Hugging Face directory instead"
+        ) from None
+    return model.config, model.state_dict()
+
+
+def _check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    refuse_checkpoint(found, where, "a backbone")
+    wanted = decoder.tensors()
+    checked: dict[str, torch.Tensor] = {}
+    with Faults(where, "config.json and the weights must come from the same model") as faults:
+        for name, shape in wanted.items():
+            tensor = found.get(name)
+            if tensor is None:
+                faults.add(f"tensor {name} is missing", expected=shape)
+            elif tuple(tensor.shape) != shape:
+                faults.add(f"tensor {name}", shape, tuple(tensor.shape))
+            elif not tensor.is_floating_point():
+                faults.add(f"tensor {name}", "floating point", tensor.dtype)
+            elif not torch.isfinite(tensor).all():
+                faults.add(f"tensor {name} holds NaN or infinite values")
+            else:
+                checked[name] = tensor.detach().float().contiguous()
+        for name in found.keys() - wanted.keys():
+            tied_head = decoder.tied and name == "lm_head.weight"
+            if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+                faults.add(f"tensor {name} is not part of a {decoder.family} model")
+    return checked

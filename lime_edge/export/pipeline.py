@@ -1,0 +1,149 @@
+"""The export: checkpoint -> compiled model -> artifacts -> bundle. Needs the packages of a workstation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from lime_edge.bundle.bundle import Manifest
+from lime_edge.bundle.golden import write_golden
+from lime_edge.bundle.staging import stage_directory
+from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_folded
+from lime_edge.compiler.formats.adapter_checks import CONFIG
+from lime_edge.compiler.formats.backbone import Backbone
+from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
+from lime_edge.compiler.model.compiled import Compiled
+from lime_edge.compiler.options import CompileOptions, Progress, check_fold
+from lime_edge.export.beside import PREPROCESSOR, TOKENIZER, copy_preprocessor, copy_tokenizer, read_tokenizer
+from lime_edge.export.calibration import check_survival, find_calibration
+from lime_edge.export.manifest import complete_bundle, describe
+from lime_edge.targets.devices import Device
+from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.registry import load_exporters
+
+B = TypeVar("B", bound=Backbone)
+C = TypeVar("C", bound=Compiled)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write besides how to compile.
+
+    targets: keys of lime_edge.targets.registry. tokenizer: put it into the bundle. force: replace a bundle.
+    calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: for the exporters.
+    """
+
+    targets: tuple[str, ...] = ("onnx",)
+    tokenizer: bool = True
+    force: bool = False
+    calibration: Path | None = None
+    target_options: TargetOptions = field(default_factory=TargetOptions)
+
+
+def export_bundle(
+    model: Path,
+    adapter: Path,
+    output: Path,
+    compiling: CompileOptions,
+    device: Device,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
+    """Compile a checkpoint and write its bundle, or write nothing.
+
+    Args:
+        model: Hugging Face directory or GGUF file. adapter: LiME adapter directory.
+        output: the bundle to appear. progress: called with (step, done, total).
+    Raises:
+        LimeEdgeError: faults of the checkpoint, the options or the storage.
+    """
+    exporters = find_exporters(find_kind(model), compiling, options)
+    check_fold_early(adapter, compiling.fold)
+    with stage_directory(output, replace=options.force) as stage:
+        progress("read", 0, 1)
+        checkpoint = read_checkpoint(model, adapter)
+        if not checkpoint.backbone.reads_text:
+            copy_preprocessor(model, stage / PREPROCESSOR)
+        elif options.tokenizer:
+            copy_tokenizer(model, stage / TOKENIZER)
+        progress("read", 1, 1)
+        return fill_bundle(checkpoint, stage, compiling, device, options, progress, exporters)
+
+
+def find_exporters(
+    kind: ModelKind[Any, Any], compiling: CompileOptions, options: ExportOptions
+) -> dict[str, ModuleType]:
+    """The exporters of the wanted targets, which have agreed to their options."""
+    return load_exporters(options.targets, options.target_options, compiling.quant, compiling.group, kind.name)
+
+
+def check_fold_early(adapter: Path, fold: str) -> None:
+    """Refuse an unknown expert to fold before anything large is read.
+
+    Raises:
+        LimeEdgeError: neither a policy nor one of the experts that the adapter's config names.
+    """
+    try:
+        names = tuple(map(str, json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["expert_names"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # reading the adapter will say what is wrong with it
+    check_fold(fold, names)
+
+
+def fill_bundle(
+    checkpoint: Checkpoint[B],
+    stage: Path,
+    compiling: CompileOptions,
+    device: Device,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+    exporters: Mapping[str, ModuleType] | None = None,
+) -> Manifest:
+    """Compile a checkpoint that is already read and complete its staged bundle.
+
+    Args:
+        stage: the temporary directory; its tokenizer/ is there, unless there is to be none.
+        exporters: by target, where they are loaded already.
+    """
+    kind = kind_of(checkpoint.backbone)
+    compiled, rounding = compile_and_measure(kind, checkpoint, compiling, options, stage / TOKENIZER, progress)
+    targets = {}
+    for target, exporter in (exporters or find_exporters(kind, compiling, options)).items():
+        (stage / target).mkdir()
+        facts = exporter.export(compiled, stage / target, options.target_options, progress)
+        targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
+    write_golden(stage, kind.ask(compiled, read_tokenizer(stage / TOKENIZER), progress))
+    progress("hash", 0, 1)
+    manifest = describe(kind, checkpoint, compiled, targets, device.name, rounding)
+    manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
+    progress("hash", 1, 1)
+    return manifest
+
+
+def compile_and_measure(
+    kind: ModelKind[B, C],
+    checkpoint: Checkpoint[B],
+    compiling: CompileOptions,
+    options: ExportOptions,
+    tokenizer: Path,
+    progress: Progress,
+) -> tuple[C, dict[str, Any]]:
+    """The compiled model, and what the manifest says of its rounding. The float weights are gone afterwards.
+
+    Args:
+        tokenizer: its directory, which may not exist.
+    """
+    calibration = find_calibration(checkpoint, compiling, options.calibration, tokenizer)
+    folded = fold_checkpoint(kind, checkpoint, compiling, progress)
+    compiled = round_folded(kind, folded, compiling, calibration, progress)
+    rounding = choose_rounding(compiling, calibration)
+    return compiled, {
+        "rounding": rounding,
+        "calibration": calibration.source if calibration and rounding == "gptq" else None,
+        "survival": check_survival(kind, checkpoint, folded, compiled, compiling, calibration),
+    }
