@@ -89,7 +89,7 @@ def test_decoders_carry_the_fingerprint_of_their_backbone(imported: tuple[str, P
     config = json.loads((output / "adapter/adapter_config.json").read_text())
     if name in DECODERS:
         checkpoint = read_checkpoint(output / "backbone", output / "adapter")
-        assert config["base_fingerprint"] == checkpoint.fingerprint
+        assert config["base_fingerprint"] == checkpoint.backbone.fingerprint
         assert len(checkpoint.sites) == len(checkpoint.adapter.sites)
     else:
         assert "base_fingerprint" not in config
@@ -336,7 +336,7 @@ def test_expert_vectors_for_a_peft_lora(kind: str, tmp_path: Path) -> None:
     else:
         files = [tmp_path / f"{name}.safetensors" for name in names]
         for file, name, vector in zip(files, names, flat, strict=True):
-            file.write_bytes(Expert(name, vector.numpy(), checkpoint.fingerprint, table.hash).to_bytes())
+            file.write_bytes(Expert(name, vector.numpy(), checkpoint.backbone.fingerprint, table.hash).to_bytes())
     options = ImportOptions(model=base, experts=tuple(files), names=tuple(names) if kind == "per-site" else ())
     import_checkpoint(directory, tmp_path / "out", options)
     adapter = read_checkpoint(base, tmp_path / "out/adapter").adapter
@@ -358,7 +358,7 @@ def test_an_expert_of_another_backbone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LimeEdgeError) as error:
         import_checkpoint(directory, tmp_path / "out", ImportOptions(model=base, experts=(file,)))
     assert "backbone fingerprint" in error.value.problem and "site table" in error.value.problem
-    with pytest.raises(LimeEdgeError, match="--model"):
+    with pytest.raises(LimeEdgeError, match="`model`"):
         import_checkpoint(directory, tmp_path / "out", ImportOptions(experts=(file,)))
 
 
