@@ -1,0 +1,7 @@
+package androidx.compose.ui.text.font
+
+open class FontFamily {
+    companion object {
+        val Monospace: FontFamily = FontFamily()
+    }
+}
