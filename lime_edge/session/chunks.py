@@ -9,7 +9,7 @@ def plan_chunks(held: int, count: int, size: int = CHUNK) -> list[int]:
     """Where to cut `count` tokens that follow `held`: at multiples of `size` in the cache, whatever is held already.
 
     So a prompt is cut alike whether or not its beginning was kept. No piece is a single token where there are two:
-    engines run one row in other products than many, and in a quantized bundle the two round differently.
+    engines compute a call of one token on another path, and in a quantized bundle the two round differently.
 
     Returns:
         The end of each piece, the last one `count`.
