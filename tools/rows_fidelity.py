@@ -2,8 +2,8 @@
 
     python tools/rows_fidelity.py build/demo.lime [--rows 8] [--tokens 2000]
 
-Every row has an expert of its own and reads the answer that a session alone gives, one token after another; the best next
-token after each is compared, and where they differ, by how much the first was ahead of the second.
+Every row has an expert of its own and reads the answer that a session alone gives, one token after another; the best
+next token after each is compared, and where they differ, by how much the first was ahead of the second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def answer(session: Session, prompt: list[int], expert: str) -> tuple[list[int],
 
 def compare(session: Session, rows: int, count: int) -> dict[str, float | int]:
     """Rounds of `rows` prompts until `count` tokens were compared."""
-    draw, vocab = np.random.default_rng(0), session.bundle.manifest.backbone.vocab
+    draw, vocab = np.random.default_rng(0), session.logits([0], keep=1).shape[-1]
     same, total, equal_bits, margins, off = 0, 0, 0, [], 0.0
     while total < count:
         experts = draw.choice(session.experts, rows).tolist()
