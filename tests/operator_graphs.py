@@ -174,6 +174,7 @@ def load(file: Path, operators: bool, threads: int = 1, optimized: Path | None =
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
     settings.intra_op_num_threads = threads
+    settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False  # a tensor's end is the end of its memory
     if optimized is not None:
         settings.optimized_model_filepath = str(optimized)
     if operators:

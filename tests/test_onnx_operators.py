@@ -228,6 +228,24 @@ def test_residual_has_the_same_bits_as_numpys(count: int) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", [*SHAPES, *GAPS])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(name: str, threads: int, file: Path) -> None:
+    """Whatever is computed beside it, and with whichever expert: batches of 2 to 13 rows, and a prompt of 13 tokens."""
+    shape = (SHAPES | GAPS)[name]
+    gain = None if name in GAPS else np.linspace(0.5, 1.5, shape.width, dtype=np.float32)
+    model = write_pinned(file, shape, gain=gain)
+    session = load(file, True, threads)
+    for rows in ((2, 1), (3, 1), (4, 1), (7, 1), (13, 1), (1, 13)):
+        feeds = draw_inputs(shape, rows, model.sites.total, 3, rows[0])
+        together = run(session, feeds)[0].reshape(-1, shape.width)
+        flat = {key: value.reshape(-1, 1, value.shape[-1]) for key, value in feeds.items() if key != "expert"}
+        for row in range(len(together)):
+            own = {key: value[row : row + 1] for key, value in flat.items()}
+            alone = run(session, own | {"expert": feeds["expert"][row % rows[0] : row % rows[0] + 1]})[0]
+            assert np.array_equal(alone[0, 0], together[row]), f"{name}, {rows}, row {row}"
+
+
 # memory: what may be overwritten, who else is there, numbers that are none
 
 
