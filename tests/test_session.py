@@ -76,6 +76,9 @@ def test_what_is_not_a_selection_or_a_token_is_refused(bundle: Path) -> None:
         lime_edge.open(bundle, threads=0)
     session.use("none")
     assert session.selection is None
+    for prompt in (None, b"hi", 3, {"a": 1}):
+        with pytest.raises(LimeEdgeError, match="prompt: expected text or token ids, found"):
+            list(session.generate_ids(prompt))  # type: ignore[arg-type]
 
 
 def test_experts_answer_differently(bundle: Path) -> None:

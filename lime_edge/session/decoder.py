@@ -337,8 +337,11 @@ class Session(ExpertSwitch):
         Raises:
             LimeEdgeError: none, or ids that the model has not.
         """
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._check_ids(ids).tolist()
+        if not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise LimeEdgeError(
+                f"prompt: expected text or token ids, found {type(prompt).__name__}", "see codec.encode"
+            )
+        return self._check_ids(self.codec.encode(prompt) if isinstance(prompt, str) else prompt).tolist()
 
     @property
     def engine(self) -> Engine:
