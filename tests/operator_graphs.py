@@ -211,7 +211,7 @@ def compute_pinned(model: CompiledModel, shape: Shape, feeds: Arrays) -> torch.T
 def compute_routed(model: CompiledModel, shape: Shape, config: RoutingConfig, feeds: Arrays) -> torch.Tensor:
     """The same with the bank's rows weighed by `route`, each member by itself."""
     x, y = (torch.from_numpy(feeds[name]).double() for name in ("x", "y"))
-    columns, kept = [], 1.0 if model.variant == "dora" else 0.0
+    columns, kept = [], 1.0 if model.variant.name == "dora" else 0.0
     for index, piece in enumerate(y.split(shape.widths, dim=-1)):
         site, branch = model.sites.find(f"part{index}"), model.branches.get(f"part{index}")
         if site is not None and branch is not None and branch.a is not None and branch.b is not None:

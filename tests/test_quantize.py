@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import make_adapter, make_model
 
 from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.kinds import read_checkpoint
@@ -33,7 +35,6 @@ from lime_edge.compiler.rounding.calibrate import (
 from lime_edge.compiler.rounding.grams import Grams, collect_grams
 from lime_edge.compiler.rounding.model import list_narrow, list_units, round_by_gram, round_model, split_rows
 from lime_edge.errors import LimeEdgeError
-from tests.models import make_adapter, make_model
 
 
 def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -308,7 +309,7 @@ def test_exchanges_follow_the_chat_template_without_its_system_prompt() -> None:
     assert render_exchange(None)("a", "b") == "a\nb"
 
 
-def test_user_calibration_is_read_or_refused_with_every_fault(tmp_path) -> None:
+def test_user_calibration_is_read_or_refused_with_every_fault(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"prompt": "ab", "answer": "c", "expert": "x"}\n\n{"prompt": "d", "answer": "e"}\n')
     found = read_calibration(path, lambda t: list(t.encode()), ["x", "y"])

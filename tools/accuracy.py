@@ -223,7 +223,7 @@ def measure(settings: list[Setting], model: Path, jobs: int, limit: int | None, 
         copy_tokenizer(model, ANSWERS / "tokenizer")
     for name in {setting.adapter for setting in settings}:
         _read[name] = read_checkpoint(model, EXAMPLES[name] / "adapter")
-        _ = _read[name].fingerprint
+        _ = _read[name].backbone.fingerprint
     print(f"{len(settings)} settings, {jobs} processes", file=sys.stderr, flush=True)
     Grid(settings, limit, time.time() + 60 * minutes).run(jobs)
 

@@ -1,6 +1,6 @@
 """The branch of a group in the graph: multiplied by the expert input (pinned), or by weights made on the spot (routed).
 
-LoRA's branches are calls of a function (see onnx_functions); what has no products, SliceFine and embeddings, is nodes.
+LoRA's branches are calls of a function (see `functions`); what has no products, SliceFine and embeddings, is nodes.
 """
 
 from __future__ import annotations

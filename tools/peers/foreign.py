@@ -28,7 +28,7 @@ def write_folder(model: CompiledModel, config: object, directory: Path) -> None:
     config.save_pretrained(directory)  # type: ignore[attr-defined]
     own = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", eos_token="</s>").save_pretrained(directory)
-    tensors = {name: model.weight(name).half() for name in model.weights} | model.vectors
+    tensors = {name: model.weight(name).half() for name in model.weights} | dict(model.vectors)
     save_file(
         {name: tensor.half().contiguous() for name, tensor in tensors.items()},
         directory / "model.safetensors",
@@ -55,7 +55,7 @@ def write_gguf(model: CompiledModel, file: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(decoder.layers))
     heads = {"q_proj": decoder.heads, "k_proj": decoder.kv_heads}
-    for name, tensor in (model.weights | model.vectors).items():
+    for name, tensor in {**model.weights, **model.vectors}.items():
         target = names.get_name(name, try_suffixes=(".weight",))
         if isinstance(tensor, QuantizedTensor):
             blocks = pack_q4_0(tensor, heads.get(name.split(".")[-2], 0))

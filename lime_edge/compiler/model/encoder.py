@@ -117,7 +117,7 @@ class EncoderModule(nn.Module):
     def list_readers(self) -> dict[Source, nn.Module]:
         """For every input that is multiplied, one layer that reads it."""
         layers = self.layers
-        return {layer.source: layers[name] for name, layer in reversed(self._called.items()) if not layer.embedding}
+        return {layer.source: layers[name] for name, layer in reversed([*self._called.items()]) if not layer.embedding}
 
     def read(self, ids: Tensor, real: Tensor, residual: Tensor) -> None:
         """Run over text, for who watches the layers.
