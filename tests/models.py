@@ -65,6 +65,13 @@ def _rope(kind: str, **values: float) -> dict[str, Any]:
 
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 6}
+# Powers of two: folding them into float32 weights rounds nothing, so that float64 shows what is wrong.
+GRANITE = {
+    "embedding_multiplier": 4.0,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.125,
+    "residual_multiplier": 0.5,
+}
 CASES: dict[str, Case] = {
     "llama": Case("llama"),
     "llama-tied": Case("llama", {"tie_word_embeddings": True}, ALL_LINEARS, shared=True),
@@ -102,6 +109,11 @@ CASES: dict[str, Case] = {
             "hidden_size": 96,
             **_rope("default"),
         },
+    ),
+    "seed_oss": Case("seed_oss", {"head_dim": 32, "attention_bias": True, "attention_out_bias": False}, ALL_LINEARS),
+    "granite": Case("granite", GRANITE, ALL_LINEARS, shared=True),
+    "granite-tied": Case(
+        "granite", {**GRANITE, "tie_word_embeddings": True, "attention_bias": True}, (*ALL_LINEARS, "embed_tokens")
     ),
     "smollm3": Case("smollm3", {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3}),
     "smollm3-sliding": Case(

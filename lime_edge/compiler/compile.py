@@ -78,6 +78,7 @@ def fold_checkpoint(
     p_ref = choose_reference(options.fold, experts)
     weights, vectors = checkpoint.backbone.split_state(adapter.sites.keys())
     branches = fold_sites(checkpoint, weights, vectors, p_ref, padding.folded, progress)
+    scale_outputs(checkpoint.backbone.scales, weights, vectors, branches)
     if options.single and not adapter.variant.folds:  # one expert alone can be multiplied in
         scale_rows(checkpoint, weights, branches, experts[options.fold].float(), padding.folded)
     common = Compiled(
@@ -193,6 +194,25 @@ def fold_sites(
         branches[site.name] = Branch(folded.branch_a, folded.branch_b, folded.modulated_rows)
     progress("fold", len(sites), len(sites))
     return branches
+
+
+def scale_outputs(
+    scales: Mapping[str, float], weights: dict[str, Tensor], vectors: dict[str, Tensor], branches: dict[str, Branch]
+) -> None:
+    """Multiply the constants of a family into its folded layers, in place.
+
+    Exact for every expert: what a layer gives, its bias and its branch grow alike, and routing reads ratios.
+
+    Args:
+        scales: by module name; modules that are not there are passed over.
+    """
+    for name, scale in scales.items():
+        for part, tensors in ((f"{name}.weight", weights), (f"{name}.weight", vectors), (f"{name}.bias", vectors)):
+            if part in tensors:
+                tensors[part] = tensors[part] * scale
+        branch = branches.get(name)
+        if branch is not None and branch.b is not None:
+            branches[name] = replace(branch, b=branch.b * scale)
 
 
 def scale_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,21 +10,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lime_edge.compiler.formats.backbone import Layer
+from lime_edge.compiler.formats.families import FAMILIES, Attention, Scales
 from lime_edge.errors import Faults
 
 EMBEDDING = "model.embed_tokens"
 PLACES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention: whether it rotates, and its sliding window in tokens (None: all)."""
-
-    rope: bool
-    window: int | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,8 @@ class Decoder:
     rope_type: str
     rope_frequencies: tuple[float, ...]
     rope_scale: float
+    scales: Scales = Scales()
+    gguf: tuple[str, bool] | None = None
 
     def rope_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for positions 0..length-1, each (length, head_dim/2) float32.
@@ -114,6 +107,22 @@ def list_layers(decoder: Decoder) -> dict[str, Layer]:
     return layers
 
 
+def list_scales(decoder: Decoder) -> dict[str, float]:
+    """Constants to fold, by the module whose output they multiply; logits by way of the last norm.
+
+    A tied head multiplies by the scaled table: the last norm takes that back.
+    """
+    scales = decoder.scales
+    found = {EMBEDDING: scales.embedding, "model.norm": scales.logits}
+    if decoder.tied:
+        found |= {"lm_head": scales.embedding, "model.norm": scales.logits / scales.embedding}
+    for index in range(len(decoder.layers)):
+        prefix = f"model.layers.{index}."
+        found[f"{prefix}self_attn.q_proj"] = scales.query
+        found[f"{prefix}self_attn.o_proj"] = found[f"{prefix}mlp.down_proj"] = scales.residual
+    return {name: scale for name, scale in found.items() if scale != 1.0}
+
+
 def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
     """Turn a `transformers` config into a Decoder.
 
@@ -145,8 +154,7 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
             )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, scale = _rope_frequencies(config, rope_type, rope, head_dim)
-    read = partial(getattr, config)
-    bias = family != "mistral" and bool(read("attention_bias", False))
+    facts = FAMILIES[family](config)
     return Decoder(
         family=family,
         vocab=config.vocab_size,
@@ -158,27 +166,18 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
         context=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         activation=config.hidden_act,
-        qkv_bias=family == "qwen2" or bias,
-        o_bias=bias and family != "qwen2",
-        mlp_bias=bool(read("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qkv_bias=facts.qkv_bias,
+        o_bias=facts.o_bias,
+        mlp_bias=facts.mlp_bias,
+        qk_norm=facts.qk_norm,
         tied=bool(config.tie_word_embeddings),
-        layers=tuple(_attention(config, index) for index in range(config.num_hidden_layers)),
+        layers=facts.layers or (Attention(),) * config.num_hidden_layers,
         rope_type=rope_type,
         rope_frequencies=frequencies,
         rope_scale=scale,
+        scales=facts.scales,
+        gguf=facts.gguf,
     )
-
-
-def _attention(config: Any, index: int) -> Attention:
-    window = getattr(config, "sliding_window", None)
-    if config.model_type == "llama":
-        return Attention(rope=True, window=None)
-    if config.model_type == "mistral":
-        return Attention(rope=True, window=window)
-    sliding = config.layer_types[index] == "sliding_attention"
-    rope = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
-    return Attention(rope=rope, window=window if sliding else None)
 
 
 def _rope_frequencies(

@@ -57,6 +57,11 @@ class Backbone:
         """Whether token ids go in, and a tokenizer before them."""
         return True
 
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """Constants that the model multiplies its modules' outputs with, by module name; they are folded."""
+        return {}
+
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """The tensors that identify the model."""
         raise NotImplementedError

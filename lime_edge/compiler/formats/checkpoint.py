@@ -63,7 +63,7 @@ def list_candidates(backbone: Backbone, adapter: Adapter) -> Mapping[str, Layer]
         return backbone.layers
     if backbone.prompt_width is None:
         raise LimeEdgeError(
-            f"{adapter.path}: a {adapter.variant.name} adapter cannot be exported with an encoder",
+            f"{adapter.path}: a {adapter.variant.name} adapter does not fit: the model takes no virtual tokens",
             f"{', '.join(LAYER_VARIANTS)} can",
         )
     return {PROMPT: Layer((adapter.rank, backbone.prompt_width), False, False, (-1, PROMPT))}

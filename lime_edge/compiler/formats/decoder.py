@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
-from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, read_decoder
+from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -34,9 +34,14 @@ class DecoderBackbone(Backbone):
         return list_layers(self.decoder)
 
     @property
-    def prompt_width(self) -> int:
-        """Width of an embedding."""
-        return self.decoder.hidden
+    def scales(self) -> dict[str, float]:
+        """What the family multiplies with (Granite, for one)."""
+        return list_scales(self.decoder)
+
+    @property
+    def prompt_width(self) -> int | None:
+        """Width of an embedding; None where the family scales embeddings, which prompt tuning's routing would see."""
+        return self.decoder.hidden if self.decoder.scales.embedding == 1.0 else None
 
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """All tensors; a tied head is not among them."""

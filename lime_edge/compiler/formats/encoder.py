@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
-from lime_edge.compiler.formats.architecture import FAMILIES
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.files import read_json, read_weights
 from lime_edge.errors import Faults, LimeEdgeError, need
 

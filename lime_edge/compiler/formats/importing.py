@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.formats.adapter import write_adapter
-from lime_edge.compiler.formats.architecture import FAMILIES
 from lime_edge.compiler.formats.authors import read_state
 from lime_edge.compiler.formats.checkpoint import pair
 from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
+from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.hyper import Imported, ImportOptions
 from lime_edge.compiler.formats.peft import read_peft
 from lime_edge.errors import LimeEdgeError

@@ -27,15 +27,6 @@ from lime_edge.compiler.maths.variants import DORA, PROMPT_TUNING, SLICEFINE
 from lime_edge.errors import Faults, LimeEdgeError, need
 
 FORMATS = ("peft", "gguf")
-# decoder family -> (llama.cpp's architecture, whether its files hold interleaved q and k rows).
-# Source: ggml-org/llama.cpp, convert_hf_to_gguf.py: classes derived from LlamaModel permute.
-GGUF = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "smollm3": ("smollm3", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-}
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,9 @@ def encode_gguf(lora: PlainLora, decoder: Decoder) -> bytes:
         import gguf
     except ModuleNotFoundError:
         raise need("gguf", "export") from None
-    architecture, interleaved = GGUF[decoder.family]
+    if decoder.gguf is None:
+        raise LimeEdgeError(f"llama.cpp has no {decoder.family} models", "export it for PEFT: `peft`")
+    architecture, interleaved = decoder.gguf
     known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(known, len(decoder.layers))
     with tempfile.TemporaryDirectory() as folder, Faults("GGUF") as faults:
