@@ -112,9 +112,7 @@ CASES: dict[str, Case] = {
     ),
     "seed_oss": Case("seed_oss", {"head_dim": 32, "attention_bias": True, "attention_out_bias": False}, ALL_LINEARS),
     "granite": Case("granite", GRANITE, ALL_LINEARS, shared=True),
-    "granite-tied": Case(
-        "granite", {**GRANITE, "tie_word_embeddings": True, "attention_bias": True}, (*ALL_LINEARS, "embed_tokens")
-    ),
+    "granite-tied": Case("granite", {**GRANITE, "tie_word_embeddings": True, "attention_bias": True}, ALL_LINEARS),
     "smollm3": Case("smollm3", {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1], "num_hidden_layers": 3}),
     "smollm3-sliding": Case(
         "smollm3",

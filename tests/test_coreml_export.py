@@ -60,6 +60,7 @@ DECODERS = {
     "qwen3": "int8",
     "smollm2": "all int4",
     "smollm3-sliding": "none",
+    "granite": "int8",
 }
 
 

@@ -94,9 +94,14 @@ def test_folds_do_not_matter(variant: str, fold: str, tiny_model: Make, tiny_ada
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_embedding_sites(variant: str, tied: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
-    """The table folds; a tied head keeps the old one."""
-    model = tiny_model("llama", tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_embedding_sites(
+    family: str, variant: str, tied: bool, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
+) -> None:
+    """The table folds; a tied head keeps the old one; a family's constants are in the layers."""
+    constants = {"embedding_multiplier": 3.0, "logits_scaling": 1.7, "attention_multiplier": 0.4}
+    changes = constants | {"residual_multiplier": 0.6} if family == "granite" else {}
+    model = tiny_model(family, tie_word_embeddings=tied, **changes)
     targets = ("embed_tokens", "q_proj", "o_proj")
     adapter = tiny_adapter(model, variant=variant, routing=ROUTINGS["auto"], targets=targets, rank=6, shared=True)
     for fold in ("shared", "expert1"):
