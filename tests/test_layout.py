@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from lime_edge.cli.app import app
+from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.targets.registry import TARGETS
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,14 @@ def test_every_target_has_both_files() -> None:
 def test_the_package_is_a_house_of_few_rooms() -> None:
     names = {path.name for path in (ROOT / "lime_edge").iterdir()} - {"__init__.py", "py.typed", "__pycache__"}
     assert len(names) <= ROOMS, sorted(names)
+
+
+def test_no_code_asks_for_a_familys_name() -> None:
+    """Exporters and oracle read a family's facts (families.py), so that another family is one function."""
+    for name, file in modules().items():
+        compared = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Compare)]
+        words = {inner.value for node in compared for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
+        assert not words & set(FAMILIES), f"{name} compares with {words & set(FAMILIES)}"
 
 
 def test_files_hold_one_idea() -> None:
