@@ -139,7 +139,7 @@ def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
 def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     facts = json.loads(lime("inspect", bundle, "--json").out)
-    assert facts["fingerprint"] == manifest.fingerprint
+    assert facts["fingerprint"] == manifest.backbone.fingerprint
     assert [e["name"] for e in facts["experts"]] == list(manifest.experts)
     assert facts["sum_h"] == sum(site["width"] for site in facts["sites"])
     text = lime("inspect", bundle, "--sites", "--verify").out
@@ -148,7 +148,7 @@ def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     assert "verified" not in facts and "golden outputs" in text
     assert "operators here" in text and "functions run compiled" in text, "built without the operators?"
     assert "as they were written" not in lime("inspect", bundle).out
-    for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
+    for word in (manifest.backbone.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
         assert word in text
 
 

@@ -70,7 +70,7 @@ def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarr
     if session.inputs == ("pixel_values",):
         pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(length))
         return {"pixel_values": pixels.half().float().numpy()}
-    text = draw_text(batch, length, session.bundle.manifest.model["vocab"], length)
+    text = draw_text(batch, length, session.bundle.manifest.backbone.vocab, length)
     return {name: tensor.numpy() for name, tensor in text.items()}
 
 

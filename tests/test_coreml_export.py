@@ -190,7 +190,7 @@ def test_a_single_expert_has_no_branch(variant: str, tiny_model: Make, tiny_adap
     adapter = tiny_adapter(model, targets=ALL_LINEARS, variant=variant)
     how: dict[str, Any] = {"fold": "expert1", "single": True, "quant": "int8"}
     path = tiny_bundle(model, adapter, targets=("coreml",), **how)
-    assert not Bundle.open(path).manifest.targets["coreml"]["expert_input"]
+    assert not Bundle.open(path).manifest.targets["coreml"].expert_input
     check_selection(open_on(path, EXACT), make_oracle(compile_again(model, adapter, **how)), "expert1", variant)
     function = read_package(path / "coreml/model.mlpackage").functions["main"]
     assert "expert" not in function.inputs
@@ -294,7 +294,7 @@ def test_metadata_sizes_and_lengths(tiny_model: Make, tiny_adapter: Make, tiny_b
     assert facts["providers"] == ["CoreML", "interpreter"] and facts["lengths"] == [1, 32]
     assert package.metadata["author"] == "lime_edge" and package.metadata["license"]
     assert package.metadata["lime_edge.experts"] == ",".join(manifest.experts)
-    assert package.metadata["lime_edge.fingerprint"] == manifest.fingerprint
+    assert package.metadata["lime_edge.fingerprint"] == manifest.backbone.fingerprint
     main = package.functions["main"]
     assert main.shapes == {"input_ids": {(1, 1), (1, 32)}}
     assert {name: kind.shape for name, kind in main.states.items()} == {

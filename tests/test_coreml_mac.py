@@ -222,4 +222,4 @@ def test_a_device_needs_numpy_alone(package: Path) -> None:
         "sys.exit(bool({'coremltools', 'google.protobuf', 'torch'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
-    assert Bundle.open(package).manifest.targets["coreml"]["providers"][0] == "CoreML"
+    assert Bundle.open(package).manifest.targets["coreml"].providers[0] == "CoreML"

@@ -91,9 +91,9 @@ def draw_inputs(session: EncoderSession, batch: int, length: int, seed: int = 0)
     """Random inputs of a size of their own, the later texts shorter than the first."""
     if session.inputs == ("pixel_values",):
         random = torch.Generator().manual_seed(seed)
-        shape = session.bundle.manifest.targets["onnx"]["inputs"][0]["shape"][1:]
+        shape = session.bundle.manifest.targets["onnx"].inputs[0]["shape"][1:]
         return {"pixel_values": torch.randn(batch, *shape, generator=random)}
-    return draw_text(batch, length, session.bundle.manifest.model["vocab"], seed)
+    return draw_text(batch, length, session.bundle.manifest.backbone.vocab, seed)
 
 
 def draw_text(batch: int, length: int, vocab: int, seed: int = 0) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ def test_single_expert_equals_pinned(variant: str, small: Path, tmp_path: Path) 
 
 def compile_bundle(bundle: Path) -> CompiledEncoder:
     """What the bundle was made of, compiled again."""
-    quant = Bundle.open(bundle).manifest.quantization["quant"]
+    quant = Bundle.open(bundle).manifest.quantization.quant
     imported = bundle.parent / "imported"
     checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
     return compile_checkpoint(checkpoint, CompileOptions(quant=quant, keep_int8=KEPT))
@@ -299,7 +299,7 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
     bundle = exported(name, quant=quant, keep_int8=KEPT)
     compiled = compile_bundle(bundle)
     manifest = Bundle.open(bundle).manifest
-    assert manifest.quantization["weight_hash"] == compiled.weight_hash()
+    assert manifest.quantization.weight_hash == compiled.weight_hash()
     assert {t.bits for t in compiled.weights.values() if isinstance(t, QuantizedTensor)} == (
         {8} if quant == "int8" else {4, 8}
     )
@@ -454,7 +454,7 @@ def test_experts_are_installed_used_and_refused(exported: Exported, tmp_path: Pa
     vector = read_expert(bundle / "experts" / "expert_1.safetensors").vector
     manifest = session.bundle.manifest
     file = tmp_path / "new.safetensors"
-    file.write_bytes(Expert("new", vector, manifest.fingerprint, manifest.sites.hash).to_bytes())
+    file.write_bytes(Expert("new", vector, manifest.backbone.fingerprint, manifest.sites.hash).to_bytes())
     assert session.install(file) == "new"
     session.use("new")
     new = session.run(input_ids=ids)["logits"]
@@ -480,7 +480,7 @@ def test_vectors_of_another_adapter_are_refused(imported: Path, exported: Export
         stored = read_expert(bundle.path / "experts" / f"{expert.name}.safetensors")
         assert np.array_equal(expert.vector, stored.vector), expert.name
     config, tensors = read_folder(imported / "adapter")
-    assert config["use_shared_lime"] and bundle.manifest.adapter["shared_vector"]
+    assert config["use_shared_lime"] and bundle.manifest.adapter.shared_vector
     other = {name: tensor * 1.01 if name.endswith(".A") else tensor for name, tensor in tensors.items()}
     alone = {name: tensor for name, tensor in tensors.items() if name.endswith(".LiMEs")}
     for folder, (changes, kept, message) in {

@@ -40,7 +40,7 @@ def run_demo(device: str, *words: object) -> subprocess.CompletedProcess[str]:
 def test_every_expert_answers_and_a_new_one_is_installed(device: str, bundle: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     vector = np.random.default_rng(0).normal(1, 0.5, manifest.sites.total).astype(np.float16)
-    new = Expert("delivered", vector, manifest.fingerprint, manifest.sites.hash)
+    new = Expert("delivered", vector, manifest.backbone.fingerprint, manifest.sites.hash)
     (tmp_path / "new.safetensors").write_bytes(new.to_bytes())
     done = run_demo(
         device, bundle, "--prompt", "hi", "--tokens", 8, "--threads", 1, "--install", tmp_path / "new.safetensors"

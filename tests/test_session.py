@@ -166,7 +166,7 @@ def test_a_hundred_experts_cost_their_bytes(make_bundle: Make, target: str, tmp_
     size = 0
     for index in range(101):
         vector = drawn.normal(1, 0.5, manifest.sites.total).astype(np.float16)
-        expert = Expert(f"new{index}", vector, manifest.fingerprint, manifest.sites.hash)
+        expert = Expert(f"new{index}", vector, manifest.backbone.fingerprint, manifest.sites.hash)
         (tmp_path / f"new{index}.safetensors").write_bytes(expert.to_bytes())
         size += vector.nbytes if index else 0
     command = [sys.executable, "-c", HUNDRED, str(bundle.path), str(tmp_path), target]
@@ -354,7 +354,7 @@ def test_why_a_generation_ended(bundle: Path) -> None:
     unfinished = session.generate_ids(prompt, GenerationOptions(4, ignore_eos=True))
     next(unfinished)
     assert session.finish_reason is None
-    session.bundle.manifest.model["eos"] = [full[3]]
+    session.bundle.manifest.decoder.eos = [full[3]]
     found = list(session.generate_ids(prompt, GenerationOptions(room)))
     assert session.finish_reason == "stop" and found == full[: full.index(full[3])]
 

@@ -63,7 +63,7 @@ def test_exact_weights_lose_nothing_and_lost_ones_everything() -> None:
 
 def test_export_writes_it_down(tiny_bundle: Make) -> None:
     def kinds(**options: object) -> dict[str, dict[str, float]]:
-        return Bundle.open(tiny_bundle(**options)).manifest.quantization["survival"]["kinds"]
+        return Bundle.open(tiny_bundle(**options)).manifest.quantization.survival["kinds"]
 
     coarse, fine = kinds(quant="int4", rounding="search", keep_int8=()), kinds(quant="int8")
     assert set(coarse) == set(fine) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -72,7 +72,7 @@ def test_export_writes_it_down(tiny_bundle: Make) -> None:
         assert fine[kind]["kept"] == pytest.approx(1, abs=0.02), kind
     unfolded = kinds(quant="int4", rounding="search", fold="none")
     assert all(facts["error"] == pytest.approx(0, abs=1e-3) for facts in unfolded.values())
-    assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization["survival"] is None
+    assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization.survival is None
 
 
 def test_export_shows_it_and_warns(
@@ -80,7 +80,7 @@ def test_export_shows_it_and_warns(
 ) -> None:
     words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--force")
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--sites")
-    survival = Bundle.open(tmp_path / "x.lime").manifest.quantization["survival"]
+    survival = Bundle.open(tmp_path / "x.lime").manifest.quantization.survival
     site = "model.layers.1.self_attn.k_proj"
     row = next(line for line in done.out.splitlines() if site in line)
     assert f"{survival['sites'][site]['error']:.2f}" in row and survival["sites"][site]["expert"] in row
@@ -124,6 +124,6 @@ def test_a_table_is_measured_column_by_column(
         p_ref, p = (flat[site.offset : site.offset + site.width] for flat in (exact.reference, vector))
         moved = exact.weight(table) - exact.weight("lm_head.weight") + (p - p_ref) * (branch.a @ branch.b.t())
         worst = max(worst, float(noise.norm() / moved.norm()))
-    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization["survival"]
+    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization.survival
     assert found["sites"][EMBEDDING]["error"] == pytest.approx(worst, rel=0.02)
     assert found["kinds"]["embed_tokens"]["sites"] == 1

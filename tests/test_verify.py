@@ -499,5 +499,5 @@ def test_the_weights_are_hashed_once(
     out = tmp_path / "x.lime"
     export_bundle(tiny_model(), tiny_adapter(), out, CompileOptions(quant="none"), find_device("cpu"), ExportOptions())
     manifest = Bundle.open(out).manifest
-    assert manifest.quantization["weight_hash"] == manifest.targets["onnx"]["weight_hash"]
+    assert manifest.quantization.weight_hash == manifest.targets["onnx"].weight_hash
     assert len(counted) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from lime_edge.bundle.names import EXPERT_NAME, FILE_PATH, PLAIN_TEXT
 from lime_edge.bundle.sites import SiteTable
@@ -32,6 +32,12 @@ Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it
 
 class Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of the manifest is."""
+
+    def __getitem__(self, name: str) -> Any:  # until every reader asks for attributes
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:  # the same
+        return getattr(self, name, default)
 
 
 class FileEntry(Strict, kw_only=True):
@@ -164,6 +170,34 @@ class AdapterFacts(Strict, kw_only=True):
     license: Text | None = None
 
 
+class KindSurvival(Strict, kw_only=True):
+    """A kind of layer: medians and worst over its sites and the experts (docs/folding.md)."""
+
+    sites: Count
+    bits: Annotated[tuple[Count, ...], Meta(max_length=16)]
+    error: Annotated[float, Meta(ge=0, description="0 exact, 1 as loud as the expert")]
+    worst_error: Annotated[float, Meta(ge=0)]
+    worst_site: Text
+    kept: Annotated[float, Meta(description="share of the effect that is still there")]
+    worst_kept: float
+
+
+class SiteSurvival(Strict, kw_only=True):
+    """One site: the worst over its experts."""
+
+    error: Annotated[float, Meta(ge=0)]
+    expert: Text
+    kept: float
+
+
+class Survival(Strict, kw_only=True):
+    """What the rounded weights hold of the experts' effect, for people (docs/folding.md)."""
+
+    inputs: Annotated[Text | None, Meta(description="which text was shown; null: all inputs counted alike")] = None
+    kinds: Annotated[dict[Text, KindSurvival], Meta(max_length=4096)]
+    sites: Annotated[dict[Text, SiteSurvival], Meta(max_length=65536)]
+
+
 class Quantization(Strict, kw_only=True):
     """The integers, equal in all targets."""
 
@@ -176,7 +210,7 @@ class Quantization(Strict, kw_only=True):
     weight_bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
     fallback_int8: Annotated[tuple[Text, ...], Meta(description="what the group does not divide")] = ()
     weight_hash: Annotated[Sha256, Meta(description="over canonical integers and scales")]
-    survival: Annotated[Facts | None, Meta(description="what rounding left of the experts (docs/folding.md)")] = None
+    survival: Survival | None = None
 
 
 class Speaker(Strict, kw_only=True):
@@ -295,6 +329,9 @@ class Companion(Strict, kw_only=True):
 
     target: Annotated[Text, Meta(description="whose artifact it goes with")]
     folder: Annotated[FilePath, Meta(description="where it lies")]
+    form: Annotated[
+        Literal["onnx_adapter"] | None, Meta(description="of its expert files, and how they end; null: it has none")
+    ] = None
     experts: Annotated[
         dict[ExpertName, FilePath], Meta(description="a file per expert, kept in step with `experts`")
     ] = {}
@@ -347,14 +384,28 @@ class Manifest(Strict, dict=True, kw_only=True):
     ] = {}
 
     @cached_property
+    def model(self) -> dict[str, Any]:  # until every reader asks for backbone, decoder and encoder
+        parts = (self.backbone, self.decoder, self.encoder)
+        return {key: value for part in parts if part is not None for key, value in structs.asdict(part).items()}
+
+    @cached_property
     def sites(self) -> SiteTable:
         """The adapted layers, in order."""
         return SiteTable.from_widths((site.name, site.width) for site in self.site_list)
 
     @cached_property
-    def experts(self) -> dict[str, ExpertEntry]:
-        """By name, in order."""
-        return {entry.name: entry for entry in self.expert_list}
+    def experts(self) -> tuple[str, ...]:
+        """Names, in order."""
+        return tuple(entry.name for entry in self.expert_list)
+
+    def find_expert(self, name: str) -> FileEntry:
+        """Size and sha256 of an expert's file."""
+        return self.files[self.expert_files[name]]
+
+    @cached_property
+    def expert_files(self) -> dict[str, str]:
+        """Where each expert is, by name."""
+        return {entry.name: entry.file for entry in self.expert_list}
 
     @cached_property
     def added(self) -> tuple[str, ...]:

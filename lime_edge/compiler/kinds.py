@@ -167,7 +167,6 @@ def describe_encoder(backbone: EncoderBackbone, compiled: CompiledEncoder) -> di
     labels = config.id2label if backbone.task.endswith("classification") else {}
     return {
         "name": backbone.name,
-        "kind": ENCODER.name,
         "task": backbone.task,
         "family": config.model_type,
         "architecture": type(backbone.model).__name__,

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from lime_edge import __version__
-from lime_edge.bundle.bundle import Manifest, hash_file, write_bundle
+from lime_edge.bundle.create import write_bundle
 from lime_edge.bundle.experts import Expert
-from lime_edge.compiler.formats.adapter import Adapter
-from lime_edge.compiler.formats.adapter_checks import WEIGHTS
+from lime_edge.bundle.fields import Backbone as BackboneFacts
+from lime_edge.bundle.fields import DecoderFacts, EncoderFacts, Manifest, Quantization, SiteEntry
+from lime_edge.bundle.manifest import convert_facts
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
 from lime_edge.compiler.kinds import ModelKind
-from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import Compiled
+from lime_edge.export.describe import (
+    choose_default,
+    describe_adapter,
+    describe_companions,
+    describe_sites,
+    describe_targets,
+    describe_versions,
+    describe_weights,
+    identify,
+)
+from lime_edge.targets.genai import write_config
 
-VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "optimum")
+OWN_FACTS = {"decoder": DecoderFacts, "encoder": EncoderFacts}  # of a kind, under its name in the manifest
 B = TypeVar("B", bound=Backbone)
 C = TypeVar("C", bound=Compiled)
 
@@ -39,50 +47,25 @@ def describe(
     Args:
         targets: what every exporter says of its artifact. rounding: how the weights were rounded, and what survived.
     """
+    adapter, facts = checkpoint.adapter, kind.describe(checkpoint.backbone, compiled)
+    shared = {key: value for key, value in facts.items() if key in BackboneFacts.__struct_fields__}
+    own = {key: value for key, value in facts.items() if key not in shared}
+    weights = describe_weights(compiled.weights, compiled.quant, compiled.group)
+    described = describe_targets(targets, compiled.quant)
     return Manifest(
-        fingerprint=compiled.fingerprint,
-        model=kind.describe(checkpoint.backbone, compiled),
-        adapter=describe_adapter(checkpoint.adapter, compiled),
-        quantization=describe_quantization(compiled, rounding),
-        sites=compiled.sites,
-        experts=(),
-        targets=targets,
-        files={},
+        kind=kind.name,  # type: ignore[arg-type]
+        adapter_id=identify(adapter, compiled.sites),
         device=device,
-        versions={"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in VERSIONED},
+        backbone=convert_facts(BackboneFacts, shared | {"fingerprint": compiled.fingerprint}),
+        **{kind.name: convert_facts(OWN_FACTS[kind.name], own)},
+        adapter=describe_adapter(adapter, compiled.sites, compiled.fold, compiled.single, compiled.experts),
+        quantization=convert_facts(Quantization, weights | rounding | {"weight_hash": compiled.weight_hash()}),
+        default=choose_default(compiled.experts, None, compiled.single, adapter.variant.name),
+        target_list=described,
+        companions=describe_companions(described),
+        versions=describe_versions(),
+        site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(compiled.sites)),
     )
-
-
-def describe_adapter(adapter: Adapter, compiled: Compiled) -> dict[str, Any]:
-    """Which shared adapter is in the weights, and how."""
-    first = next(iter(compiled.experts.values()))
-    return {
-        "variant": adapter.variant.name,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "fold": compiled.fold,
-        "single": compiled.single,
-        "expert_dtype": str(np.dtype(first.numpy().dtype)),
-        "base": adapter.base_name,
-        "sha256": hash_file(Path(adapter.path) / WEIGHTS).sha256,
-        "shared_vector": any(site.shared is not None for site in adapter.sites.values()),
-    }
-
-
-def describe_quantization(compiled: Compiled, rounding: dict[str, Any]) -> dict[str, Any]:
-    """How many bits the weights have, and where they differ from what was asked for."""
-    quantized = {name: t for name, t in compiled.weights.items() if isinstance(t, QuantizedTensor)}
-    narrow = compiled.quant == "int4"
-    return {
-        "quant": compiled.quant,
-        "group": compiled.group,
-        "scheme": "symmetric",
-        **rounding,
-        "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized.values()) for bits in (4, 8)},
-        "weight_bytes": sum(t.nbytes() for t in quantized.values()),
-        "fallback_int8": [name for name, t in quantized.items() if narrow and t.codes.shape[1] % compiled.group],
-        "weight_hash": compiled.weight_hash(),
-    }
 
 
 def complete_bundle(
@@ -94,5 +77,6 @@ def complete_bundle(
         manifest: without its experts and files. experts: full vectors (sum_H,) as they are stored.
         reference: p_ref (sum_H,) float32.
     """
-    files = [Expert(n, v.numpy(), manifest.fingerprint, manifest.sites.hash) for n, v in experts.items()]
+    files = [Expert(name, vector.numpy(), manifest.adapter_id) for name, vector in experts.items()]
+    write_config(stage, manifest)
     return write_bundle(stage, manifest, files, reference.numpy())

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from lime_edge import __version__
-from lime_edge.bundle.bundle import Manifest
+from lime_edge.bundle.fields import AdapterFacts, Backbone, DecoderFacts, Manifest, Quantization, SiteEntry
+from lime_edge.bundle.manifest import convert_facts
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import compile_checkpoint
@@ -22,6 +23,7 @@ from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.options import CompileOptions
+from lime_edge.export.describe import choose_default, describe_sites, describe_targets, describe_weights
 from lime_edge.export.manifest import complete_bundle
 from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporter
@@ -88,32 +90,38 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
     with stage_directory(output) as stage:
         (stage / "onnx").mkdir()
         facts = load_exporter("onnx").export(model, stage / "onnx", TargetOptions(), lambda *_: None)
+        weights = describe_weights(model.weights, model.quant, model.group)
+        weights |= {"rounding": "nearest", "weight_hash": model.weight_hash()}
+        providers = {"providers": ["CPUExecutionProvider"], "threads": None}
         manifest = Manifest(
-            fingerprint=model.fingerprint,
-            model={
-                "name": name,
-                "family": decoder.family,
-                "context": decoder.context,
-                "vocab": decoder.vocab,
-                "hidden": decoder.hidden,
-                "layers": len(decoder.layers),
-                "heads": decoder.heads,
-                "kv_heads": decoder.kv_heads,
-                "head_dim": decoder.head_dim,
-                "eos": list(eos),
-            },
-            adapter={
-                "variant": model.variant.name,
-                "fold": model.fold,
-                "single": model.single,
-                "expert_dtype": "float16",
-            },
-            quantization={"quant": model.quant, "group": model.group, "scheme": "symmetric"},
-            sites=model.sites,
-            experts=(),
-            targets={"onnx": {"providers": ["CPUExecutionProvider"], "threads": None} | facts},
-            files={},
+            kind="decoder",
+            adapter_id="0" * 64,  # nobody's: these experts fit no other bundle
+            backbone=Backbone(
+                name=name,
+                family=decoder.family,
+                fingerprint=model.fingerprint,
+                context=decoder.context,
+                vocab=decoder.vocab,
+                hidden=decoder.hidden,
+                layers=len(decoder.layers),
+            ),
+            decoder=DecoderFacts(heads=decoder.heads, kv_heads=decoder.kv_heads, head_dim=decoder.head_dim, eos=eos),
+            adapter=convert_facts(
+                AdapterFacts,
+                {
+                    "variant": model.variant.name,
+                    "rank": RANK,
+                    "alpha": 2.0 * RANK,
+                    "fold": model.fold,
+                    "single": model.single,
+                    "expert_dtype": "float16",
+                },
+            ),
+            quantization=convert_facts(Quantization, weights),
+            default=choose_default(model.experts, None, model.single, model.variant.name),
+            target_list=describe_targets({"onnx": providers | facts}, model.quant),
             versions={"lime_edge": __version__},
+            site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(model.sites)),
         )
         complete_bundle(stage, manifest, model.experts, model.reference)
 
