@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.create import write_bundle
 from lime_edge.bundle.experts import Expert
 from lime_edge.bundle.fields import (
@@ -91,6 +92,29 @@ def make_bundle(path: Path, names: tuple[str, ...] = ("one", "two"), **changes: 
         (stage / "onnx" / "model.onnx").write_bytes(b"graph")
         write_bundle(stage, manifest, experts, np.arange(5, dtype=np.float32))
     return path
+
+
+def expert_path(bundle: Path, name: str) -> Path:
+    """Where a bundle keeps an expert."""
+    return bundle / Bundle.open(bundle).manifest.expert_files[name]
+
+
+def add_coreml(bundle: Path) -> None:
+    """Give a decoder's bundle an entry for Core ML, whose package is one file without meaning."""
+    package = bundle / "coreml/model.mlpackage/Manifest.json"
+    package.parent.mkdir(parents=True)
+    package.write_text("{}")
+
+    def add(body: dict[str, Any]) -> None:
+        (onnx,) = (target for target in body["targets"] if target["target"] == "onnx")
+        common = {key: value for key, value in onnx.items() if key not in ("opset", "functions")}
+        own = {"target": "coreml", "file": "coreml/model.mlpackage", "compute": "float16", "minimum": "iOS18"}
+        own |= {"compute_units": "all", "max_length": 1024, "lengths": [1, 32, 128], "providers": ["CoreML"]}
+        own |= {"routed": "routed" if onnx["routed"] else None}
+        body["targets"].append(common | own)
+        body["files"]["coreml/model.mlpackage/Manifest.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+
+    reseal(bundle, add)
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], None] = lambda _: None) -> None:

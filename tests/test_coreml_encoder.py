@@ -135,7 +135,7 @@ def test_the_package_holds_the_compilers_integers(made: tuple[Path, CompiledEnco
             assert np.array_equal(scale.array, stored.scales.numpy()), name
         assert not left, f"{name}: {len(left)} matrices are not in the package"
     facts = Bundle.open(path).manifest.targets["coreml"]  # test_encoder.py says the same of ONNX
-    assert facts["weight_hash"] == compiled.weight_hash()
+    assert facts.weight_hash == compiled.weight_hash()
     assert set(package.functions) == {"main", "routed"}
 
 

@@ -113,6 +113,12 @@ def drop(*path: str | int) -> Callable[[Body], None]:
         (put("targets", 0, "target", value="tpu"), "tpu"),
         (put("decoder", "eos", value=[7]), "eos: expected ids below 7, found 7"),
         (put("decoder", "kv_heads", value=3), "multiple of kv_heads"),
+        (
+            put("decoder", value={"heads": 64, "kv_heads": 64, "head_dim": 65536, "eos": []}),
+            "bytes of a token in the cache: expected at most 16777216",
+        ),
+        (put("backbone", "vocab", value=0), "vocab: expected at least 1"),
+        (put("targets", 0, "virtual_tokens", value=64), "virtual_tokens: expected fewer than 64"),
         (put("decoder", value=None), "decoder: missing"),
         (put("kind", value="encoder"), "encoder: missing"),
         (put("sites", 1, "offset", value=4), "offset: expected 3, found 4"),

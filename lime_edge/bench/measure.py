@@ -347,7 +347,7 @@ def size_artifact(job: Job) -> int:
     """Bytes of what the selection runs: its graph, pinned or routed, and the weights beside it (FILE.*, FILE/*)."""
     target, files = job.bundle.manifest.targets[job.target], job.bundle.manifest.files
     file = chosen = target.file
-    if job.selection == ROUTED and target.routed in files:  # else it lies in the same file
+    if job.selection == ROUTED and target.routed in files:  # else it is a part of the same file
         chosen = target.routed
     beside = tuple(f"{name}{mark}" for name in (file, chosen) for mark in "./")
     return sum(entry.size for name, entry in files.items() if name == chosen or name.startswith(beside))

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from lime_edge.bundle.experts import Expert, ExpertBank, check_values, parse_expert
 from lime_edge.bundle.fields import ExpertEntry, FileEntry, Manifest
 from lime_edge.bundle.inside import Inside, explain
-from lime_edge.bundle.manifest import DAMAGED, EXPERTS, LARGEST, MANIFEST, REFERENCE, decode_manifest
+from lime_edge.bundle.manifest import DAMAGED, LARGEST, MANIFEST, REFERENCE, decode_manifest
 from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.seen import Mark, mark_file, read_marks, write_marks
 from lime_edge.bundle.staging import find_interrupted
@@ -57,11 +57,12 @@ class Bundle:
 
     def _check_files(self, verify: bool) -> None:
         """Sizes of all, hashes as asked for."""
-        late = EXPERTS, *(f"{companion.folder}/" for companion in self.manifest.companions.values())
+        late = {entry.file for entry in self.manifest.expert_list}
+        late |= {file for companion in self.manifest.companions.values() for file in companion.experts.values()}
         marks: dict[str, Mark] = {}
         with Faults(str(self.path), DAMAGED) as faults, Inside(self.path) as inside:
             for name, entry in self.manifest.files.items():
-                small = entry.size <= SMALL and not name.startswith(late)
+                small = entry.size <= SMALL and name not in late
                 if (mark := _check_file(inside, name, entry, verify or small, faults)) is not None and not small:
                     marks[name] = mark
         if verify:

@@ -36,7 +36,8 @@ class Strict(Struct, frozen=True, forbid_unknown_fields=True):
     def __getitem__(self, name: str) -> Any:  # until every reader asks for attributes
         return getattr(self, name)
 
-    def get(self, name: str, default: Any = None) -> Any:  # the same
+    def get(self, name: str, default: Any = None) -> Any:
+        """The same."""
         return getattr(self, name, default)
 
 
@@ -106,7 +107,7 @@ class Backbone(Strict, kw_only=True):
     family: Annotated[Text, Meta(description="llama, qwen2, bert, ...: model_type")]
     fingerprint: Annotated[Sha256, Meta(description="over names, shapes and float32 values of its tensors")]
     context: Annotated[int, Meta(ge=0, le=1 << 24, description="most tokens of a sequence; 0 where pixels come in")]
-    vocab: Annotated[Count, Meta(description="token ids are below it")]
+    vocab: Annotated[int, Meta(ge=0, le=1 << 24, description="token ids are below it; 0 where pixels come in")]
     hidden: Width
     layers: Layers
     vocabulary: Annotated[Sha256 | None, Meta(description="over the tokenizer's tokens and ids; null without one")] = (
@@ -266,13 +267,12 @@ class TokenizerFacts(Strict, kw_only=True):
 
 
 class Target(Strict, kw_only=True):
-    """What all targets say. `file` and `routed` are files or, for a Core ML package, folders of files."""
+    """What all targets say."""
 
-    file: Annotated[FilePath, Meta(description="the artifact")]
+    file: Annotated[FilePath, Meta(description="the artifact; Core ML: a folder of files")]
     providers: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16, description="in order of preference")]
     threads: Annotated[Threads | None, Meta(description="null: the engine chooses")] = None
     expert_input: Annotated[bool, Meta(description="false: one expert, in the weights")]
-    routed: Annotated[FilePath | None, Meta(description="where the routed graph or method is")] = None
     compute: Annotated[
         Literal["float32", "float16", "int8-dynamic", "int8-per-token"],
         Meta(description="in what activations are computed: what verify allows for"),
@@ -288,6 +288,7 @@ class Target(Strict, kw_only=True):
 class OnnxTarget(Target, tag_field="target", tag="onnx", kw_only=True):
     """ONNX Runtime."""
 
+    routed: Annotated[FilePath | None, Meta(description="the routed graph")] = None
     opset: Annotated[int, Meta(ge=1, le=1000)]
     functions: Annotated[
         tuple[Text, ...], Meta(max_length=64, description="of the domain lime_edge that the graph calls")
@@ -304,6 +305,7 @@ class Limits(Strict, kw_only=True):
 class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=True):
     """ExecuTorch."""
 
+    routed: Annotated[Literal["routed"] | None, Meta(description="the method that routes, of the same file")] = None
     backend: Text
     max_length: Annotated[Tokens | None, Meta(description="tokens of the cache, virtual ones not counted")] = None
     prompt_length: Annotated[Tokens | None, Meta(description="most tokens of one call")] = None
@@ -315,6 +317,7 @@ class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=Tru
 class CoremlTarget(Target, tag_field="target", tag="coreml", kw_only=True):
     """Core ML."""
 
+    routed: Annotated[Literal["routed"] | None, Meta(description="the function that routes, of the same file")] = None
     minimum: Annotated[Literal["iOS18", "macOS15"], Meta(description="oldest system")]
     compute_units: Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
     max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
@@ -384,7 +387,8 @@ class Manifest(Strict, dict=True, kw_only=True):
     ] = {}
 
     @cached_property
-    def model(self) -> dict[str, Any]:  # until every reader asks for backbone, decoder and encoder
+    def model(self) -> dict[str, Any]:
+        """Until every reader asks for backbone, decoder and encoder."""
         parts = (self.backbone, self.decoder, self.encoder)
         return {key: value for part in parts if part is not None for key, value in structs.asdict(part).items()}
 

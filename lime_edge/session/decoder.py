@@ -131,7 +131,7 @@ class Session(ExpertSwitch):
         return self._cache.feed(array, keep, self._label, routed)
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
-        vocab = self.bundle.manifest.model["vocab"]
+        vocab = self.bundle.manifest.backbone.vocab
         try:
             array = np.asarray(ids)
         except ValueError:  # lists of several lengths

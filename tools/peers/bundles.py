@@ -23,7 +23,13 @@ from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.options import CompileOptions
-from lime_edge.export.describe import choose_default, describe_sites, describe_targets, describe_weights
+from lime_edge.export.describe import (
+    choose_default,
+    describe_companions,
+    describe_sites,
+    describe_targets,
+    describe_weights,
+)
 from lime_edge.export.manifest import complete_bundle
 from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporter
@@ -93,6 +99,7 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
         weights = describe_weights(model.weights, model.quant, model.group)
         weights |= {"rounding": "nearest", "weight_hash": model.weight_hash()}
         providers = {"providers": ["CPUExecutionProvider"], "threads": None}
+        described = describe_targets({"onnx": providers | facts}, model.quant)
         manifest = Manifest(
             kind="decoder",
             adapter_id="0" * 64,  # nobody's: these experts fit no other bundle
@@ -119,7 +126,8 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
             ),
             quantization=convert_facts(Quantization, weights),
             default=choose_default(model.experts, None, model.single, model.variant.name),
-            target_list=describe_targets({"onnx": providers | facts}, model.quant),
+            target_list=described,
+            companions=describe_companions(described),
             versions={"lime_edge": __version__},
             site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(model.sites)),
         )
