@@ -101,7 +101,7 @@ def test_routed_rows_beside_pinned_ones(tiny_model: Make, tiny_adapter: Make, ti
     model = tiny_model()
     path = tiny_bundle(model, tiny_adapter(model, routing={"top_k": 2}))
     session, alone = open_session(path), open_session(path)
-    assert session.bundle.manifest.targets["onnx"]["routed"]
+    assert session.bundle.manifest.targets["onnx"].routed
     draw, options = random.Random(3), GenerationOptions(6, ignore_eos=True)
     requests = [
         ([draw.randrange(VOCAB) for _ in range(draw.randrange(2, 9))], choice, options)

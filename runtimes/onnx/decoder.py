@@ -40,18 +40,18 @@ class OnnxEngine:
         if not 1 <= self.capacity <= model["context"]:
             raise LimeEdgeError(f"max_length: expected 1..{model['context']}, found {self.capacity}")
         self.length = 0
-        self._model, self._virtual = model, int(facts.get("virtual_tokens", 0))
+        self._model, self._virtual = model, facts.virtual_tokens
         self._total = bundle.manifest.sites.total
         self.capacity = min(self.capacity, model["context"] - self._virtual)
         self._graphs = Graphs(bundle, options)
-        self._half = facts.get("compute") == "float16"
+        self._half = facts.compute == "float16"
         self.provider = self._graphs.pinned.get_providers()[0]
         self._place = choose_place(self.provider)
         self._shared = self._share(1, self.capacity)
         self._pinned = BoundGraph(self._graphs.pinned, self._shared)
         self._routed: BoundGraph | None = None
         self._active = self._pinned
-        calls = set(facts.get("functions", ())) & REPLACED
+        calls = set(facts.functions) & REPLACED
         self.subtract = find_subtract()
         self.operators: bool | None = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
 
