@@ -417,6 +417,6 @@ class Manifest(Strict, dict=True, kw_only=True):
         return tuple(entry.name for entry in self.expert_list if entry.added)
 
     @cached_property
-    def targets(self) -> dict[str, AnyTarget]:
-        """By name (onnx, executorch, coreml), in order."""
+    def targets(self) -> dict[str, Any]:
+        """By name (onnx, executorch, coreml), in order; who reads one knows its class."""
         return {str(target.__struct_config__.tag): target for target in self.target_list}

@@ -66,7 +66,7 @@ def seal_of(data: bytes) -> str:
     return hashlib.sha256(SEAL.sub(rb"\g<1>" + b"0" * 64 + rb"\g<3>", data, count=1)).hexdigest()
 
 
-def convert_facts(kind: type[Any], facts: dict[str, Any]) -> Any:
+def convert_facts(kind: Any, facts: Any) -> Any:
     """A part of the manifest from plain values, as an exporter gives them.
 
     Raises:
