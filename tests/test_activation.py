@@ -59,7 +59,11 @@ def draw_ids(count: int, seed: int) -> list[int]:
 
 @pytest.fixture
 def fed(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the engine's calls."""
+    return count_calls(session, monkeypatch)
+
+
+def count_calls(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the engine's calls, as they come."""
     sizes: list[int] = []
     feed = session._engine.feed
 
@@ -212,14 +216,14 @@ def test_nothing_changes_for_experts_that_always_act(bundle: Path) -> None:
     assert session.cache == ()
 
 
-def test_a_routed_header_is_one_call(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
+def test_a_routed_header_is_one_call(
+    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Routing weighs what it is given: the header, after what the original model read."""
     model = tiny_model()
     path = tiny_bundle(model, tiny_adapter(model, routing={"top_k": 2}))
     session, ids = open_session(path), draw_ids(20, seed=12)
-    sizes: list[int] = []
-    feed = session._engine.feed
-    session._engine.feed = lambda ids, keep: (sizes.append(ids.size), feed(ids, keep))[1]  # type: ignore[method-assign]
+    sizes = count_calls(session, monkeypatch)
     session.use("routed")
     found = list(session.generate_ids(ids, OPTIONS))
     assert sizes == [17, 3, 1, 1, 1, 1, 1]

@@ -40,7 +40,7 @@ def draw_requests(session: Session, count: int, seed: int) -> list[tuple[list[in
     """Prompts of all lengths, some that share beginnings; experts, blends and none; greedy and drawn answers."""
     draw = random.Random(seed)
     first, second = session.experts[:2]
-    pool = [*session.experts, {first: 0.7, second: 0.3}, {first: 1.5, second: -0.5}, None]
+    pool: list[Selection] = [*session.experts, {first: 0.7, second: 0.3}, {first: 1.5, second: -0.5}, None]
     stem, requests = [draw.randrange(VOCAB) for _ in range(30)], []
     for _ in range(count):
         prompt = stem[: draw.randrange(31)] + [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 12))]
@@ -192,9 +192,10 @@ def test_memory_is_bounded_and_said(bundle: Path) -> None:
     assert len({number for number, _ in less}) == 9
     with pytest.raises(LimeEdgeError, match=f"a row of 7 tokens takes {each} bytes, {each - 1} are allowed"):
         session.generate_many_ids(requests, memory=each - 1, max_new_tokens=5)
-    for bad in ({"rows": 0}, {"memory": 0}):
-        with pytest.raises(LimeEdgeError, match=f"{next(iter(bad))}: "):
-            session.generate_many_ids(requests, **bad)
+    with pytest.raises(LimeEdgeError, match="rows: expected at least 1, found 0"):
+        session.generate_many_ids(requests, rows=0)
+    with pytest.raises(LimeEdgeError, match="memory: expected bytes, at least 1, or None, found 0"):
+        session.generate_many_ids(requests, memory=0)
 
 
 def test_an_answer_that_fills_its_cache_says_so(bundle: Path) -> None:
@@ -267,6 +268,12 @@ class Notes:
 
     def stop(self, row: int) -> None:
         del self.lengths[row]
+
+    def set_expert(self, row: int, residual: np.ndarray | None) -> None:
+        self.calls.append(("expert", row))
+
+    def length(self, row: int) -> int:
+        return self.lengths[row]
 
     def rewind(self, row: int, length: int) -> None:
         self.lengths[row] = min(length, self.lengths[row])
@@ -408,7 +415,7 @@ def test_logits_that_are_no_numbers_name_the_request_and_the_others_go_on() -> N
         logits = step(taken, tokens)
         return [np.full_like(row, np.nan) if taken[place] == 1 else row for place, row in enumerate(logits)]
 
-    rows.step = spoil  # type: ignore[method-assign]
+    rows.step = spoil  # type: ignore[method-assign, assignment]
     events = batch.advance()
     (failed,) = [event for event in events if event.fault is not None]
     assert failed.number == 1 and failed.reason == "failed"
