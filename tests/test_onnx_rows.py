@@ -18,7 +18,7 @@ from test_variants import make_prompt_adapter
 import lime_edge
 from lime_edge.bundle.experts import Selection
 from lime_edge.compiler.compile import CompileOptions, compile_checkpoint
-from lime_edge.compiler.formats.checkpoint import read_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.decoder import Cache, DecoderModule
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError

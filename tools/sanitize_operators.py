@@ -49,7 +49,7 @@ def run_tests(arguments: list[str]) -> int:
 
     from lime_edge.runtimes.onnx import operators
 
-    operators._find_file = lambda: BUILT  # type: ignore[assignment]
+    operators._find_file = lambda: BUILT
     assert operators.find_library() == BUILT, operators.explain_absence()
     return pytest.main(["-x", "-q", "--capture=sys", "-k", LEFT_OUT, *(arguments or TESTS)])
 

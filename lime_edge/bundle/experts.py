@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ FORMAT = "lime-edge-expert"
 SCHEMA = 2
 ROUTED, NONE = "routed", "none"
 DTYPES = {"float16": np.float16, "float32": np.float32}
-STORED = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 MOST_HEADER, MOST_TEXT = 1 << 16, 512  # bytes of a header, characters of a note
 LARGEST_VALUE = 65504.0  # float16's
 Selection = str | Mapping[str, float] | None

@@ -100,7 +100,7 @@ def _read_array(name: str, value: Any, entry: Input, faults: Faults) -> np.ndarr
 
 def _fits(name: str, array: np.ndarray, entry: Input, axes: dict[str, int], faults: Faults) -> bool:
     """Check shape and ids; notes the size of every dynamic axis in `axes`."""
-    wanted = tuple(axes.get(size, size) for size in entry.shape)
+    wanted = tuple(axes.get(size, size) if isinstance(size, str) else size for size in entry.shape)
     shown = "(" + ", ".join(map(str, wanted)) + ")"
     sizes = list(zip(wanted, array.shape, strict=False))
     if len(wanted) != array.ndim or any(isinstance(size, int) and size != found for size, found in sizes):
@@ -109,7 +109,7 @@ def _fits(name: str, array: np.ndarray, entry: Input, axes: dict[str, int], faul
     if array.size == 0:
         faults.add(f"{name}: shape", f"{shown}, nothing empty", array.shape)
         return False
-    axes.update({size: found for size, found in sizes if isinstance(size, str)})
+    axes.update({str(size): found for size, found in sizes if isinstance(size, str)})
     if entry.limit and (array.min() < 0 or array.max() >= entry.limit):
         faults.add(name, f"0..{entry.limit - 1}", f"{array.min()}..{array.max()}")
         return False

@@ -128,6 +128,7 @@ class Graph:
         from lime_edge.bundle.bundle import Bundle
         from lime_edge.runtimes.onnx.caches import Caches
         from lime_edge.runtimes.onnx.loading import load_graph
+        from lime_edge.runtimes.onnx.places import Host
         from lime_edge.session.engines import SessionOptions
 
         bundle = Bundle.open(spec["path"])
@@ -135,11 +136,10 @@ class Graph:
         self.session = load_graph(bundle, self.file, SessionOptions(spec["threads"]))
         self.binding = self.session.io_binding()
         capacity = spec["capacity"] + self.virtual
-        self.caches = Caches(model, 1, capacity).buffers
+        self.caches = Caches(model, 1, capacity, Host()).buffers
         for name, buffer in self.caches.items():
-            value = wrap(buffer)
-            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self.binding.bind_ortvalue_output(f"present.{name}", value)
+            buffer.bind_input(self.binding, f"past_key_values.{name}")
+            buffer.bind_output(self.binding, f"present.{name}")
         self.mask, self.row = np.ones((1, capacity), np.int64), np.empty((1, 1, model["vocab"]), np.float32)
         self.keep = np.ones(1, np.int64)
         self.binding.bind_ortvalue_input("logits_to_keep", wrap(self.keep))
