@@ -286,7 +286,7 @@ def test_bad_export_options_are_refused(lime: Cli, tiny_model: Make, tiny_adapte
         (("--quant", "int3"), "--quant: expected none, int8, int4, found 'int3'"),
         (("--group-size", 24), "power of two"),
         (("--fold", "nobody"), "--fold: expected shared, none or an expert's name, found 'nobody'"),
-        (("--single",), "--single: needs an expert's name in fold"),
+        (("--single",), "--single: needs an expert's name in --fold"),
         (("--device", "toaster"), "--device: expected cpu"),
         (("--target", "toaster"), "target: expected onnx"),
         (("--rounding", "down"), "--rounding: expected"),

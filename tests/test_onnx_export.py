@@ -203,7 +203,7 @@ def test_prompt_in_chunks(
     model, adapter = build(CASES[name], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", chunk)
+    monkeypatch.setattr("lime_edge.session.chunks.CHUNK", chunk)
     wanted = wanted_logits(model, adapter, "expert0")
     assert_close(session.logits(ids_of(LENGTH)), wanted, f"{name}, chunks of {chunk}")
     assert_close(session.logits(ids_of(LENGTH), keep=1), wanted[-1:], f"{name}, chunks of {chunk}, last row")
@@ -224,7 +224,7 @@ def test_last_positions_across_chunks(
     model, adapter = build(CASES["llama"], tiny_model, tiny_adapter)
     session = open_session(tiny_bundle(model, adapter))
     session.use("expert0")
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 6)
+    monkeypatch.setattr("lime_edge.session.chunks.CHUNK", 6)
     wanted = wanted_logits(model, adapter, "expert0")[-9:]
     assert_close(session.logits(ids_of(LENGTH), keep=9), wanted, "keep 9, chunks of 6")
 
@@ -284,7 +284,7 @@ def test_rotation_as_an_operator_of_its_own(
     rows = [session.logits(ids[0, :9].tolist())]
     rows += [session.extend([int(token)]).copy() for token in ids[0, 9:]]
     assert_close(np.concatenate(rows), wanted, f"{name}, token by token")
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 7)
+    monkeypatch.setattr("lime_edge.session.chunks.CHUNK", 7)
     assert_close(session.logits(ids[0].tolist()), wanted, f"{name}, in chunks")
     found, _ = count_operators(bundle)
     layers = case.changes.get("num_hidden_layers", 2)

@@ -194,7 +194,7 @@ def test_a_routed_prompt_is_not_chunked(
     session = lime_edge.open_decoder(tiny_bundle(model, adapter), threads=1)
     session.use("routed")
     whole = session.logits(IDS)
-    monkeypatch.setattr("lime_edge.session.decoder.CHUNK", 4)
+    monkeypatch.setattr("lime_edge.session.chunks.CHUNK", 4)
     assert np.array_equal(session.logits(IDS), whole)
     with pytest.raises(LimeEdgeError, match="routed: 2 tokens after a cache of 13"):
         session.extend([5, 6])
