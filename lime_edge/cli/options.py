@@ -17,6 +17,7 @@ def _complete_experts(ctx: Any, incomplete: str) -> list[str]:
     for word in words:
         try:
             names = json.loads((Path(word) / "lime.json").read_text(encoding="utf-8"))["experts"]
+            names = [one["name"] if isinstance(one, dict) else str(one) for one in names]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return [name for name in [*names, "none"] if str(name).startswith(incomplete)]
