@@ -23,8 +23,7 @@ from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.export.manifest import complete_bundle
-from lime_edge.targets.options import TargetOptions
-from lime_edge.targets.registry import load_exporter
+from lime_edge.targets.registry import load_exporters
 
 SHAPES = {
     "1b": {
@@ -87,7 +86,8 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
     decoder = model.decoder
     with stage_directory(output) as stage:
         (stage / "onnx").mkdir()
-        facts = load_exporter("onnx").export(model, stage / "onnx", TargetOptions(), lambda *_: None)
+        exporter = load_exporters(["onnx"], {}, model.quant, model.group, "decoder")["onnx"]
+        facts = exporter.write(model, stage / "onnx", lambda *_: None)
         manifest = Manifest(
             fingerprint=model.fingerprint,
             model={
