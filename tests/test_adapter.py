@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lime_edge.compiler.formats.adapter import build_adapter, read_adapter, write_adapter
 from lime_edge.compiler.formats.adapter_checks import FIELDS, SELECTIONS, name_selection
 from lime_edge.compiler.formats.hyper import KNOWN, TRAINING
-from lime_edge.compiler.maths.fold import evaluate
+from lime_edge.compiler.maths.fold import run_folded
 from lime_edge.compiler.maths.layers import LimeLayer
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.maths.variants import LAYER_VARIANTS, VARIANTS, find_variant
@@ -96,7 +96,7 @@ def test_a_site_joined_with_its_weight_folds_to_the_unfolded_layer(variant: str)
     p_ref = site.vectors().mean(0)
     folded = find_variant(variant).fold_linear(site.join(weight, bias), p_ref, adapter.scale)
     residual = site.vectors()[1] - find_variant(variant).reference_of(p_ref)
-    assert torch.allclose(evaluate(folded, x, residual), layer(x), atol=1e-4)
+    assert torch.allclose(run_folded(folded, x, residual), layer(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS)

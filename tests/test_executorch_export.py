@@ -152,7 +152,7 @@ def test_summaries_leave_virtual_tokens_out(conditioning: str) -> None:
         prompt = torch.randn(1, count, 16, generator=random)
         whole = torch.cat([100 * torch.randn(1, virtual, 16, generator=random), prompt], 1)
         real = (torch.arange(virtual + count) >= virtual)[None, :, None].float()
-        wanted = prompt_tuning.summarize(prompt, None, conditioning)
+        wanted = prompt_tuning.summarize_prompt(prompt, None, conditioning)
         torch.testing.assert_close(summarize(conditioning, whole, real)[:, 0], wanted)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lime_edge.compiler.maths.fold import evaluate, evaluate_embedding
+from lime_edge.compiler.maths.fold import run_folded, run_folded_embedding
 from lime_edge.compiler.maths.layers import LimeLayer
 from lime_edge.compiler.maths.route import route
 from lime_edge.compiler.maths.variants import LAYER_VARIANTS, find_variant
@@ -106,8 +106,8 @@ def fold_and_evaluate(
 ) -> torch.Tensor:
     tensors, residual = split(site)[0], p - find_variant(variant).reference_of(p_ref)
     if embedding:
-        return evaluate_embedding(find_variant(variant).fold_embedding(tensors, p_ref, scale, pad), x, residual)
-    return evaluate(find_variant(variant).fold_linear(tensors, p_ref, scale), x, residual)
+        return run_folded_embedding(find_variant(variant).fold_embedding(tensors, p_ref, scale, pad), x, residual)
+    return run_folded(find_variant(variant).fold_linear(tensors, p_ref, scale), x, residual)
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, where: object, tolerance: float = TOLERANCE) -> None:
@@ -140,13 +140,13 @@ def test_routing_on_a_folded_layer_equals_the_unfolded_layer(drawn: Drawn, seed:
     one, zero = torch.ones(width), torch.zeros(width)
     if embedding:
         table = find_variant(variant).fold_embedding(tensors, p_ref, scale)
-        start = evaluate_embedding(table, x, one if variant == "slicefine" else zero)
-        delta = evaluate_embedding(table, x, one) - start
+        start = run_folded_embedding(table, x, one if variant == "slicefine" else zero)
+        delta = run_folded_embedding(table, x, one) - start
     else:
         folded = find_variant(variant).fold_linear(tensors, p_ref, scale)
         bare = replace(folded, bias=None) if variant == "slicefine" else folded
-        start = evaluate(bare, x, one if variant == "slicefine" else zero)
-        delta = evaluate(bare, x, one) - start
+        start = run_folded(bare, x, one if variant == "slicefine" else zero)
+        delta = run_folded(bare, x, one) - start
     operands = find_variant(variant).recover_routing(start, delta, p_ref, site["LiMEs"].shape[0])
     weights = route(*operands, routing)
     found = fold_and_evaluate(variant, site, scale, embedding, p_ref, x, make_p(site, weights))
@@ -207,7 +207,7 @@ def test_fold_at_the_reference_itself_needs_no_branch(variant: str) -> None:
     folded = find_variant(variant).fold_linear(split(site)[0], make_p(site, torch.eye(4)[0]), 2.0)
     x = draw_input(site, False, 2)
     without = replace(folded, branch_a=None, branch_b=None)
-    assert torch.equal(evaluate(folded, x, torch.zeros(9)), evaluate(without, x, torch.zeros(9)))
+    assert torch.equal(run_folded(folded, x, torch.zeros(9)), run_folded(without, x, torch.zeros(9)))
 
 
 def test_faults_are_named_together() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lime_edge.compiler.formats.authors import split_state
 from lime_edge.compiler.maths.layers import LimeLayer
-from lime_edge.compiler.maths.prompt_tuning import compute_prompt, route_static, summarize
+from lime_edge.compiler.maths.prompt_tuning import compute_prompt, route_static, summarize_prompt
 from lime_edge.compiler.maths.variants import LAYER_VARIANTS, find_variant
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
@@ -306,13 +306,13 @@ def test_static_prompt_is_one_table_per_expert() -> None:
 def test_summaries_by_hand() -> None:
     embeds = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])
-    assert summarize(embeds, mask, "mean").tolist() == [[0.5, 1.0]]
-    assert summarize(embeds, mask, "first").tolist() == [[1.0, 0.0]]
-    assert summarize(embeds, mask, "last").tolist() == [[0.0, 2.0]]
-    assert summarize(embeds, None, "last").tolist() == [[9.0, 9.0]]
+    assert summarize_prompt(embeds, mask, "mean").tolist() == [[0.5, 1.0]]
+    assert summarize_prompt(embeds, mask, "first").tolist() == [[1.0, 0.0]]
+    assert summarize_prompt(embeds, mask, "last").tolist() == [[0.0, 2.0]]
+    assert summarize_prompt(embeds, None, "last").tolist() == [[9.0, 9.0]]
     query = torch.tensor([10 / 3, 11 / 3])  # the mean sees padding, the weights do not
     weights = torch.softmax(torch.stack([embeds[0, 0] @ query, embeds[0, 1] @ query]), 0)
     expected = weights[0] * embeds[0, 0] + weights[1] * embeds[0, 1]
-    assert torch.allclose(summarize(embeds, mask, "attention")[0], expected, atol=1e-5)
+    assert torch.allclose(summarize_prompt(embeds, mask, "attention")[0], expected, atol=1e-5)
     with pytest.raises(LimeEdgeError, match="median"):
-        summarize(embeds, mask, "median")
+        summarize_prompt(embeds, mask, "median")

@@ -16,7 +16,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.evaluate import Example
 from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.kinds import read_checkpoint
-from lime_edge.compiler.model.profiling import average_routing, mix_experts
+from lime_edge.compiler.model.profiling import average_routing, mix_by_site
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
@@ -68,7 +68,7 @@ def test_mixture_is_per_site(pair: tuple[Path, Path]) -> None:
     compiled = compile_checkpoint(read_checkpoint(*pair), CompileOptions(quant="none"))
     count = len(compiled.experts)
     weights = {s.name: torch.eye(count, dtype=torch.float64)[i % count] for i, s in enumerate(compiled.sites)}
-    mixed, names = mix_experts(compiled, weights), list(compiled.experts)
+    mixed, names = mix_by_site(compiled, weights), list(compiled.experts)
     for index, site in enumerate(compiled.sites):
         wanted = compiled.experts[names[index % count]][site.offset : site.offset + site.width]
         assert torch.equal(mixed[site.offset : site.offset + site.width], wanted)

@@ -60,7 +60,7 @@ def summarize(conditioning: str, embeds: Tensor, real: Tensor) -> Tensor:
 
     Args:
         embeds: (1, S, H). real: (1, S, 1) float, 1 for real tokens.
-    Source: compiler.maths.prompt_tuning.summarize, the virtual tokens masked out.
+    Source: compiler.maths.prompt_tuning.summarize_prompt, the virtual tokens masked out.
     """
     if conditioning == "last":
         return embeds[:, -1:]

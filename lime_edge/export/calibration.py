@@ -19,7 +19,7 @@ from lime_edge.compiler.rounding.calibrate import (
     vocabulary_words,
 )
 from lime_edge.compiler.rounding.grams import Grams, collect_grams
-from lime_edge.compiler.rounding.survival import choose_sequences, list_sources, measure_survival, summarize
+from lime_edge.compiler.rounding.survival import choose_sequences, list_sources, measure_survival, summarize_survival
 from lime_edge.errors import LimeEdgeError
 
 B = TypeVar("B", bound=Backbone)
@@ -70,4 +70,4 @@ def check_survival(
     original, _ = checkpoint.backbone.split_state(())
     gptq = choose_rounding(options, calibration) == "gptq"
     sites = measure_survival(original, folded, stored, grams, gptq)
-    return summarize(sites, shown.source if shown else None) if sites else None
+    return summarize_survival(sites, shown.source if shown else None) if sites else None

@@ -14,7 +14,7 @@ from lime_edge.bundle.prompts import TextCodec
 from lime_edge.checks.evaluate import Example, evaluate
 from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.kinds import read_checkpoint
-from lime_edge.compiler.model.profiling import average_routing, mix_experts
+from lime_edge.compiler.model.profiling import average_routing, mix_by_site
 from lime_edge.compiler.options import CompileOptions, Progress
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
@@ -44,7 +44,7 @@ def add_profile(
     codec = TextCodec(bundle / "tokenizer")
     sequences = [(codec.encode(e.prompt), codec.encode(e.answer)) for e in examples]
     weights = average_routing(compiled, sequences, lambda done: progress("route", done, len(sequences)))
-    vector = mix_experts(compiled, weights).numpy().astype(opened.manifest.adapter["expert_dtype"])
+    vector = mix_by_site(compiled, weights).numpy().astype(opened.manifest.adapter["expert_dtype"])
     note = f"routing averaged over {len(examples)} examples"
     expert = Expert(name, vector, fingerprint, sites, note)
     opened.add_expert(expert, replace_existing=force)

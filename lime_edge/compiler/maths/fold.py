@@ -104,7 +104,7 @@ def _fold_linear(
     return FoldedLinear(weight.float(), _float(bias), _float(branch_a), _float(branch_b), rows)
 
 
-def evaluate(folded: FoldedLinear, x: Tensor, residual: Tensor) -> Tensor:
+def run_folded(folded: FoldedLinear, x: Tensor, residual: Tensor) -> Tensor:
     """Run a folded linear layer.
 
     Args:
@@ -178,7 +178,7 @@ def _fold_table(
     return FoldedEmbedding(folded.float(), branch_table.float(), branch_b.float(), 0, pad)
 
 
-def evaluate_embedding(folded: FoldedEmbedding, ids: Tensor, residual: Tensor) -> Tensor:
+def run_folded_embedding(folded: FoldedEmbedding, ids: Tensor, residual: Tensor) -> Tensor:
     """Run a folded embedding.
 
     Args:

@@ -95,7 +95,7 @@ def route_conditioned(
     Source: fixtures prompt_tuning-{mean,first,last,attention}-*.
     """
     experts = tensors["LiMEs"].shape[0]
-    summary = summarize(embeds, attention_mask, conditioning)
+    summary = summarize_prompt(embeds, attention_mask, conditioning)
     if "input_proj.weight" in tensors:
         summary = summary @ tensors["input_proj.weight"].T
     base = tensors["prompt_base"].unsqueeze(0) + summary.unsqueeze(1)
@@ -119,7 +119,7 @@ def route_prompt(tokens: VirtualTokens, routing: RoutingConfig, experts: int, em
     return route_conditioned(tensors, routing, tokens.conditioning, embeds, None)
 
 
-def summarize(embeds: Tensor, attention_mask: Tensor | None, conditioning: str) -> Tensor:
+def summarize_prompt(embeds: Tensor, attention_mask: Tensor | None, conditioning: str) -> Tensor:
     """One vector (B, H) for a prompt's embeddings (B, T, H).
 
     "mean" runs over real tokens; "first" is position 0; "last" is position (number of real tokens)

@@ -50,7 +50,7 @@ def average_routing(
     return {name: total / tokens for name, total in totals.items()}
 
 
-def mix_experts(model: CompiledModel, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+def mix_by_site(model: CompiledModel, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mixture as one flat vector p (sum_H,), in the experts' storage dtype: p = sum_e w_e p_e per site."""
     bank = torch.stack([vector.double() for vector in model.experts.values()])
     mixed = torch.cat([weights[site.name] @ bank[:, site.offset : site.offset + site.width] for site in model.sites])

@@ -130,7 +130,7 @@ def choose_sequences(calibration: Calibration | None) -> Calibration | None:
     return Calibration(calibration.samples[::step][:SEQUENCES], calibration.source)
 
 
-def summarize(sites: list[SiteSurvival], inputs: str | None) -> dict[str, Any]:
+def summarize_survival(sites: list[SiteSurvival], inputs: str | None) -> dict[str, Any]:
     """What the manifest says: per kind of layer the median over sites and experts, and the worst.
 
     Args:
