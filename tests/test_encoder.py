@@ -396,7 +396,7 @@ def test_survival_of_an_encoder_is_that_of_the_definition(quant: str, exported: 
         effects = [p[:, None] * (branch.b @ branch.a) for p in vectors]
         worst = max(float(noise.norm() / effect.norm()) for effect in effects)
         assert found["sites"][site.name]["error"] == pytest.approx(worst, rel=0.02), site.name
-    assert found["kinds"]["query"]["bits"] == [8 if quant == "int8" else 4]
+    assert found["kinds"]["query"]["bits"] == tuple([8 if quant == "int8" else 4])
 
 
 @QUANTIZED
