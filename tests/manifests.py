@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.create import write_bundle
+from lime_edge.bundle.experts import Expert
 from lime_edge.bundle.fields import (
     AdapterFacts,
     Backbone,
@@ -16,7 +24,9 @@ from lime_edge.bundle.fields import (
     Quantization,
     SiteEntry,
 )
-from lime_edge.bundle.manifest import SEAL, seal_of
+from lime_edge.bundle.manifest import MANIFEST, SEAL, seal_of
+from lime_edge.bundle.sites import SiteTable
+from lime_edge.bundle.staging import stage_directory
 
 HASH = "0123456789abcdef" * 4
 
@@ -63,6 +73,59 @@ def make_manifest(**changes: Any) -> Manifest:
         },
     }
     return Manifest(**(facts | changes))
+
+
+SITES = SiteTable.from_widths([("model.a", 3), ("model.b", 2)])
+
+
+def make_expert(name: str, value: float = 1.0) -> Expert:
+    """An expert of `make_bundle`'s adapter, all numbers equal."""
+    return Expert(name, np.full(5, value, np.float16), HASH)
+
+
+def make_bundle(path: Path, names: tuple[str, ...] = ("one", "two"), **changes: Any) -> Path:
+    """A bundle with a graph of five bytes; p_ref is 0 1 2 3 4, experts are 1, 2, ... all over."""
+    manifest = make_manifest(expert_list=(), files={}, **{"default": names[0]} | changes)
+    experts = [make_expert(name, index + 1) for index, name in enumerate(names)]
+    with stage_directory(path) as stage:
+        (stage / "onnx").mkdir()
+        (stage / "onnx" / "model.onnx").write_bytes(b"graph")
+        write_bundle(stage, manifest, experts, np.arange(5, dtype=np.float32))
+    return path
+
+
+def expert_path(bundle: Path, name: str) -> Path:
+    """Where a bundle keeps an expert."""
+    return bundle / Bundle.open(bundle).manifest.expert_files[name]
+
+
+def add_coreml(bundle: Path) -> None:
+    """Give a decoder's bundle an entry for Core ML, whose package is one file without meaning."""
+    package = bundle / "coreml/model.mlpackage/Manifest.json"
+    package.parent.mkdir(parents=True)
+    package.write_text("{}")
+
+    def add(body: dict[str, Any]) -> None:
+        (onnx,) = (target for target in body["targets"] if target["target"] == "onnx")
+        common = {key: value for key, value in onnx.items() if key not in ("opset", "functions")}
+        own = {"target": "coreml", "file": "coreml/model.mlpackage", "compute": "float16", "minimum": "iOS18"}
+        own |= {"compute_units": "all", "max_length": 1024, "lengths": [1, 32, 128], "providers": ["CoreML"]}
+        own |= {"routed": "routed" if onnx["routed"] else None}
+        body["targets"].append(common | own)
+        body["files"]["coreml/model.mlpackage/Manifest.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+
+    reseal(bundle, add)
+
+
+def reseal(bundle: Path, edit: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    """Change a bundle's lime.json and make every hash in it fit what is there."""
+    body = json.loads((bundle / MANIFEST).read_text())
+    for name, entry in body["files"].items():
+        if (bundle / name).is_file():
+            data = (bundle / name).read_bytes()
+            entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    edit(body)
+    (bundle / MANIFEST).write_bytes(seal(body))
 
 
 def seal(body: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_trees import plant_rapl, plant_thermal
+from msgspec import structs
 
 from lime_edge.bench import energy as bench_energy
 from lime_edge.bench import measure as bench
@@ -143,8 +144,10 @@ def test_an_encoder_has_what_applies(encoder_document: dict[str, Any]) -> None:
 def test_targets_times_lengths_are_runs(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second target that is the same engine under another name: its runs come after the first one's."""
     bundle = Bundle.open(tiny_bundle())
-    facts = bundle.manifest.targets["onnx"]
-    twice = Bundle(bundle.path, replace(bundle.manifest, targets={"onnx": facts, "twin": facts}))
+    manifest = structs.replace(bundle.manifest)
+    facts = manifest.targets["onnx"]
+    manifest.__dict__["targets"] = {"onnx": facts, "twin": facts}
+    twice = Bundle(bundle.path, manifest)
     monkeypatch.setattr(Bundle, "open", classmethod(lambda *_: twice))
     monkeypatch.setitem(TARGETS, "twin", "onnx")
     stage = {"rss_bytes": 5, "anonymous_bytes": None, "peak_bytes": 7}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifests import add_coreml, reseal
 from safetensors.numpy import load_file, save_file
 
 import lime_edge
@@ -139,7 +140,8 @@ def test_chat_switches_inside_the_conversation(lime: Cli, bundle: Path) -> None:
 def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     facts = json.loads(lime("inspect", bundle, "--json").out)
-    assert facts["fingerprint"] == manifest.fingerprint
+    assert facts["backbone"]["fingerprint"] == manifest.backbone.fingerprint
+    assert facts["adapter_id"] == manifest.adapter_id and facts["default"] == manifest.experts[0]
     assert [e["name"] for e in facts["experts"]] == list(manifest.experts)
     assert facts["sum_h"] == sum(site["width"] for site in facts["sites"])
     text = lime("inspect", bundle, "--sites", "--verify").out
@@ -148,18 +150,14 @@ def test_inspect_shows_what_is_there(lime: Cli, bundle: Path) -> None:
     assert "verified" not in facts and "golden outputs" in text
     assert "operators here" in text and "functions run compiled" in text, "built without the operators?"
     assert "as they were written" not in lime("inspect", bundle).out
-    for word in (manifest.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
+    for word in (manifest.backbone.fingerprint, manifest.sites.sites[0].name, manifest.experts[0], "int4 symmetric"):
         assert word in text
 
 
 def test_inspect_says_what_a_target_was_made_for(lime: Cli, bundle: Path) -> None:
-    coreml = {"max_length": 1024, "lengths": [1, 32, 128], "minimum": "iOS18", "compute_units": "all"}
-    assert describe_making(coreml) == "cache 1024, prompts 32/128, iOS18, all"
-    assert describe_making({"max_length": 1024, "backend": "xnnpack"}) == "cache 1024, xnnpack"
-    assert describe_making({}) == ""
-    body = json.loads((bundle / "lime.json").read_text())
-    body["targets"] |= {"coreml": body["targets"]["onnx"] | coreml | {"routed": "coreml/model.mlpackage"}}
-    (bundle / "lime.json").write_text(json.dumps(body))
+    assert describe_making(Bundle.open(bundle).manifest.targets["onnx"]) == ""
+    add_coreml(bundle)
+    reseal(bundle, lambda body: body["targets"][1].update(routed="routed"))
     rows = {line.split()[1]: line for line in lime("inspect", bundle).out.splitlines() if line.startswith("│ ")}
     assert "cache 1024, prompts 32/128, iOS18, all" in rows["coreml"] and "│ yes" in rows["coreml"], rows["coreml"]
     assert "│ no" in rows["onnx"], rows["onnx"]
@@ -241,8 +239,11 @@ def test_damaged_bundles_are_refused(lime: Cli, bundle: Path) -> None:
     assert "onnx/model.onnx: size in bytes" in lime.refuse("run", bundle, "x")
     graph.write_bytes(bytes(len(whole)))
     assert "onnx/model.onnx: sha256" in lime.refuse("inspect", bundle, "--verify")
+    assert "onnx/model.onnx: sha256" in lime.refuse("run", bundle, "x")
+    reseal(bundle)
     assert "ONNX Runtime cannot load it" in lime.refuse("run", bundle, "x")
     graph.write_bytes(whole)
+    reseal(bundle)
     expert = next((bundle / "experts").iterdir())
     expert.write_bytes(expert.read_bytes()[:-8])
     assert f"experts/{expert.name}: size in bytes" in lime.refuse("run", bundle, "x")
@@ -255,10 +256,9 @@ def test_bad_experts_are_refused(lime: Cli, bundle: Path, tmp_path: Path) -> Non
     with_nan = good.vector.copy()
     with_nan[7] = np.nan
     cases = {
-        "length: expected": Expert("new", good.vector[:-1], good.fingerprint, good.sites_hash),
-        "NaN or infinite": Expert("new", with_nan, good.fingerprint, good.sites_hash),
-        "backbone fingerprint": Expert("new", good.vector, "0" * 64, good.sites_hash),
-        "site table": Expert("new", good.vector, good.fingerprint, "0" * 64),
+        "length: expected": Expert("new", good.vector[:-1], good.adapter_id),
+        "NaN or infinite": Expert("new", with_nan, good.adapter_id),
+        "adapter_id: expected": Expert("new", good.vector, "0" * 64),
         "already": good,
     }
     for message, expert in cases.items():
@@ -266,7 +266,7 @@ def test_bad_experts_are_refused(lime: Cli, bundle: Path, tmp_path: Path) -> Non
         error = lime.refuse("experts", "add", bundle, tmp_path / "new.safetensors")
         assert message in error or (message == "already" and "exists already" in error)
     (tmp_path / "new.safetensors").write_bytes(good.to_bytes()[:-3])
-    assert "not a readable expert file" in lime.refuse("experts", "add", bundle, tmp_path / "new.safetensors")
+    assert "bytes of numbers: expected" in lime.refuse("experts", "add", bundle, tmp_path / "new.safetensors")
     assert "no such expert file" in lime.refuse("experts", "add", bundle, tmp_path / "none.safetensors")
     assert before == {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
 

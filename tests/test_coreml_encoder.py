@@ -70,7 +70,7 @@ def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarr
     if session.inputs == ("pixel_values",):
         pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(length))
         return {"pixel_values": pixels.half().float().numpy()}
-    text = draw_text(batch, length, session.bundle.manifest.model["vocab"], length)
+    text = draw_text(batch, length, session.bundle.manifest.backbone.vocab, length)
     return {name: tensor.numpy() for name, tensor in text.items()}
 
 
@@ -135,7 +135,7 @@ def test_the_package_holds_the_compilers_integers(made: tuple[Path, CompiledEnco
             assert np.array_equal(scale.array, stored.scales.numpy()), name
         assert not left, f"{name}: {len(left)} matrices are not in the package"
     facts = Bundle.open(path).manifest.targets["coreml"]  # test_encoder.py says the same of ONNX
-    assert facts["weight_hash"] == compiled.weight_hash()
+    assert facts.weight_hash == compiled.weight_hash()
     assert set(package.functions) == {"main", "routed"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Make
+from manifests import reseal
 from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
 from test_onnx_export import BLEND, QUANTIZED, assert_integers_equal, build, compile_again, stored
 from test_variants import ROUTINGS, VARIANTS, make_prompt_adapter
@@ -190,7 +190,7 @@ def test_a_single_expert_has_no_branch(variant: str, tiny_model: Make, tiny_adap
     adapter = tiny_adapter(model, targets=ALL_LINEARS, variant=variant)
     how: dict[str, Any] = {"fold": "expert1", "single": True, "quant": "int8"}
     path = tiny_bundle(model, adapter, targets=("coreml",), **how)
-    assert not Bundle.open(path).manifest.targets["coreml"]["expert_input"]
+    assert not Bundle.open(path).manifest.targets["coreml"].expert_input
     check_selection(open_on(path, EXACT), make_oracle(compile_again(model, adapter, **how)), "expert1", variant)
     function = read_package(path / "coreml/model.mlpackage").functions["main"]
     assert "expert" not in function.inputs
@@ -265,7 +265,7 @@ def test_the_package_holds_the_integers_of_onnx(
     branches = {key for key in plain if "_lime_" in key}
     assert len(branches) == 2 * len(compiled.all_branches()) and {plain[key].type for key in branches} == {"fp16"}
     targets = Bundle.open(path).manifest.targets
-    assert targets["onnx"]["weight_hash"] == targets["coreml"]["weight_hash"] == compiled.weight_hash()
+    assert targets["onnx"].weight_hash == targets["coreml"].weight_hash == compiled.weight_hash()
 
 
 @pytest.mark.small
@@ -290,11 +290,11 @@ def test_metadata_sizes_and_lengths(tiny_model: Make, tiny_adapter: Make, tiny_b
     manifest = Bundle.open(path).manifest
     facts, package = manifest.targets["coreml"], read_package(path / "coreml/model.mlpackage")
     files = {name: entry for name, entry in manifest.files.items() if name.startswith("coreml/")}
-    assert facts["bytes"] == sum(entry.size for entry in files.values()) and facts["seconds"] > 0
-    assert facts["providers"] == ["CoreML", "interpreter"] and facts["lengths"] == [1, 32]
+    assert facts.report["bytes"] == sum(entry.size for entry in files.values()) and facts.report["seconds"] > 0
+    assert facts.providers == ("CoreML", "interpreter") and facts.lengths == (1, 32)
     assert package.metadata["author"] == "lime_edge" and package.metadata["license"]
     assert package.metadata["lime_edge.experts"] == ",".join(manifest.experts)
-    assert package.metadata["lime_edge.fingerprint"] == manifest.fingerprint
+    assert package.metadata["lime_edge.fingerprint"] == manifest.backbone.fingerprint
     main = package.functions["main"]
     assert main.shapes == {"input_ids": {(1, 1), (1, 32)}}
     assert {name: kind.shape for name, kind in main.states.items()} == {
@@ -439,8 +439,7 @@ def test_what_comes_near_the_limit_is_told(
     path = Path(shutil.copytree(tiny_bundle(model, adapter, targets=("coreml",)), tmp_path / "x.lime"))
     warn_of_overflow(path)
     assert "warning" not in capsys.readouterr().err
-    manifest = json.loads((path / "lime.json").read_text())
-    manifest["targets"]["coreml"]["peak"] = {"value": 50000.0, "site": "layers.1.qkv output", "limit": LIMIT}
-    (path / "lime.json").write_text(json.dumps(manifest))
+    peak = {"value": 50000.0, "site": "layers.1.qkv output", "limit": LIMIT}
+    reseal(path, lambda body: body["targets"][0]["report"].update(peak=peak))
     warn_of_overflow(path)
     assert "coreml: layers.1.qkv output reaches 50000, float16 ends at 65504" in capsys.readouterr().err

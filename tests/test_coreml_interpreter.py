@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Make
+from manifests import reseal
 from models import CASES, draw_ids
 from test_coreml_export import EXACT, NATIVE, QUANTS, build, make_oracle, measure, open_on, residual_of
 from test_onnx_export import compile_again
@@ -245,11 +246,16 @@ def test_quantized_constants_equal_coremltools(bits: int, shape: tuple[int, int]
 # mutations: whatever is changed in the file must show
 
 
+MUTATED = "mutated.lime"
+
+
 def mutated(package: Path, directory: Path) -> Path:
-    return Path(shutil.copytree(package, directory / "mutated.lime"))
+    return Path(shutil.copytree(package, directory / MUTATED))
 
 
 def ask(path: Path, selection: str = "expert1") -> np.ndarray:
+    if path.name == MUTATED:
+        reseal(path)
     session = open_on(path, EXACT)
     session.use(selection)
     return session.logits(draw_ids(20, seed=4)[0].tolist())
@@ -261,6 +267,9 @@ def oracle(tiny_model: Make, tiny_adapter: Make) -> DecoderModule:
 
 
 def judge(path: Path, oracle: DecoderModule, selection: str = "expert1") -> float:
+    """The error; the manifest of a mutated package is made to fit, so that only the numbers can tell."""
+    if path.name == MUTATED:
+        reseal(path)
     session = open_on(path, EXACT)
     session.use(selection)
     ids = draw_ids(20, seed=4)
@@ -358,19 +367,14 @@ def test_a_cache_that_is_not_written_shows(package: Path, oracle: DecoderModule,
 
 
 def rewrite(package: Path, directory: Path, change: Callable[[Any], None], oracle: DecoderModule) -> float:
-    """The error after a change to the program; the bundle checks sizes, so its manifest is told."""
+    """The error after a change to the program."""
     path = mutated(package, directory)
     file = path / "coreml/model.mlpackage" / MODEL
     spec = ct.proto.Model_pb2.Model()
     spec.ParseFromString(file.read_bytes())
     main = spec.mlProgram.functions["main"]
     change(main.block_specializations[main.opset].operations)
-    before = file.stat().st_size
     file.write_bytes(spec.SerializeToString())
-    manifest = path / "lime.json"
-    text = manifest.read_text()
-    assert text.count(f'"size": {before}') == 1
-    manifest.write_text(text.replace(f'"size": {before}', f'"size": {file.stat().st_size}'))
     return judge(path, oracle)
 
 

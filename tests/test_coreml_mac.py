@@ -171,7 +171,7 @@ def test_the_script_says_what_it_was_given(
     assert script.main([path]) == 2
     told = capsys.readouterr().err
     assert "expected a bundle for coreml, found onnx" in told and "hint: lime-edge export --target coreml" in told
-    manifest = SimpleNamespace(model={"kind": "encoder"}, targets={"coreml": {}})
+    manifest = SimpleNamespace(kind="encoder", targets={"coreml": {}})
     monkeypatch.setattr(script.Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest, path=path))
     assert script.main([path]) == 2
     told = capsys.readouterr().err
@@ -222,4 +222,4 @@ def test_a_device_needs_numpy_alone(package: Path) -> None:
         "sys.exit(bool({'coremltools', 'google.protobuf', 'torch'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
-    assert Bundle.open(package).manifest.targets["coreml"]["providers"][0] == "CoreML"
+    assert Bundle.open(package).manifest.targets["coreml"].providers[0] == "CoreML"

@@ -91,9 +91,9 @@ def draw_inputs(session: EncoderSession, batch: int, length: int, seed: int = 0)
     """Random inputs of a size of their own, the later texts shorter than the first."""
     if session.inputs == ("pixel_values",):
         random = torch.Generator().manual_seed(seed)
-        shape = session.bundle.manifest.targets["onnx"]["inputs"][0]["shape"][1:]
+        shape = session.bundle.manifest.targets["onnx"].inputs[0].shape[1:]
         return {"pixel_values": torch.randn(batch, *shape, generator=random)}
-    return draw_text(batch, length, session.bundle.manifest.model["vocab"], seed)
+    return draw_text(batch, length, session.bundle.manifest.backbone.vocab, seed)
 
 
 def draw_text(batch: int, length: int, vocab: int, seed: int = 0) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ def test_single_expert_equals_pinned(variant: str, small: Path, tmp_path: Path) 
 
 def compile_bundle(bundle: Path) -> CompiledEncoder:
     """What the bundle was made of, compiled again."""
-    quant = Bundle.open(bundle).manifest.quantization["quant"]
+    quant = Bundle.open(bundle).manifest.quantization.quant
     imported = bundle.parent / "imported"
     checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
     return compile_checkpoint(checkpoint, CompileOptions(quant=quant, keep_int8=KEPT))
@@ -299,7 +299,7 @@ def test_integers_in_the_file_are_the_compilers(name: str, quant: str, exported:
     bundle = exported(name, quant=quant, keep_int8=KEPT)
     compiled = compile_bundle(bundle)
     manifest = Bundle.open(bundle).manifest
-    assert manifest.quantization["weight_hash"] == compiled.weight_hash()
+    assert manifest.quantization.weight_hash == compiled.weight_hash()
     assert {t.bits for t in compiled.weights.values() if isinstance(t, QuantizedTensor)} == (
         {8} if quant == "int8" else {4, 8}
     )
@@ -454,7 +454,7 @@ def test_experts_are_installed_used_and_refused(exported: Exported, tmp_path: Pa
     vector = read_expert(bundle / "experts" / "expert_1.safetensors").vector
     manifest = session.bundle.manifest
     file = tmp_path / "new.safetensors"
-    file.write_bytes(Expert("new", vector, manifest.fingerprint, manifest.sites.hash).to_bytes())
+    file.write_bytes(Expert("new", vector, manifest.adapter_id).to_bytes())
     assert session.install(file) == "new"
     session.use("new")
     new = session.run(input_ids=ids)["logits"]
@@ -467,8 +467,8 @@ def test_experts_are_installed_used_and_refused(exported: Exported, tmp_path: Pa
         with pytest.raises(LimeEdgeError, match=problem):
             session.use(selection)
     assert session.selection == "expert_1"
-    file.write_bytes(Expert("other", vector, "0" * 64, manifest.sites.hash).to_bytes())
-    with pytest.raises(LimeEdgeError, match="fingerprint"):
+    file.write_bytes(Expert("other", vector, "0" * 64).to_bytes())
+    with pytest.raises(LimeEdgeError, match="adapter_id"):
         session.install(file)
 
 
@@ -480,12 +480,16 @@ def test_vectors_of_another_adapter_are_refused(imported: Path, exported: Export
         stored = read_expert(bundle.path / "experts" / f"{expert.name}.safetensors")
         assert np.array_equal(expert.vector, stored.vector), expert.name
     config, tensors = read_folder(imported / "adapter")
-    assert config["use_shared_lime"] and bundle.manifest.adapter["shared_vector"]
+    assert config["use_shared_lime"] and bundle.manifest.adapter.shared_id is not None
     other = {name: tensor * 1.01 if name.endswith(".A") else tensor for name, tensor in tensors.items()}
     alone = {name: tensor for name, tensor in tensors.items() if name.endswith(".LiMEs")}
     for folder, (changes, kept, message) in {
         "other": ({}, other, "shared adapter"),
-        "alone": ({"use_shared_lime": False}, alone, "LiME_shared and gamma: expected those of the bundle"),
+        "alone": (
+            {"use_shared_lime": False, "adapter_id": bundle.manifest.adapter_id},
+            alone,
+            "LiME_shared and gamma: expected those of the bundle",
+        ),
     }.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
@@ -529,6 +533,7 @@ def test_pixels_are_checked(exported: Exported) -> None:
 
 
 def test_manifest_says_what_it_is(exported: Exported) -> None:
-    model = Bundle.open(exported("vit-lora-cls")).manifest.model
-    assert model["kind"] == "encoder" and model["task"] == "image-classification"
-    assert model["labels"] == [f"LABEL_{index}" for index in range(7)]
+    manifest = Bundle.open(exported("vit-lora-cls")).manifest
+    assert manifest.kind == "encoder" and manifest.decoder is None and manifest.encoder is not None
+    assert manifest.encoder.task == "image-classification"
+    assert manifest.encoder.labels == tuple(f"LABEL_{index}" for index in range(7))

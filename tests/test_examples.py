@@ -40,7 +40,7 @@ def run_demo(device: str, *words: object) -> subprocess.CompletedProcess[str]:
 def test_every_expert_answers_and_a_new_one_is_installed(device: str, bundle: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     vector = np.random.default_rng(0).normal(1, 0.5, manifest.sites.total).astype(np.float16)
-    new = Expert("delivered", vector, manifest.fingerprint, manifest.sites.hash)
+    new = Expert("delivered", vector, manifest.adapter_id)
     (tmp_path / "new.safetensors").write_bytes(new.to_bytes())
     done = run_demo(
         device, bundle, "--prompt", "hi", "--tokens", 8, "--threads", 1, "--install", tmp_path / "new.safetensors"
@@ -187,12 +187,13 @@ def read_vector(file: Path, tensor: str) -> np.ndarray:
 @pytest.mark.parametrize("shared", [False, True], ids=["caches that grow", "one buffer"])
 def test_the_phones_recipe(shared: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIME_EDGE_OPERATORS", "0")  # as the recipe runs: int8 activations amplify the difference
-    model = json.loads((bundle / "lime.json").read_text())["model"]
+    body = json.loads((bundle / "lime.json").read_text())
+    model, files = body["backbone"] | body["decoder"], {entry["name"]: entry["file"] for entry in body["experts"]}
     engine = onnxruntime.InferenceSession(bundle / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     reference = read_vector(bundle / "reference.safetensors", "reference")
     session, prompt, count = lime_edge.open_decoder(bundle, threads=1, max_length=32), [5, 17, 200, 31], 6
     for name in session.experts:
-        d = read_vector(bundle / f"experts/{name}.safetensors", "expert") - reference
+        d = read_vector(bundle / files[name], "expert") - reference
         rows = follow_recipe(engine, model, d, prompt, count, shared)
         session.use(name)
         wanted = [session.logits(prompt, keep=1)[-1].copy()]

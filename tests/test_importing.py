@@ -24,6 +24,7 @@ from lime_edge.compiler.formats.importing import import_checkpoint
 from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.errors import LimeEdgeError
+from lime_edge.export.manifest import identify
 
 FIXTURES = Path(__file__).parent / "fixtures/conformance"
 MODELS = sorted(path.name for path in (FIXTURES / "models").iterdir())
@@ -336,7 +337,7 @@ def test_expert_vectors_for_a_peft_lora(kind: str, tmp_path: Path) -> None:
     else:
         files = [tmp_path / f"{name}.safetensors" for name in names]
         for file, name, vector in zip(files, names, flat, strict=True):
-            file.write_bytes(Expert(name, vector.numpy(), checkpoint.backbone.fingerprint, table.hash).to_bytes())
+            file.write_bytes(Expert(name, vector.numpy(), identify(checkpoint.adapter, table)).to_bytes())
     options = ImportOptions(model=base, experts=tuple(files), names=tuple(names) if kind == "per-site" else ())
     import_checkpoint(directory, tmp_path / "out", options)
     adapter = read_checkpoint(base, tmp_path / "out/adapter").adapter
@@ -351,13 +352,14 @@ def test_expert_vectors_for_a_peft_lora(kind: str, tmp_path: Path) -> None:
     assert worst(plain, model.logits({"input_ids": ids})) > 100 * LIMIT
 
 
-def test_an_expert_of_another_backbone_is_refused(tmp_path: Path) -> None:
+def test_an_expert_of_another_adapter_is_refused(tmp_path: Path) -> None:
     base, directory, _, _ = make_peft(tmp_path)
     file = tmp_path / "e.safetensors"
-    file.write_bytes(Expert("e", torch.ones(7).numpy(), "0" * 64, "1" * 64).to_bytes())
-    with pytest.raises(LimeEdgeError) as error:
-        import_checkpoint(directory, tmp_path / "out", ImportOptions(model=base, experts=(file,)))
-    assert "backbone fingerprint" in error.value.problem and "site table" in error.value.problem
+    for count, message in ((7, r"e: expected \(160,\), found \(7,\)"), (160, "adapter_id: expected")):
+        file.write_bytes(Expert("e", torch.ones(count).numpy(), "0" * 64).to_bytes())
+        with pytest.raises(LimeEdgeError, match=message):
+            import_checkpoint(directory, tmp_path / "out", ImportOptions(model=base, experts=(file,)))
+    assert not (tmp_path / "out").exists()
     with pytest.raises(LimeEdgeError, match="`model`"):
         import_checkpoint(directory, tmp_path / "out", ImportOptions(experts=(file,)))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
@@ -44,7 +45,7 @@ def test_the_other_kind_is_refused_and_the_hint_says_how(tiny_bundle: Make, enco
 
 def test_a_kind_of_tomorrow_is_refused(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle())
-    strange = replace(bundle, manifest=replace(bundle.manifest, model=bundle.manifest.model | {"kind": "diffusion"}))
+    strange = replace(bundle, manifest=structs.replace(bundle.manifest, kind="diffusion"))
     for use in (open_any, lambda one: load_runtime(one, None)):
         with pytest.raises(LimeEdgeError, match="kind of model: expected decoder or encoder, found 'diffusion'"):
             use(strange)

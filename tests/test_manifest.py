@@ -36,7 +36,7 @@ def test_what_is_encoded_is_decoded() -> None:
     read = decode_manifest(data, "x")
     assert msgspec.structs.replace(read, manifest_sha256="0" * 64) == manifest
     assert encode_manifest(read) == data
-    assert list(read.experts) == ["one", "two"] and read.sites.total == 5 and list(read.targets) == ["onnx"]
+    assert read.experts == ("one", "two") and read.sites.total == 5 and list(read.targets) == ["onnx"]
 
 
 def test_every_field_is_written() -> None:
@@ -69,7 +69,9 @@ def test_schema_and_tables_are_those_of_the_types() -> None:
     import bundle_docs
 
     page = (DOCS / "bundle-format.md").read_text(encoding="utf-8")
-    assert (DOCS / "bundle.schema.json").read_text(encoding="utf-8") == bundle_docs.render_schema(), "make bundle-docs"
+    assert (DOCS / "bundle.schema.json").read_text(encoding="utf-8") == bundle_docs.render_schema(), (
+        "python tools/bundle_docs.py writes it"
+    )
     assert page == bundle_docs.fill_tables(page), "python tools/bundle_docs.py writes it"
 
 
@@ -111,6 +113,12 @@ def drop(*path: str | int) -> Callable[[Body], None]:
         (put("targets", 0, "target", value="tpu"), "tpu"),
         (put("decoder", "eos", value=[7]), "eos: expected ids below 7, found 7"),
         (put("decoder", "kv_heads", value=3), "multiple of kv_heads"),
+        (
+            put("decoder", value={"heads": 64, "kv_heads": 64, "head_dim": 65536, "eos": []}),
+            "bytes of a token in the cache: expected at most 16777216",
+        ),
+        (put("backbone", "vocab", value=0), "vocab: expected at least 1"),
+        (put("targets", 0, "virtual_tokens", value=64), "virtual_tokens: expected fewer than 64"),
         (put("decoder", value=None), "decoder: missing"),
         (put("kind", value="encoder"), "encoder: missing"),
         (put("sites", 1, "offset", value=4), "offset: expected 3, found 4"),

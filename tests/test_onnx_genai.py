@@ -19,10 +19,12 @@ from test_variants import make_prompt_adapter
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.change import add_experts, remove_expert
+from lime_edge.bundle.companions import encode_onnx_adapter
 from lime_edge.bundle.experts import Expert
 from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.session.generate import GenerationOptions
-from lime_edge.targets.genai import CONFIG, adapter_file, describe_config, encode_adapter
+from lime_edge.targets.genai import CONFIG, describe_config
 
 LENGTH, NEW = 12, 16  # beyond the windows of CASES
 IDS = draw_ids(LENGTH, seed=3)[0].tolist()
@@ -43,7 +45,7 @@ class Stock:
         self.adapters = og.Adapters(self.model)
         self.names = sorted(file.stem for file in (bundle / "onnx").glob("*.onnx_adapter"))
         for name in self.names:
-            self.adapters.load(str(bundle / adapter_file(name)), name)
+            self.adapters.load(str(bundle / "onnx" / f"{name}.onnx_adapter"), name)
 
     def open(self, name: str | None, ids: Sequence[int] = IDS) -> og.Generator:
         """A generator that has read the prompt."""
@@ -172,21 +174,19 @@ def test_text_goes_through_the_bundles_tokenizer(tiny_bundle: Make) -> None:
 def test_experts_that_come_and_go(tiny_bundle: Make, tmp_path: Path) -> None:
     """An expert added on a device gets its adapter, a replaced one a new one; a removed one loses it."""
     bundle = shutil.copytree(tiny_bundle(), tmp_path / "x.lime")
-    opened = Bundle.open(bundle)
-    bank = opened.open_bank()
+    bank = Bundle.open(bundle).open_bank()
     mixed = bank.mix({"expert0": 1.5, "expert1": -0.5})
-    opened.add_expert(Expert("late", mixed, bank.fingerprint, bank.sites.hash))
-    Bundle.open(bundle).add_expert(Expert("expert2", mixed, bank.fingerprint, bank.sites.hash), replace_existing=True)
-    Bundle.open(bundle).remove_expert("expert3")
-    manifest = Bundle.open(bundle, verify=True).manifest
-    assert sorted(name for name in manifest.files if name.endswith("_adapter")) == sorted(
-        map(adapter_file, ["expert0", "expert1", "expert2", "late", "none"])
-    )
+    add_experts(bundle, [Expert("late", mixed, bank.adapter_id)])
+    add_experts(bundle, [Expert("expert2", mixed, bank.adapter_id)], replace=True)
+    remove_expert(bundle, "expert3")
+    files = Bundle.open(bundle, verify=True).manifest.companions["genai"].experts
+    assert sorted(files) == ["expert0", "expert1", "expert2", "late", "none"]
     stock = Stock(bundle)
-    assert stock.names == ["expert0", "expert1", "expert2", "late", "none"]
-    for name in stock.names:
-        assert stock.answer(name) == answer_with_session(bundle, name), name
-    assert stock.answer("late") == stock.answer("expert2") != stock.answer("expert0")
+    new = Path(files["expert2"]).stem
+    assert stock.names == sorted(Path(file).stem for file in files.values()) and new.startswith("expert2-")
+    for name in files:
+        assert stock.answer(Path(files[name]).stem) == answer_with_session(bundle, name), name
+    assert stock.answer("late") == stock.answer(new) != stock.answer("expert0")
 
 
 def test_bundles_without_genai_files(tiny_model: Make, tiny_bundle: Make, tmp_path: Path) -> None:
@@ -194,9 +194,8 @@ def test_bundles_without_genai_files(tiny_model: Make, tiny_bundle: Make, tmp_pa
     model = tiny_model("llama")
     adapter = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
     bundle = shutil.copytree(tiny_bundle(model, adapter), tmp_path / "x.lime")
-    opened = Bundle.open(bundle)
-    bank = opened.open_bank()
-    opened.add_expert(Expert("late", bank.vector("expert0"), bank.fingerprint, bank.sites.hash))
+    bank = Bundle.open(bundle).open_bank()
+    add_experts(bundle, [Expert("late", bank.vector("expert0"), bank.adapter_id)])
     assert sorted(file.name for file in (bundle / "onnx").iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
@@ -218,4 +217,4 @@ def test_adapter_bytes_are_those_of_onnxruntime(count: int, tmp_path: Path) -> N
     wanted.set_model_version(1)
     wanted.set_parameters({"expert": ort.OrtValue.ortvalue_from_numpy(residual[None])})
     wanted.export_adapter(str(file))
-    assert encode_adapter(residual) == file.read_bytes()
+    assert encode_onnx_adapter(residual) == file.read_bytes()

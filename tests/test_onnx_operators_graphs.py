@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import Make
+from manifests import reseal
 from models import ALL_LINEARS, draw_ids
 from operator_graphs import (
     EPSILON,
@@ -35,6 +35,7 @@ from operator_graphs import (
 )
 
 import lime_edge
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.maths.routing import RoutingConfig, plan_routing
 from lime_edge.exporters.onnx import experts as onnx_experts
 from lime_edge.exporters.onnx import functions as onnx_functions
@@ -439,7 +440,7 @@ def test_a_graph_without_functions_has_no_operators(tiny_bundle: Make, tmp_path:
     assert lime_edge.open_decoder(tiny_bundle(), threads=1).operators is True
     old = tmp_path / "old.lime"
     shutil.copytree(tiny_bundle(), old)
-    body = json.loads((old / "lime.json").read_text())
-    assert body["targets"]["onnx"].pop("functions") == ["ExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU"]
-    (old / "lime.json").write_text(json.dumps(body))
+    calls = Bundle.open(old).manifest.targets["onnx"].functions
+    assert calls == ("ExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU")
+    reseal(old, lambda body: body["targets"][0].update(functions=[]))
     assert lime_edge.open_decoder(old, threads=1).operators is False

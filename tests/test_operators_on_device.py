@@ -79,7 +79,7 @@ def run_all(bundle: Path, operators: bool) -> tuple[dict[str, np.ndarray], set[s
     session = lime_edge.open_decoder(bundle, target="onnx", threads=2, max_length=32)
     assert session.operators is operators
     selections: dict[str, Selection] = {"expert1": "expert1", "blend": {"expert0": 0.7, "expert2": 0.3}, "none": None}
-    if "routed" in session.bundle.manifest.targets["onnx"]:
+    if session.bundle.manifest.targets["onnx"].routed:
         selections["routed"] = "routed"
     logits = {}
     for name, selection in selections.items():

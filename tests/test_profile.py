@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +98,10 @@ def test_other_models_and_pinned_adapters_are_refused(
     other = tiny_model(num_hidden_layers=1)
     with pytest.raises(LimeEdgeError, match="was not exported from"):
         add_profile(bundle, other, tiny_adapter(other), EXAMPLES, "task", False, lambda *_: None)
+    pinned = tiny_adapter(pair[0])
+    with pytest.raises(LimeEdgeError, match="was not exported from"):
+        add_profile(bundle, pair[0], pinned, EXAMPLES, "task", False, lambda *_: None)
+    assert Bundle.open(bundle).manifest.experts == tuple(f"expert{i}" for i in range(4))
+    bundle = Path(shutil.copytree(tiny_bundle(pair[0], pinned), tmp_path / "pinned.lime"))
     with pytest.raises(LimeEdgeError, match="without routing"):
-        add_profile(bundle, pair[0], tiny_adapter(pair[0]), EXAMPLES, "task", False, lambda *_: None)
-    assert json.loads((bundle / "lime.json").read_text())["experts"] == [f"expert{i}" for i in range(4)]
+        add_profile(bundle, pair[0], pinned, EXAMPLES, "task", False, lambda *_: None)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from prebuilt import prebuilt_directory
 
 import lime_edge
@@ -166,7 +167,7 @@ def test_a_hundred_experts_cost_their_bytes(make_bundle: Make, target: str, tmp_
     size = 0
     for index in range(101):
         vector = drawn.normal(1, 0.5, manifest.sites.total).astype(np.float16)
-        expert = Expert(f"new{index}", vector, manifest.fingerprint, manifest.sites.hash)
+        expert = Expert(f"new{index}", vector, manifest.adapter_id)
         (tmp_path / f"new{index}.safetensors").write_bytes(expert.to_bytes())
         size += vector.nbytes if index else 0
     command = [sys.executable, "-c", HUNDRED, str(bundle.path), str(tmp_path), target]
@@ -354,7 +355,9 @@ def test_why_a_generation_ended(bundle: Path) -> None:
     unfinished = session.generate_ids(prompt, GenerationOptions(4, ignore_eos=True))
     next(unfinished)
     assert session.finish_reason is None
-    session.bundle.manifest.model["eos"] = [full[3]]
+    manifest = session.bundle.manifest
+    decoder = structs.replace(manifest.decoder, eos=(full[3],))
+    session.bundle = replace(session.bundle, manifest=structs.replace(manifest, decoder=decoder))
     found = list(session.generate_ids(prompt, GenerationOptions(room)))
     assert session.finish_reason == "stop" and found == full[: full.index(full[3])]
 

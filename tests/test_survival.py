@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from test_cli import Cli
 
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.fields import KindSurvival, Survival
 from lime_edge.checks.inspect import find_losses
 from lime_edge.compiler.compile import compile_checkpoint
 from lime_edge.compiler.formats.architecture import EMBEDDING
@@ -63,7 +65,7 @@ def test_exact_weights_lose_nothing_and_lost_ones_everything() -> None:
 
 def test_export_writes_it_down(tiny_bundle: Make) -> None:
     def kinds(**options: object) -> dict[str, dict[str, float]]:
-        return Bundle.open(tiny_bundle(**options)).manifest.quantization["survival"]["kinds"]
+        return Bundle.open(tiny_bundle(**options)).manifest.quantization.survival["kinds"]
 
     coarse, fine = kinds(quant="int4", rounding="search", keep_int8=()), kinds(quant="int8")
     assert set(coarse) == set(fine) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -72,7 +74,7 @@ def test_export_writes_it_down(tiny_bundle: Make) -> None:
         assert fine[kind]["kept"] == pytest.approx(1, abs=0.02), kind
     unfolded = kinds(quant="int4", rounding="search", fold="none")
     assert all(facts["error"] == pytest.approx(0, abs=1e-3) for facts in unfolded.values())
-    assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization["survival"] is None
+    assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization.survival is None
 
 
 def test_export_shows_it_and_warns(
@@ -80,24 +82,27 @@ def test_export_shows_it_and_warns(
 ) -> None:
     words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--force")
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--sites")
-    survival = Bundle.open(tmp_path / "x.lime").manifest.quantization["survival"]
+    survival = Bundle.open(tmp_path / "x.lime").manifest.quantization.survival
     site = "model.layers.1.self_attn.k_proj"
     row = next(line for line in done.out.splitlines() if site in line)
-    assert f"{survival['sites'][site]['error']:.2f}" in row and survival["sites"][site]["expert"] in row
+    assert f"{survival.sites[site].error:.2f}" in row and survival.sites[site].expert in row
     row = next(line for line in done.out.splitlines() if "k_proj" in line and "int4" in line)
-    assert f"{survival['kinds']['k_proj']['error']:.2f}" in row
+    assert f"{survival.kinds['k_proj'].error:.2f}" in row
     assert "warning" not in done.err
-    monkeypatch.setattr("lime_edge.checks.inspect.LOUD", survival["kinds"]["k_proj"]["error"] - 1e-6)
+    monkeypatch.setattr("lime_edge.checks.inspect.LOUD", survival.kinds["k_proj"].error - 1e-6)
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--json")
     assert done.code == 0 and "k_proj (int4): the rounding is" in done.err and "hint: " in done.err
-    assert json.loads(done.out)["quantization"]["survival"] == survival
+    assert json.loads(done.out)["quantization"]["survival"] == json.loads(msgspec.json.encode(survival))
 
 
 def test_losses_are_named_where_they_are() -> None:
-    def facts(error: float, kept: float) -> dict[str, object]:
-        return {"bits": [4], "error": error, "kept": kept}
+    def facts(error: float, kept: float) -> KindSurvival:
+        return KindSurvival(
+            sites=1, bits=(4,), error=error, worst_error=error, worst_site="x", kept=kept, worst_kept=kept
+        )
 
-    found = find_losses({"kinds": {"q_proj": facts(1.5, 0.9), "k_proj": facts(0.5, 0.99), "v_proj": facts(0.8, 0.5)}})
+    kinds = {"q_proj": facts(1.5, 0.9), "k_proj": facts(0.5, 0.99), "v_proj": facts(0.8, 0.5)}
+    found = find_losses(Survival(kinds=kinds, sites={}))
     assert len(found) == 2
     assert found[0].startswith("q_proj (int4): the rounding is 1.5 times") and "50%" in found[1]
     assert find_losses(None) == []
@@ -124,6 +129,6 @@ def test_a_table_is_measured_column_by_column(
         p_ref, p = (flat[site.offset : site.offset + site.width] for flat in (exact.reference, vector))
         moved = exact.weight(table) - exact.weight("lm_head.weight") + (p - p_ref) * (branch.a @ branch.b.t())
         worst = max(worst, float(noise.norm() / moved.norm()))
-    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization["survival"]
+    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization.survival
     assert found["sites"][EMBEDDING]["error"] == pytest.approx(worst, rel=0.02)
     assert found["kinds"]["embed_tokens"]["sites"] == 1

@@ -69,7 +69,7 @@ def test_every_target_and_the_session_agree(name: str, tmp_path: Path) -> None:
     options = ExportOptions(tokenizer=False)
     export_bundle(tmp_path / "model", adapter, output, CompileOptions(quant="none"), find_device("cpu"), options)
     bundle = Bundle.open(output)
-    assert bundle.manifest.model["context"] == context
+    assert bundle.manifest.backbone.context == context
     session = open_encoder(bundle)
     session.use(session.experts[1])
     ids = np.random.default_rng(0).integers(5, 60, (1, context + 1))

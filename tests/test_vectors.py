@@ -33,8 +33,8 @@ def make_folder(adapter: Path, folder: Path, bundle: Bundle, edit: Edit = lambda
     config = json.loads((adapter / CONFIG).read_text())
     tensors = load_file(adapter / WEIGHTS)
     random = np.random.default_rng(5)
-    config |= {"num_experts": 1, "expert_names": ["later"], "base_fingerprint": bundle.manifest.fingerprint}
-    config["training"] = {"shared_adapter_sha256": bundle.manifest.adapter["sha256"]}
+    config |= {"num_experts": 1, "expert_names": ["later"], "base_fingerprint": bundle.manifest.backbone.fingerprint}
+    config["training"] = {"shared_adapter_sha256": bundle.manifest.adapter.sha256}
     kept = {n: t for n, t in tensors.items() if n.endswith((".LiME_shared", ".gamma"))}
     for name, tensor in tensors.items():
         if name.endswith(".LiMEs"):
@@ -104,9 +104,13 @@ FAULTS: dict[str, Edit] = {
     "expected (1, 32), found (1, 31)": cut_width,
     "holds NaN": add_nan,
     "the bundle has no such site": add_site,
-    "shared adapter (sha256): expected": name_other,
+    "shared adapter: expected": name_other,
+    "names no shared adapter: expected adapter_id": lambda c, _: c.pop("training"),
     "found ffffffffffffffff": name_other,
-    "base_fingerprint: expected": lambda c, _: c.update(base_fingerprint="0" * 64),
+    "found 0000000000000000": lambda c, _: c.update(adapter_id="0" * 64),
+    "two are equal": lambda c, _: c.update(num_experts=2, expert_names=["a", "A"]),
+    "expert_names: expected 1 names, found 7": lambda c, _: c.update(expert_names=7),
+    "holds values up to 7e+04": lambda _, t: t.update({n: np.full_like(x, 7e4, np.float32) for n, x in t.items()}),
     "lora_alpha: expected 8.0, found 9": lambda c, _: c.update(lora_alpha=9),
     "expected 2 names": lambda c, _: c.update(num_experts=2),
     "'routed' is reserved": lambda c, _: c.update(expert_names=["routed"]),
@@ -121,6 +125,51 @@ def test_what_does_not_fit_is_refused(message: str, tiny_adapter: Make, tiny_bun
     with pytest.raises(LimeEdgeError) as caught:
         read_vectors(make_folder(adapter, tmp_path / "later", bundle, FAULTS[message]), bundle)
     assert message in str(caught.value)
+
+
+def test_any_backbone_of_the_adapter_will_do(tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path) -> None:
+    """What was folded and rounded is none of an expert's business."""
+    adapter = tiny_adapter()
+    bundle = Bundle.open(tiny_bundle(None, adapter))
+
+    def name_adapter(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        config |= {"base_fingerprint": "0" * 64, "adapter_id": bundle.manifest.adapter_id, "training": None}
+
+    (expert,) = read_vectors(make_folder(adapter, tmp_path / "later", bundle, name_adapter), bundle)
+    assert expert.adapter_id == bundle.manifest.adapter_id
+
+
+def test_bfloat16_is_widened(tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    bundle = Bundle.open(tiny_bundle(None, tiny_adapter()))
+    folder = make_folder(tiny_adapter(), tmp_path / "later", bundle)
+    tensors = {name: torch.from_numpy(t).bfloat16() for name, t in load_file(folder / WEIGHTS).items()}
+    save_torch(tensors, folder / WEIGHTS)
+    (expert,) = read_vectors(folder, bundle)
+    flat = torch.cat([tensors[f"{site.name}.LiMEs"][0] for site in bundle.manifest.sites])
+    assert np.array_equal(expert.vector, flat.float().numpy())
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"peft_type": "LIME", "r": 1e999}'])
+def test_a_broken_configuration_is_refused(text: bytes, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle(None, tiny_adapter()))
+    folder = make_folder(tiny_adapter(), tmp_path / "later", bundle)
+    (folder / CONFIG).write_bytes(text)
+    with pytest.raises(LimeEdgeError):
+        read_vectors(folder, bundle)
+
+
+def test_a_shared_vector_must_be_the_bundle_s(tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path) -> None:
+    adapter = tiny_adapter(None, shared=True)
+    bundle = Bundle.open(tiny_bundle(None, adapter))
+
+    def change(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        tensors[min(n for n in tensors if n.endswith(".gamma"))] *= 2
+
+    with pytest.raises(LimeEdgeError, match="LiME_shared and gamma: expected those of the bundle's adapter, found oth"):
+        read_vectors(make_folder(adapter, tmp_path / "later", bundle, change), bundle)
 
 
 def test_a_shared_vector_must_come_along(tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path) -> None:

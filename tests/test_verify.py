@@ -14,15 +14,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from manifests import add_coreml, expert_path, reseal
 from models import load_model, load_sites
 from test_cli import Cli
 from test_session import SESSION_TARGETS
 from test_variants import make_prompt_adapter
 
 import lime_edge
-from lime_edge.bundle.bundle import MANIFEST, Bundle, expert_file, hash_file, read_manifest
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.change import add_experts, remove_expert
 from lime_edge.bundle.experts import read_expert
 from lime_edge.bundle.golden import FILE, choose_columns, read_golden
+from lime_edge.bundle.manifest import MANIFEST
 from lime_edge.checks.judge import LEAN_SHARE, find_lean, may_lean
 from lime_edge.checks.report import MISSED, OK, UNCHECKED, Check, count_results
 from lime_edge.checks.tolerance import TOLERANCES, Tolerance
@@ -60,32 +63,19 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy.lime"))
 
 
-def sign(bundle: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed."""
-    manifest = read_manifest(bundle)
-    files = manifest.files | {name: hash_file(bundle / name)}
-    (bundle / MANIFEST).write_text(replace(manifest, files=files).to_json())
-
-
-def edit_manifest(bundle: Path, change: Callable[[dict], object]) -> None:
-    body = json.loads((bundle / MANIFEST).read_text())
-    change(body)
-    (bundle / MANIFEST).write_text(json.dumps(body))
-
-
 def find_checks(bundle: Path, *selections: str) -> dict[str, Check]:
     return {check.selection: check for check in verify_bundle(bundle, selections=selections, threads=1).checks}
 
 
 def vector(bundle: Path, name: str) -> np.ndarray:
-    return read_expert(bundle / expert_file(name)).vector
+    return read_expert(expert_path(bundle, name)).vector
 
 
 def put_vector(bundle: Path, name: str, changed: np.ndarray) -> None:
     """Another vector under an expert's name, as if the export had stored it so."""
-    file = bundle / expert_file(name)
+    file = expert_path(bundle, name)
     file.write_bytes(replace(read_expert(file), vector=changed).to_bytes())
-    sign(bundle, expert_file(name))
+    reseal(bundle)
 
 
 # what is right
@@ -269,7 +259,7 @@ def test_a_flipped_byte_of_a_float_weight_is_missed(tiny_bundle: Make, tmp_path:
     assert len(places) == 8
     for name, offset in places:
         flip(bundle, offset + 3)
-        sign(bundle, DATA)
+        reseal(bundle)
         missed = verify_bundle(bundle, selections=("expert0", "none"), threads=1).missed
         assert len(missed) == 2, name
         flip(bundle, offset + 3)
@@ -280,7 +270,7 @@ def test_a_flipped_byte_of_a_scale_is_missed(tiny_bundle: Make, quant: str, tmp_
     bundle = copy(tiny_bundle(quant=quant), tmp_path)
     for name, end in locate_ends(bundle, "proj.scales"):  # the first scale of gate may only close one gate for good
         flip(bundle, end - 1, 0x40)
-        sign(bundle, DATA)
+        reseal(bundle)
         check = find_checks(bundle, "none")["none"]
         assert check.result == MISSED, name
         flip(bundle, end - 1, 0x40)
@@ -292,7 +282,7 @@ def test_a_damaged_matrix_of_codes_is_missed(tiny_bundle: Make, quant: str, tmp_
     name, offset = locate(bundle, "o_proj.codes")[0]
     for place in range(offset, offset + 512):
         flip(bundle, place, 0x88)
-    sign(bundle, DATA)
+    reseal(bundle)
     assert find_checks(bundle, "none")["none"].result == MISSED, name
 
 
@@ -317,14 +307,14 @@ def test_a_cache_that_is_lost_between_tokens_is_missed(tiny_bundle: Make, monkey
 def test_another_folded_reference_is_missed(tiny_bundle: Make, tmp_path: Path) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     shutil.copy(tiny_bundle(fold="expert1") / "reference.safetensors", bundle)
-    sign(bundle, "reference.safetensors")
+    reseal(bundle)
     assert {check.result for check in verify_bundle(bundle, threads=1).checks} == {MISSED}
 
 
 def test_a_graph_that_cannot_be_loaded_is_missed(tiny_bundle: Make, tmp_path: Path) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
     (bundle / "onnx" / "model.onnx").write_bytes(b"nothing")
-    sign(bundle, "onnx/model.onnx")
+    reseal(bundle)
     (check,) = verify_bundle(bundle, threads=1).checks
     assert (check.selection, check.result) == ("all", MISSED) and "cannot load it" in check.why
 
@@ -334,11 +324,10 @@ def test_a_graph_that_cannot_be_loaded_is_missed(tiny_bundle: Make, tmp_path: Pa
 
 def test_experts_that_came_later_are_not_checked(tiny_bundle: Make, tmp_path: Path) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
-    opened = Bundle.open(bundle)
-    expert = read_expert(bundle / expert_file("expert2"))
-    opened = opened.add_expert(replace(expert, name="later"))
-    opened = opened.add_expert(replace(expert, name="expert1"), replace_existing=True)
-    opened.remove_expert("expert3")
+    expert = read_expert(expert_path(bundle, "expert2"))
+    add_experts(bundle, [replace(expert, name="later")])
+    add_experts(bundle, [replace(expert, name="expert1")], replace=True)
+    remove_expert(bundle, "expert3")
     assert Bundle.open(bundle, verify=True).manifest.added == ("later", "expert1")
     checks = find_checks(bundle)
     for name in ("later", "expert1", BLEND):
@@ -351,7 +340,7 @@ def test_experts_that_came_later_are_not_checked(tiny_bundle: Make, tmp_path: Pa
 
 def test_a_target_without_routing_says_so(routed: Make, tmp_path: Path) -> None:
     bundle = copy(routed(quant="int4"), tmp_path)
-    edit_manifest(bundle, lambda body: body["targets"]["onnx"].pop("routed"))
+    reseal(bundle, lambda body: body["targets"][0].update(routed=None))
     check = find_checks(bundle, "none", "routed")["routed"]
     assert (check.result, check.why) == (UNCHECKED, "this target has no routed graph")
 
@@ -394,7 +383,7 @@ def test_an_engine_that_fails_inside_a_session_says_so(tiny_bundle: Make, monkey
 def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left out where others can be checked; an error where it was asked for, or where nothing is left."""
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
-    edit_manifest(bundle, lambda body: body["targets"].update(coreml=body["targets"]["onnx"]))
+    add_coreml(bundle)
     opening = open_any
 
     def refuse(bundle: Bundle, target: str, options: SessionOptions) -> ExpertSwitch:
@@ -409,7 +398,7 @@ def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(LimeEdgeError) as error:
         verify_bundle(bundle, targets=("coreml",))
     assert error.value.exit_code == EXIT_MISSING
-    edit_manifest(bundle, lambda body: body["targets"].pop("onnx"))
+    reseal(bundle, lambda body: (body["targets"].pop(0), body["companions"].clear()))
     with pytest.raises(LimeEdgeError, match="could be checked: coreml, all: the package 'coremltools'") as error:
         verify_bundle(bundle)
     assert error.value.exit_code == EXIT_MISSING
@@ -421,13 +410,14 @@ def test_what_is_refused(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
     assert "target: expected onnx" in lime.refuse("verify", bundle, "--target", "toaster")
     error = lime.refuse("verify", bundle, "-e", "nobody")
     assert "no golden outputs for 'nobody' hint: there are some for expert0" in error
-    edit_manifest(bundle, lambda body: body["targets"]["onnx"].update(compute="analog"))
-    known = "float32 or float16 or int8-dynamic or int8-per-token"
-    assert f"compute: expected {known}, found 'analog'" in lime.refuse("verify", bundle)
+    before = (bundle / MANIFEST).read_bytes()
+    reseal(bundle, lambda body: body["targets"][0].update(compute="analog"))
+    assert "Invalid enum value 'analog' - at `$.targets[0].compute`" in lime.refuse("verify", bundle)
+    (bundle / MANIFEST).write_bytes(before)
     (bundle / FILE).write_bytes(b"x" * (bundle / FILE).stat().st_size)
-    sign(bundle, FILE)
+    reseal(bundle)
     assert "not readable" in lime.refuse("verify", bundle)
-    edit_manifest(bundle, lambda body: body["files"].pop(FILE))
+    reseal(bundle, lambda body: body["files"].pop(FILE))
     error = lime.refuse("verify", bundle, code=EXIT_INPUT)
     assert "holds no golden outputs to compare with hint: export the bundle again" in error
 
@@ -460,7 +450,7 @@ def test_the_command(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
 
 def test_the_summary_counts_what_was_checked(tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
     bundle = copy(tiny_bundle(quant="int4"), tmp_path)
-    Bundle.open(bundle).remove_expert("expert3")
+    remove_expert(bundle, "expert3")
     done = lime("verify", bundle, "--threads", 1)
     assert done.code == 0 and ": 5 checked, 5 as PyTorch computed them, 1 not checked (" in done.out, done
     assert count_results([Check("coreml", "all", UNCHECKED)]) == "not checked"
@@ -499,5 +489,5 @@ def test_the_weights_are_hashed_once(
     out = tmp_path / "x.lime"
     export_bundle(tiny_model(), tiny_adapter(), out, CompileOptions(quant="none"), find_device("cpu"), ExportOptions())
     manifest = Bundle.open(out).manifest
-    assert manifest.quantization["weight_hash"] == manifest.targets["onnx"]["weight_hash"]
+    assert manifest.quantization.weight_hash == manifest.targets["onnx"].weight_hash
     assert len(counted) == 1

@@ -27,6 +27,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # a process a core; before torch and ONNX Runtime are loaded
 
 import accuracy_report
+import msgspec
 import numpy
 import onnxruntime
 import torch
@@ -182,7 +183,7 @@ class Grid:
             "limit": self.limit,
             "environment": describe_environment(),
             "bundle_bytes": opened.total_bytes,
-            "quantization": opened.manifest.quantization,
+            "quantization": msgspec.to_builtins(opened.manifest.quantization),
             **self.answers.pop(index),
         }
         write_file(ANSWERS / f"{setting.key}.json", json.dumps(record).encode())

@@ -102,9 +102,9 @@ def time_calls(call: Callable[[], object], iterations: int) -> dict[str, float]:
 
 def time_session(bundle: Bundle, session: Session, iterations: int) -> dict[str, dict[str, float]]:
     """Prompts of every enumerated length, one decode step, and switching between two experts."""
-    ids = np.random.default_rng(0).integers(0, bundle.manifest.model["vocab"], session.max_length)
+    ids = np.random.default_rng(0).integers(0, bundle.manifest.backbone.vocab, session.max_length)
     names, found = session.experts, {}
-    for length in bundle.manifest.targets[TARGET]["lengths"]:
+    for length in bundle.manifest.targets[TARGET].lengths:
         if 1 < length < session.max_length:
             prompt = ids[:length].tolist()
             found[f"prompt {length}"] = time_calls(lambda p=prompt: session.logits(p, keep=1), iterations)  # type: ignore[misc]
@@ -123,7 +123,7 @@ def count_devices(bundle: Bundle, units: str) -> dict[str, int]:  # pragma: no c
     import coremltools
     from coremltools.models.compute_plan import MLComputePlan
 
-    compiled = coremltools.models.utils.compile_model(str(bundle.path / bundle.manifest.targets[TARGET]["file"]))
+    compiled = coremltools.models.utils.compile_model(str(bundle.path / bundle.manifest.targets[TARGET].file))
     plan = MLComputePlan.load_from_path(path=compiled, compute_units=getattr(coremltools.ComputeUnit, UNITS[units]))
     counts: Counter[str] = Counter()
     for operation in plan.model_structure.program.functions["main"].block.operations:
@@ -140,22 +140,22 @@ def ask_benchmarker(bundle: Bundle, units: str, iterations: int) -> dict[str, An
 
     facts = bundle.manifest.targets[TARGET]
     model = coremltools.models.MLModel(
-        str(bundle.path / facts["file"]),
+        str(bundle.path / facts.file),
         compute_units=getattr(coremltools.ComputeUnit, UNITS[units]),
-        function_name="main" if facts.get("routed") else None,
+        function_name="main" if facts.routed else None,
     )
     benchmarker = MLModelBenchmarker(model=model)
 
     async def measure() -> dict[str, Any]:
         load = await benchmarker.benchmark_load(iterations=3)
         found = {"load": load.statistics.median}
-        for length in facts["lengths"]:
+        for length in facts.lengths:
             inputs = {
                 "input_ids": np.zeros((1, length), np.int32),
                 "position": np.zeros(1, np.int32),
                 "length": np.full(1, length, np.int32),
             }
-            if facts["expert_input"]:
+            if facts.expert_input:
                 inputs["expert"] = np.zeros(bundle.manifest.sites.total, np.float32)
             took = await benchmarker.benchmark_predict(inputs=inputs, iterations=iterations, warmup=True)
             found[f"{length} tokens"] = took.statistics.median

@@ -144,12 +144,12 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = time.perf_counter() - begin
     facts = bundle.manifest.targets["onnx"]
     print(f"bundle       {arguments.bundle}, loaded in {loaded:.2f} s, {len(session.experts)} experts")
-    print(f"asked for    {', '.join(wanted or facts['providers'])}")
+    print(f"asked for    {', '.join(wanted or facts.providers)}")
     print(f"available    {', '.join(onnxruntime.get_available_providers())}")
     print(f"provider     {session.provider}")
     if session.provider == "CPUExecutionProvider":
         print("             the CPU: this onnxruntime has no CUDA, or the bundle does not ask for it (see README.md)")
-    print(f"threads      {arguments.threads or facts.get('threads') or 'the engine chooses'}")
+    print(f"threads      {arguments.threads or facts.threads or 'the engine chooses'}")
     for name, value in describe_board().items():
         print(f"{name:<12} {value}")
     raw = arguments.raw or not session.codec.can_chat

@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     session = lime_edge.open_decoder(arguments.bundle, target="onnx", threads=arguments.threads)
     loaded = time.perf_counter() - begin
-    default = session.bundle.manifest.targets["onnx"].get("threads") or "the engine's choice"
+    default = session.bundle.manifest.targets["onnx"].threads or "the engine's choice"
     print(f"bundle       {arguments.bundle}, loaded in {loaded:.2f} s, {len(session.experts)} experts")
     print(f"provider     {session.provider}")
     print(f"threads      {arguments.threads or default}")

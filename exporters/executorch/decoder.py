@@ -65,7 +65,7 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }
     if routes:
-        facts["routed"] = f"executorch/{FILE}"
+        facts["routed"] = "routed"
     if chosen.stock_runner:
         facts |= {"stock": f"executorch/{STOCK_FILE}"}
         facts["delegation"]["stock"] = asdict(

@@ -60,7 +60,7 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "compute": "float32" if compiled.quant == "none" else "int8-per-token",
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }
-    return facts | ({"routed": f"executorch/{FILE}"} if routed else {})
+    return facts | ({"routed": "routed"} if routed else {})
 
 
 def check_options(options: TargetOptions, quant: str, group: int) -> None:

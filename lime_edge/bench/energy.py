@@ -136,7 +136,7 @@ def spend_tokens(meter: Meter, session: Session, length: int, depth: int | None,
         length: tokens of the prompt. depth: in the cache before decoding, None: the prompt's. count: decoded.
     """
     facts = _describe_meter(meter)
-    vocab = session.bundle.manifest.model["vocab"]
+    vocab = session.bundle.manifest.backbone.vocab
     prompt = draw_prompt(vocab, length)
     before = prompt if depth is None else draw_prompt(vocab, depth)
 

@@ -19,18 +19,18 @@ def draw_inputs(session: EncoderSession, tokens: int) -> dict[str, np.ndarray]:
         tokens: length of a text; images have their own size.
     """
     random, inputs = np.random.default_rng(0), {}
-    for entry in session.bundle.manifest.targets[session.target]["inputs"]:
-        if entry["default"]:
+    for entry in session.bundle.manifest.targets[session.target].inputs:
+        if entry.default:
             continue
         sizes = {"batch": 1}
-        shape = [sizes.get(size, tokens) if isinstance(size, str) else size for size in entry["shape"]]
-        if entry["limit"]:
-            inputs[entry["name"]] = random.integers(0, entry["limit"], shape).astype(entry["dtype"])
+        shape = [sizes.get(size, tokens) if isinstance(size, str) else size for size in entry.shape]
+        if entry.limit:
+            inputs[entry.name] = random.integers(0, entry.limit, shape).astype(entry.dtype)
         else:
-            inputs[entry["name"]] = random.standard_normal(shape).astype(entry["dtype"])
+            inputs[entry.name] = random.standard_normal(shape).astype(entry.dtype)
     return inputs
 
 
 def takes_text(session: EncoderSession) -> bool:
     """Whether an input's length is the number of tokens."""
-    return any("sequence" in entry["shape"] for entry in session.bundle.manifest.targets[session.target]["inputs"])
+    return any("sequence" in entry.shape for entry in session.bundle.manifest.targets[session.target].inputs)

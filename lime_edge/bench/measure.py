@@ -20,7 +20,7 @@ from lime_edge.bench.memory import FIRST, MemoryRequest, find_imports, measure_e
 from lime_edge.bench.rounds import summarize
 from lime_edge.bench.timing import percentiles, time_round, time_switches
 from lime_edge.bench.work import Load, Work, find_work
-from lime_edge.bundle.bundle import Bundle, expert_file
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ROUTED, Selection, describe_selection
 from lime_edge.errors import EXIT_MISSING, Faults, LimeEdgeError
 from lime_edge.session.engines import SessionOptions
@@ -100,7 +100,7 @@ class Job:
     @property
     def used_threads(self) -> int:
         """Threads of the engine: asked for, the bundle's, or one a core."""
-        return self.threads or self.bundle.manifest.targets[self.target].get("threads") or count_cores()
+        return self.threads or self.bundle.manifest.targets[self.target].threads or count_cores()
 
     @property
     def work(self) -> Work:
@@ -165,8 +165,8 @@ def bench_bundle(
         "lime_edge": lime_edge.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "bundle": str(path),
-        "model": bundle.manifest.model["name"],
-        "fingerprint": bundle.manifest.fingerprint,
+        "model": bundle.manifest.backbone.name,
+        "fingerprint": bundle.manifest.backbone.fingerprint,
         **runs[0],
         "machine": machine,
         "runs": runs,
@@ -175,7 +175,7 @@ def bench_bundle(
 
 def _check(bundle: Bundle, targets: list[str], options: BenchOptions) -> None:
     """Refuse before anything is timed."""
-    context = bundle.manifest.model.get("context")  # pictures have none
+    context = bundle.manifest.backbone.context  # pictures have none
     needed = find_work(bundle).count_tokens(options.load)
     with Faults(str(bundle.path)) as faults:
         if context and needed > context:
@@ -195,13 +195,15 @@ def check_baseline(bundle: Bundle, baseline: Bundle, targets: list[str]) -> None
     own, base = bundle.manifest, baseline.manifest
     hint = "export the same checkpoint with --single, everything else as before"
     with Faults(f"{baseline.path} as baseline", hint) as faults:
-        if not base.adapter.get("single"):
+        if not base.adapter.single:
             faults.add("branches", "none (--single)", "a bundle with expert branches")
-        if base.fingerprint != own.fingerprint:
-            faults.add("backbone fingerprint", own.fingerprint[:16], base.fingerprint[:16])
+        mine, others = own.backbone.fingerprint, base.backbone.fingerprint
+        if mine != others:
+            faults.add("backbone fingerprint", mine[:16], others[:16])
         for key in ("quant", "group", "matrices"):
-            if base.quantization.get(key) != own.quantization.get(key):
-                faults.add(key, own.quantization.get(key), base.quantization.get(key))
+            wanted, found = getattr(own.quantization, key), getattr(base.quantization, key)
+            if found != wanted:
+                faults.add(key, wanted, found)
         for target in set(targets) - set(base.targets):
             faults.add("targets", target, ", ".join(base.targets))
 
@@ -226,8 +228,8 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
         "provider": session.provider,
         "operators": session.operators,
         "expert": describe_selection(session.selection),
-        "quant": job.bundle.manifest.quantization["quant"],
-        "threads": job.threads or target.get("threads"),
+        "quant": job.bundle.manifest.quantization.quant,
+        "threads": job.threads or target.threads,
         "repeat": options.repeat,
         "warmup": options.warmup,
         "cache_dropped": loads.dropped,
@@ -299,10 +301,10 @@ def _size_experts(bundle: Bundle) -> dict[str, int | None] | None:
     manifest = bundle.manifest
     if not manifest.experts:
         return None
-    wide = manifest.adapter["expert_dtype"] == "float32"
+    wide = manifest.adapter.expert_dtype == "float32"
     total = manifest.sites.total
     return {
-        "file": manifest.files[expert_file(manifest.experts[0])].size,
+        "file": manifest.find_expert(manifest.experts[0]).size,
         "vector": total * (4 if wide else 2),
         "ready": total * 4,
         "lora": size_lora(manifest.model, manifest.adapter["rank"], manifest.sites),
@@ -312,7 +314,7 @@ def _size_experts(bundle: Bundle) -> dict[str, int | None] | None:
 def _count_experts(job: Job) -> dict[str, Any] | None:
     """Memory with 1, 10, 100 experts; None where no expert can be installed."""
     manifest = job.bundle.manifest
-    if manifest.adapter.get("single") or not manifest.experts:
+    if manifest.adapter.single or not manifest.experts:
         return None
     tokens = min(job.options.lengths)
     return measure_experts(MemoryRequest(str(job.bundle.path), job.target, FIRST, job.threads, tokens, None, 1))
@@ -344,9 +346,9 @@ def _measure_stages(job: Job, length: int, modules: tuple[str, ...], experts: di
 def size_artifact(job: Job) -> int:
     """Bytes of what the selection runs: its graph, pinned or routed, and the weights beside it (FILE.*, FILE/*)."""
     target, files = job.bundle.manifest.targets[job.target], job.bundle.manifest.files
-    file = chosen = str(target["file"])
-    if job.selection == ROUTED and target["routed"] in files:  # else it lies in the same file
-        chosen = target["routed"]
+    file = chosen = target.file
+    if job.selection == ROUTED and target.routed in files:  # else it is a part of the same file
+        chosen = target.routed
     beside = tuple(f"{name}{mark}" for name in (file, chosen) for mark in "./")
     return sum(entry.size for name, entry in files.items() if name == chosen or name.startswith(beside))
 

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from lime_edge.bench.work import Load, find_work
 from lime_edge.bundle.bundle import Bundle
@@ -132,8 +133,9 @@ def _walk_stages(request: MemoryRequest) -> dict[str, Stage]:
 def _count_experts(request: MemoryRequest) -> dict[str, Stage]:
     """The bundle's first expert, then synthetic ones installed beside it."""
     bundle = _import_engine(request)
-    first = bundle.manifest.experts[0]
-    session = _open(Bundle(bundle.path, replace(bundle.manifest, experts=(first,))), request)
+    first = bundle.manifest.expert_list[0]
+    alone = structs.replace(bundle.manifest, expert_list=(first,), default=first.name)
+    session = _open(Bundle(bundle.path, alone), request)
     _answer(session, request)
     random, found = np.random.default_rng(0), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -141,13 +143,8 @@ def _count_experts(request: MemoryRequest) -> dict[str, Stage]:
             while len(session.experts) < count:
                 file = Path(folder) / "synthetic.safetensors"
                 vector = random.normal(1.0, 0.1, bundle.manifest.sites.total)
-                dtype = bundle.manifest.adapter["expert_dtype"]
-                expert = Expert(
-                    f"bench-{len(session.experts)}",
-                    vector.astype(dtype),
-                    bundle.manifest.fingerprint,
-                    bundle.manifest.sites.hash,
-                )
+                dtype = bundle.manifest.adapter.expert_dtype
+                expert = Expert(f"bench-{len(session.experts)}", vector.astype(dtype), bundle.manifest.adapter_id)
                 file.write_bytes(expert.to_bytes())
                 session.install(file)
             for name in session.experts:

@@ -65,7 +65,7 @@ def time_decoder(
     Args:
         baseline: a branchless bundle's session. depth: tokens in the cache before decoding, None: the prompt's.
     """
-    vocab = session.bundle.manifest.model["vocab"]
+    vocab = session.bundle.manifest.backbone.vocab
     found = {length: Series() for length in lengths}
     before = None if depth is None else draw_prompt(vocab, depth)
     for index in range(warmup + repeat):

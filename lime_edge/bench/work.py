@@ -76,7 +76,7 @@ class DecoderWork:
 
     def answer(self, session: Any, load: Load) -> None:
         """One prompt and its answer."""
-        vocab = session.bundle.manifest.model["vocab"]
+        vocab = session.bundle.manifest.backbone.vocab
         before = None if load.depth is None else draw_prompt(vocab, load.depth)
         time_round(session, draw_prompt(vocab, load.lengths[0]), load.decoded, before)
 

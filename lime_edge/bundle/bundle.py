@@ -1,139 +1,34 @@
-"""The bundle: the directory that `lime-edge export` writes and every runtime opens."""
+"""The bundle as a reader has it: opened, checked, tensors read when asked for; docs/bundle-format.md is the rule."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load
 
-from lime_edge.bundle.experts import Expert, ExpertBank, check_name, read_expert
+from lime_edge.bundle.experts import Expert, ExpertBank, check_values, parse_expert
+from lime_edge.bundle.fields import ExpertEntry, FileEntry, Manifest
+from lime_edge.bundle.inside import Inside, explain
+from lime_edge.bundle.manifest import DAMAGED, LARGEST, MANIFEST, REFERENCE, decode_manifest
 from lime_edge.bundle.residual import Subtract, subtract_reference
-from lime_edge.bundle.sites import SiteTable
-from lime_edge.bundle.staging import write_file
+from lime_edge.bundle.seen import Mark, mark_file, read_marks, write_marks
+from lime_edge.bundle.staging import find_interrupted
 from lime_edge.errors import Faults, LimeEdgeError
-from lime_edge.targets.genai import adapter_file, encode_adapter, takes_adapters, write_genai
 
-FORMAT = "lime-edge-bundle"
-SCHEMA = 1
-MANIFEST = "lime.json"
-REFERENCE = "reference.safetensors"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file of the bundle: size in bytes and sha256."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What lime.json says.
-
-    model: name, family, context (tokens), vocab, layers, kv_heads, head_dim, eos (token ids);
-    adapter: variant, rank, alpha, fold, single, expert_dtype, sha256 of its file; quantization: quant,
-    group, rounding, weight_hash, what fell back, how much of the effect survived; targets: per target its
-    file and how to run it; versions: of the packages that made it.
-    """
-
-    fingerprint: str
-    model: dict[str, Any]
-    adapter: dict[str, Any]
-    quantization: dict[str, Any]
-    sites: SiteTable
-    experts: tuple[str, ...]
-    targets: dict[str, dict[str, Any]]
-    files: dict[str, FileEntry] = field(repr=False)
-    versions: dict[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    added: tuple[str, ...] = ()  # experts added or replaced after the export
-
-    def to_json(self) -> str:
-        """The text of lime.json."""
-        body = {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "fingerprint": self.fingerprint,
-            "model": self.model,
-            "adapter": self.adapter,
-            "quantization": self.quantization,
-            "device": self.device,
-            "experts": list(self.experts),
-            "added": list(self.added),
-            "targets": self.targets,
-            "versions": self.versions,
-            "sites": [asdict(site) for site in self.sites],
-            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
-        }
-        return json.dumps(body, indent=1) + "\n"
-
-
-def expert_file(name: str) -> str:
-    """Where a bundle keeps an expert."""
-    return f"experts/{name}.safetensors"
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read and check lime.json.
-
-    Raises:
-        LimeEdgeError: not a bundle, damaged, or of a newer schema.
-    """
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise LimeEdgeError(f"{path}: no such bundle", "a bundle is a directory written by lime-edge export")
-    if not file.is_file():
-        raise LimeEdgeError(f"{path}: not a bundle: {MANIFEST} is missing", "write one with lime-edge export")
-    try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not readable JSON: {error}", "the bundle is damaged: copy it again") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise LimeEdgeError(f"{file}: not a lime-edge bundle", "write one with lime-edge export")
-    if not isinstance(body.get("schema"), int) or body["schema"] > SCHEMA:
-        raise LimeEdgeError(
-            f"{file}: schema: expected at most {SCHEMA}, found {body.get('schema')}", "upgrade lime-edge on this device"
-        )
-    try:
-        widths = [(site["name"], site["width"]) for site in body["sites"]]
-        return Manifest(
-            fingerprint=body["fingerprint"],
-            model=body["model"],
-            adapter=body["adapter"],
-            quantization=body["quantization"],
-            device=body["device"],
-            versions=body["versions"],
-            sites=SiteTable.from_widths(widths),
-            experts=tuple(body["experts"]),
-            targets=body["targets"],
-            files={name: FileEntry(**entry) for name, entry in body["files"].items()},
-            added=tuple(body.get("added", ())),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LimeEdgeError(f"{file}: damaged: {error!r}", "copy the bundle again") from None
-
-
-def hash_file(path: Path) -> FileEntry:
-    """Size and sha256 of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return FileEntry(size, digest.hexdigest())
+SMALL = 1 << 20  # bytes: a file up to here is hashed whenever the bundle is opened
+AHEAD = 64 << 20  # bytes of expert files that a session keeps from its beginning on, whatever becomes of the bundle
+TRIES = 50  # a reader begins again when a writer changed the bundle meanwhile
+TOKENIZER = "tokenizer/"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: manifest checked, sizes checked; tensors are read when asked for."""
+    """An opened bundle: its manifest is checked, its files are there and have their sizes."""
 
     path: Path
     manifest: Manifest
@@ -143,134 +38,208 @@ class Bundle:
         """Open a bundle.
 
         Args:
-            verify: also compare the sha256 of every file.
+            verify: compare the sha256 of every file, not of the small ones only.
         Raises:
-            LimeEdgeError: missing, foreign, newer or damaged; every damaged file is named.
+            LimeEdgeError: missing, foreign, of another schema or damaged; every damaged file is named.
         """
         path = Path(path)
-        manifest = read_manifest(path)
-        with Faults(str(path), "the bundle is damaged: copy or export it again") as faults:
-            for name, entry in manifest.files.items():
-                file = path / name
-                if not file.is_file():
-                    faults.add(f"{name} is missing")
-                elif file.stat().st_size != entry.size:
-                    faults.add(f"{name}: size in bytes", entry.size, file.stat().st_size)
-                elif verify and (found := hash_file(file).sha256) != entry.sha256:
-                    faults.add(f"{name}: sha256", entry.sha256[:16], found[:16])
-            for name in manifest.experts:
-                if expert_file(name) not in manifest.files:
-                    faults.add(f"{MANIFEST}: expert {name!r} has no file entry")
-        return cls(path, manifest)
+        for _ in range(TRIES):
+            data = read_manifest(path)
+            bundle = cls(path, decode_manifest(data, str(path / MANIFEST)))
+            try:
+                bundle._check_files(verify)
+            except LimeEdgeError:
+                if read_manifest(path) == data:
+                    raise
+            else:
+                return bundle
+        raise LimeEdgeError(f"{path}: it is being changed all the time", "try again")
+
+    def _check_files(self, verify: bool) -> None:
+        """Sizes of all, hashes as asked for."""
+        late = {entry.file for entry in self.manifest.expert_list}
+        late |= {file for companion in self.manifest.companions.values() for file in companion.experts.values()}
+        marks: dict[str, Mark] = {}
+        with Faults(str(self.path), DAMAGED) as faults, Inside(self.path) as inside:
+            for name, entry in self.manifest.files.items():
+                small = entry.size <= SMALL and name not in late
+                if (mark := _check_file(inside, name, entry, verify or small, faults)) is not None and not small:
+                    marks[name] = mark
+        if verify:
+            write_marks(self.path, marks)
+
+    def check_target(self, target: str) -> None:
+        """Compare the large files of a target, and the tokenizer's, that were not seen before as they are now.
+
+        Called before an engine is given any of them.
+
+        Raises:
+            LimeEdgeError: a file is damaged or was exchanged.
+        """
+        own = {
+            name: entry
+            for name, entry in self.manifest.files.items()
+            if entry.size > SMALL and name.startswith((f"{target}/", TOKENIZER))
+        }
+        marks = read_marks(self.path)
+        changed = False
+        with Faults(str(self.path), DAMAGED) as faults, Inside(self.path) as inside:
+            for name, entry in own.items():
+                try:
+                    known = marks.get(name) == mark_file(inside.stat(name), entry.sha256)
+                except OSError as error:
+                    faults.add(f"{name} {explain(error)}")
+                    continue
+                if known or (mark := _check_file(inside, name, entry, True, faults)) is None:
+                    continue
+                marks[name], changed = mark, True
+        if changed:
+            write_marks(self.path, {name: mark for name, mark in marks.items() if name in self.manifest.files})
 
     @property
     def total_bytes(self) -> int:
         """Size of every file listed, in bytes."""
         return sum(entry.size for entry in self.manifest.files.values())
 
+    def read(self, name: str) -> bytes:
+        """The bytes of a listed file, their sha256 compared.
+
+        Raises:
+            LimeEdgeError: it is missing, damaged, or was exchanged after the bundle was opened.
+        """
+        entry = self.manifest.files[name]
+        try:
+            with Inside(self.path) as inside:
+                data = inside.read(name, entry.size)
+        except OSError as error:
+            raise LimeEdgeError(f"{self.path}: {name} {explain(error)}", self._explain_change()) from None
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise LimeEdgeError(f"{self.path}: {name}: sha256 is another", self._explain_change())
+        return data
+
+    def _explain_change(self) -> str:
+        try:
+            changed = Bundle.open(self.path).manifest != self.manifest
+        except LimeEdgeError:
+            changed = False
+        return "the bundle was changed after it was opened: open it again" if changed else DAMAGED
+
     def read_reference(self) -> np.ndarray:
         """p_ref (sum_H,) float32."""
-        file = self.path / REFERENCE
+        where = str(self.path / REFERENCE)
         try:
-            reference = load_file(file)["reference"]
-        except (SafetensorError, OSError, KeyError) as error:
-            raise LimeEdgeError(f"{file}: damaged: {error}", "copy the bundle again") from None
-        if reference.shape != (self.manifest.sites.total,):
-            raise LimeEdgeError(
-                f"{file}: length: expected {self.manifest.sites.total}, found {reference.shape}",
-                "copy the bundle again",
-            )
+            reference = load(self.read(REFERENCE))["reference"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise LimeEdgeError(f"{where}: damaged: {error}", DAMAGED) from None
+        if reference.shape != (self.manifest.sites.total,) or reference.dtype != np.float32:
+            wanted = f"({self.manifest.sites.total},) float32"
+            raise LimeEdgeError(f"{where}: expected {wanted}, found {reference.shape} {reference.dtype}", DAMAGED)
+        check_values(reference, where)
         return reference
 
+    def read_expert(self, name: str) -> Expert:
+        """One of the bundle's experts.
+
+        Raises:
+            LimeEdgeError: unknown, damaged, or not what the manifest says.
+        """
+        entry = next(entry for entry in self.manifest.expert_list if entry.name == name)
+        return self._parse(entry, self.read(entry.file))
+
+    def _parse(self, entry: ExpertEntry, data: bytes) -> Expert:
+        where = str(self.path / entry.file)
+        expert = parse_expert(data, where, self.manifest.sites.total)
+        with Faults(where, DAMAGED) as faults:
+            if expert.name != entry.name:
+                faults.add("name", repr(entry.name), repr(expert.name))
+            if expert.adapter_id != self.manifest.adapter_id:
+                faults.add("adapter_id", self.manifest.adapter_id[:16], expert.adapter_id[:16])
+        return expert
+
     def open_bank(self, subtract: Subtract | None = None) -> ExpertBank:
-        """The bundle's experts, read and checked.
+        """The bundle's experts as they are now; each is checked when it is first used.
 
         Args:
             subtract: how p - p_ref is computed, where an engine brings something faster than numpy.
-        """
-        reference = self.read_reference()
-        bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, reference, subtract or subtract_reference)
-        for name in self.manifest.experts:
-            file = self.path / expert_file(name)
-            expert = read_expert(file)
-            if expert.name != name:
-                raise LimeEdgeError(
-                    f"{file}: name: expected {name!r}, found {expert.name!r}",
-                    "the file was renamed: add it with lime-edge experts add --name",
-                )
-            bank.install(expert, str(file))
-        return bank
-
-    def add_expert(self, expert: Expert, replace_existing: bool = False) -> Bundle:
-        """Write an expert into the bundle: its files first, then the manifest.
-
         Raises:
-            LimeEdgeError: it does not fit, its name is taken, or nothing can be written.
+            LimeEdgeError: an expert's file is missing or has another size.
         """
-        self.check_expert(expert, replace_existing)
-        name = expert.name
-        written = {expert_file(name): expert.to_bytes()}
-        if takes_adapters(self.manifest.targets):
-            residual = expert.vector.astype(np.float32) - self.read_reference()
-            written[adapter_file(name)] = encode_adapter(residual)
-        for file, data in written.items():
-            write_file(self.path / file, data)
-        entries = {file: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for file, data in written.items()}
-        names = tuple(n for n in self.manifest.experts if n != name) + (name,)
-        added = tuple(n for n in self.manifest.added if n != name) + (name,)
-        return self._rewrite(names, self.manifest.files | entries, added)
-
-    def check_expert(self, expert: Expert, replace_existing: bool = False) -> None:
-        """Refuse what `add_expert` would refuse; nothing is written."""
-        name = expert.name
-        if problem := check_name(name):
-            raise LimeEdgeError(problem, "pass --name with another one")
-        if name in self.manifest.experts and not replace_existing:
-            raise LimeEdgeError(f"{self.path}: expert {name!r} exists already", "pass --force or --name OTHER")
-        if single := self.manifest.adapter.get("single"):
-            raise LimeEdgeError(
-                f"{self.path} was exported with --single {single}: it holds one expert only",
-                "export it without --single",
+        bundle = self
+        for _ in range(TRIES):
+            bank = ExpertBank(
+                bundle.manifest.sites.total,
+                self.manifest.adapter_id,
+                bundle.read_reference(),
+                subtract or subtract_reference,
             )
-        bank = ExpertBank(self.manifest.sites, self.manifest.fingerprint, self.read_reference())
-        bank.check(expert, f"expert {name!r}")
+            try:
+                for name, load_expert in bundle._loaders():
+                    bank.offer(name, load_expert)
+                return bank
+            except LimeEdgeError:
+                now = Bundle.open(self.path)
+                if now.manifest == bundle.manifest or now.manifest.adapter_id != self.manifest.adapter_id:
+                    raise
+                bundle = now
+        raise LimeEdgeError(f"{self.path}: it is being changed all the time", "try again")
 
-    def remove_expert(self, name: str) -> Bundle:
-        """Take an expert out of the bundle: the manifest first, then its files."""
-        if name not in self.manifest.experts:
-            known = ", ".join(self.manifest.experts)
-            raise LimeEdgeError(f"{self.path}: unknown expert {name!r}", f"experts: {known}")
-        own = (expert_file(name), adapter_file(name))
-        files = {n: e for n, e in self.manifest.files.items() if n not in own}
-        kept, added = (tuple(n for n in names if n != name) for names in (self.manifest.experts, self.manifest.added))
-        changed = self._rewrite(kept, files, added)
-        for file in own:
-            (self.path / file).unlink(missing_ok=True)
-        return changed
+    def _loaders(self) -> Iterator[tuple[str, Callable[[], Expert]]]:
+        """How to read each expert later: from bytes that are kept from now on, or, beyond AHEAD, from its file."""
+        left = AHEAD
+        with Inside(self.path) as inside:
+            for entry in self.manifest.expert_list:
+                facts = self.manifest.files[entry.file]
+                left -= facts.size
+                if left < 0:
+                    yield entry.name, lambda name=entry.name: self.read_expert(name)  # type: ignore[misc]
+                    continue
+                try:
+                    data = inside.read(entry.file, facts.size)
+                except OSError as error:
+                    raise LimeEdgeError(f"{self.path}: {entry.file} {explain(error)}", DAMAGED) from None
+                yield entry.name, self._keep(entry, facts, data)
 
-    def _rewrite(self, experts: tuple[str, ...], files: dict[str, FileEntry], added: tuple[str, ...]) -> Bundle:
-        manifest = replace(self.manifest, experts=experts, files=files, added=added)
-        write_file(self.path / MANIFEST, manifest.to_json().encode())
-        return Bundle(self.path, manifest)
+    def _keep(self, entry: ExpertEntry, facts: FileEntry, data: bytes) -> Callable[[], Expert]:
+        def load_expert() -> Expert:
+            if len(data) != facts.size or hashlib.sha256(data).hexdigest() != facts.sha256:
+                raise LimeEdgeError(f"{self.path / entry.file}: sha256 is another", DAMAGED)
+            return self._parse(entry, data)
+
+        return load_expert
 
 
-def write_bundle(stage: Path, manifest: Manifest, experts: Iterable[Expert], reference: np.ndarray) -> Manifest:
-    """Complete a staged bundle: experts, reference vector, file table and lime.json.
+def read_manifest(path: Path) -> bytes:
+    """The bytes of a bundle's lime.json, as far as `LARGEST`.
 
-    Args:
-        stage: the temporary directory, artifacts and tokenizer already in it.
-        manifest: without its `experts` and `files`. reference: p_ref (sum_H,) float32.
+    Raises:
+        LimeEdgeError: no bundle, or not readable.
     """
-    (stage / "experts").mkdir()
-    vectors = {}
-    for expert in experts:
-        (stage / expert_file(expert.name)).write_bytes(expert.to_bytes())
-        vectors[expert.name] = expert.vector
-    (stage / REFERENCE).write_bytes(save({"reference": np.ascontiguousarray(reference, np.float32)}))
-    write_genai(stage, manifest, vectors, reference)
-    files = {
-        str(file.relative_to(stage).as_posix()): hash_file(file) for file in sorted(stage.rglob("*")) if file.is_file()
-    }
-    complete = replace(manifest, experts=tuple(vectors), files=files)
-    (stage / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-    return complete
+    if not path.is_dir():
+        hint = "a bundle is a directory written by lime-edge export"
+        if (old := find_interrupted(path)) is not None:
+            hint = f"a replacement was cut off: the bundle is now {old}; rename it, or export again"
+        raise LimeEdgeError(f"{path}: no such bundle", hint)
+    try:
+        with Inside(path) as inside:
+            return inside.read(MANIFEST, LARGEST)
+    except FileNotFoundError:
+        hint = "write one with lime-edge export"
+        raise LimeEdgeError(f"{path}: not a bundle: {MANIFEST} is missing", hint) from None
+    except OSError as error:
+        hint = "check its permissions, or copy the bundle again"
+        raise LimeEdgeError(f"{path}: {MANIFEST} {explain(error)}", hint) from None
+
+
+def _check_file(inside: Inside, name: str, entry: FileEntry, hashed: bool, faults: Faults) -> Mark | None:
+    """Note what is wrong with a file; its mark where its hash was compared and fits."""
+    try:
+        found = inside.stat(name)
+        if found.st_size != entry.size:
+            faults.add(f"{name}: size in bytes", entry.size, found.st_size)
+        elif hashed and (digest := inside.hash(name)) != entry.sha256:
+            faults.add(f"{name}: sha256", entry.sha256[:16], digest[:16])
+        elif hashed:
+            return mark_file(found, entry.sha256)
+    except OSError as error:
+        faults.add(f"{name} {explain(error)}")
+    return None

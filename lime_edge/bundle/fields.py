@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from lime_edge.bundle.names import EXPERT_NAME, FILE_PATH, PLAIN_TEXT
 from lime_edge.bundle.sites import SiteTable
@@ -32,6 +32,13 @@ Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it
 
 class Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of the manifest is."""
+
+    def __getitem__(self, name: str) -> Any:  # until every reader asks for attributes
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The same."""
+        return getattr(self, name, default)
 
 
 class FileEntry(Strict, kw_only=True):
@@ -100,7 +107,7 @@ class Backbone(Strict, kw_only=True):
     family: Annotated[Text, Meta(description="llama, qwen2, bert, ...: model_type")]
     fingerprint: Annotated[Sha256, Meta(description="over names, shapes and float32 values of its tensors")]
     context: Annotated[int, Meta(ge=0, le=1 << 24, description="most tokens of a sequence; 0 where pixels come in")]
-    vocab: Annotated[Count, Meta(description="token ids are below it")]
+    vocab: Annotated[int, Meta(ge=0, le=1 << 24, description="token ids are below it; 0 where pixels come in")]
     hidden: Width
     layers: Layers
     vocabulary: Annotated[Sha256 | None, Meta(description="over the tokenizer's tokens and ids; null without one")] = (
@@ -164,6 +171,34 @@ class AdapterFacts(Strict, kw_only=True):
     license: Text | None = None
 
 
+class KindSurvival(Strict, kw_only=True):
+    """A kind of layer: medians and worst over its sites and the experts (docs/folding.md)."""
+
+    sites: Count
+    bits: Annotated[tuple[Count, ...], Meta(max_length=16)]
+    error: Annotated[float, Meta(ge=0, description="0 exact, 1 as loud as the expert")]
+    worst_error: Annotated[float, Meta(ge=0)]
+    worst_site: Text
+    kept: Annotated[float, Meta(description="share of the effect that is still there")]
+    worst_kept: float
+
+
+class SiteSurvival(Strict, kw_only=True):
+    """One site: the worst over its experts."""
+
+    error: Annotated[float, Meta(ge=0)]
+    expert: Text
+    kept: float
+
+
+class Survival(Strict, kw_only=True):
+    """What the rounded weights hold of the experts' effect, for people (docs/folding.md)."""
+
+    inputs: Annotated[Text | None, Meta(description="which text was shown; null: all inputs counted alike")] = None
+    kinds: Annotated[dict[Text, KindSurvival], Meta(max_length=4096)]
+    sites: Annotated[dict[Text, SiteSurvival], Meta(max_length=65536)]
+
+
 class Quantization(Strict, kw_only=True):
     """The integers, equal in all targets."""
 
@@ -176,7 +211,7 @@ class Quantization(Strict, kw_only=True):
     weight_bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
     fallback_int8: Annotated[tuple[Text, ...], Meta(description="what the group does not divide")] = ()
     weight_hash: Annotated[Sha256, Meta(description="over canonical integers and scales")]
-    survival: Annotated[Facts | None, Meta(description="what rounding left of the experts (docs/folding.md)")] = None
+    survival: Survival | None = None
 
 
 class Speaker(Strict, kw_only=True):
@@ -232,13 +267,12 @@ class TokenizerFacts(Strict, kw_only=True):
 
 
 class Target(Strict, kw_only=True):
-    """What all targets say. `file` and `routed` are files or, for a Core ML package, folders of files."""
+    """What all targets say."""
 
-    file: Annotated[FilePath, Meta(description="the artifact")]
+    file: Annotated[FilePath, Meta(description="the artifact; Core ML: a folder of files")]
     providers: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16, description="in order of preference")]
     threads: Annotated[Threads | None, Meta(description="null: the engine chooses")] = None
     expert_input: Annotated[bool, Meta(description="false: one expert, in the weights")]
-    routed: Annotated[FilePath | None, Meta(description="where the routed graph or method is")] = None
     compute: Annotated[
         Literal["float32", "float16", "int8-dynamic", "int8-per-token"],
         Meta(description="in what activations are computed: what verify allows for"),
@@ -254,6 +288,7 @@ class Target(Strict, kw_only=True):
 class OnnxTarget(Target, tag_field="target", tag="onnx", kw_only=True):
     """ONNX Runtime."""
 
+    routed: Annotated[FilePath | None, Meta(description="the routed graph")] = None
     opset: Annotated[int, Meta(ge=1, le=1000)]
     functions: Annotated[
         tuple[Text, ...], Meta(max_length=64, description="of the domain lime_edge that the graph calls")
@@ -270,6 +305,7 @@ class Limits(Strict, kw_only=True):
 class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=True):
     """ExecuTorch."""
 
+    routed: Annotated[Literal["routed"] | None, Meta(description="the method that routes, of the same file")] = None
     backend: Text
     max_length: Annotated[Tokens | None, Meta(description="tokens of the cache, virtual ones not counted")] = None
     prompt_length: Annotated[Tokens | None, Meta(description="most tokens of one call")] = None
@@ -281,6 +317,7 @@ class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=Tru
 class CoremlTarget(Target, tag_field="target", tag="coreml", kw_only=True):
     """Core ML."""
 
+    routed: Annotated[Literal["routed"] | None, Meta(description="the function that routes, of the same file")] = None
     minimum: Annotated[Literal["iOS18", "macOS15"], Meta(description="oldest system")]
     compute_units: Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
     max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
@@ -295,6 +332,9 @@ class Companion(Strict, kw_only=True):
 
     target: Annotated[Text, Meta(description="whose artifact it goes with")]
     folder: Annotated[FilePath, Meta(description="where it lies")]
+    form: Annotated[
+        Literal["onnx_adapter"] | None, Meta(description="of its expert files, and how they end; null: it has none")
+    ] = None
     experts: Annotated[
         dict[ExpertName, FilePath], Meta(description="a file per expert, kept in step with `experts`")
     ] = {}
@@ -347,14 +387,29 @@ class Manifest(Strict, dict=True, kw_only=True):
     ] = {}
 
     @cached_property
+    def model(self) -> dict[str, Any]:
+        """Until every reader asks for backbone, decoder and encoder."""
+        parts = (self.backbone, self.decoder, self.encoder)
+        return {key: value for part in parts if part is not None for key, value in structs.asdict(part).items()}
+
+    @cached_property
     def sites(self) -> SiteTable:
         """The adapted layers, in order."""
         return SiteTable.from_widths((site.name, site.width) for site in self.site_list)
 
     @cached_property
-    def experts(self) -> dict[str, ExpertEntry]:
-        """By name, in order."""
-        return {entry.name: entry for entry in self.expert_list}
+    def experts(self) -> tuple[str, ...]:
+        """Names, in order."""
+        return tuple(entry.name for entry in self.expert_list)
+
+    def find_expert(self, name: str) -> FileEntry:
+        """Size and sha256 of an expert's file."""
+        return self.files[self.expert_files[name]]
+
+    @cached_property
+    def expert_files(self) -> dict[str, str]:
+        """Where each expert is, by name."""
+        return {entry.name: entry.file for entry in self.expert_list}
 
     @cached_property
     def added(self) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
@@ -17,6 +18,7 @@ FILE = "verify/golden.safetensors"
 FORMAT, SCHEMA = "lime-edge-golden", 1
 COLUMNS, FEWEST = 512, 64  # of a wide output, how many values a row keeps
 BUDGET = 1_500_000  # bytes of kept values in a bundle
+MOST_STEPS = 1024
 PIXEL = 1 / 32  # pixels are stored as int8 in these steps
 DAMAGED = "the bundle is damaged: copy or export it again"
 
@@ -108,23 +110,24 @@ def read_golden(bundle: Bundle) -> Golden | None:
     """
     if FILE not in bundle.manifest.files:
         return None
-    file = bundle.path / FILE
+    file, data = bundle.path / FILE, bundle.read(FILE)
     try:
-        with safe_open(file, framework="np") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load(data)
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError, struct.error) as error:
         raise LimeEdgeError(f"{file}: not readable: {error}", DAMAGED) from None
-    if header.get("format") != FORMAT or not header.get("schema", "").isdigit():
+    if header.get("format") != FORMAT:
         raise LimeEdgeError(f"{file}: holds no golden outputs", DAMAGED)
-    if int(header["schema"]) > SCHEMA:
-        raise LimeEdgeError(
-            f"{file}: schema: expected at most {SCHEMA}, found {header['schema']}", "upgrade lime-edge on this device"
-        )
+    if header.get("schema") != str(SCHEMA):
+        found = f"{header.get('schema')!s:.20}"
+        raise LimeEdgeError(f"{file}: schema: expected {SCHEMA}, found {found}", "upgrade lime-edge on this device")
     try:
-        return _build(header, tensors)
-    except (KeyError, ValueError, TypeError) as error:
+        golden = _build(header, tensors)
+        _check_shapes(golden)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise LimeEdgeError(f"{file}: damaged: {error!r}", DAMAGED) from None
+    return golden
 
 
 def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Golden:
@@ -142,10 +145,25 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Golden:
         )
         for name in names
     }
-    selections = tuple(json.loads(header["selections"]))
-    if not calls or not outputs or any(len(o.expected.values) != len(selections) for o in outputs.values()):
+    return Golden(tuple(json.loads(header["selections"])), calls, int(header["steps"][:10]), outputs)
+
+
+def _check_shapes(golden: Golden) -> None:
+    """Raise ValueError where what is kept of selections, calls, rows and columns does not go together."""
+    if not golden.calls or not golden.outputs or not all(isinstance(name, str) for name in golden.selections):
         raise ValueError("inputs, outputs or selections are missing")
-    return Golden(selections, calls, int(header["steps"]), outputs)
+    if not 0 <= golden.steps <= MOST_STEPS or any(array.ndim < 2 or array.size == 0 for array in golden.calls.values()):
+        raise ValueError(f"steps {golden.steps}, or an empty input")
+    count = golden.count
+    if any(array.shape[:2] != (count, 1) for array in golden.calls.values()):
+        raise ValueError("inputs of different numbers of calls")
+    for name, output in golden.outputs.items():
+        kept = (len(golden.selections), count, *output.rows.shape)
+        shapes = [getattr(output.expected, entry.name).shape for entry in fields(Rows)]
+        if output.rows.ndim != 1 or shapes != [(*kept, *output.columns.shape), kept, kept, kept]:
+            raise ValueError(f"{name}: shapes {shapes}")
+        if not np.isfinite(output.expected.values).all() or min(output.rows.min(), output.columns.min()) < 0:
+            raise ValueError(f"{name}: values")
 
 
 def condense(rows: np.ndarray, columns: np.ndarray, centre: bool) -> Rows:

@@ -17,6 +17,7 @@ MANIFEST = "lime.json"
 REFERENCE = "reference.safetensors"
 EXPERTS = "experts/"
 LARGEST = 16 << 20  # bytes of lime.json: what is larger is not read
+LARGEST_TOKEN = 16 << 20  # bytes of its keys and values in float32; 1 MiB in the largest models there are
 LONGEST = 1 << 28  # numbers in an expert vector
 SEAL = re.compile(rb'("manifest_sha256": ")([0-9a-f]{64})(")')
 ALWAYS_ON = ("dora", "slicefine", "prompt_tuning")  # variants: no p gives the original model back
@@ -170,14 +171,17 @@ def _check_kind(manifest: Manifest, faults: Faults) -> None:
         for token in decoder.eos:
             if token >= manifest.backbone.vocab:
                 faults.add("decoder: eos", f"ids below {manifest.backbone.vocab}", token)
-        if manifest.backbone.context < 1:
-            faults.add("backbone: context", "at least 1", manifest.backbone.context)
+        for name in ("context", "vocab"):
+            if getattr(manifest.backbone, name) < 1:
+                faults.add(f"backbone: {name}", "at least 1", 0)
+        if (token := 8 * manifest.backbone.layers * decoder.kv_heads * decoder.head_dim) > LARGEST_TOKEN:
+            faults.add("decoder: bytes of a token in the cache", f"at most {LARGEST_TOKEN}", token)
 
 
 def _check_target(manifest: Manifest, target: AnyTarget, faults: Faults) -> None:
     name, where = target_name(target), f"target {target_name(target)}"
     for path in (target.file, target.routed, getattr(target, "stock", None)):
-        if path is None:
+        if path in (None, "routed"):
             continue
         if not path.startswith(f"{name}/"):
             faults.add(f"{where}: file", f"below {name}/", path)
@@ -193,6 +197,8 @@ def _check_target(manifest: Manifest, target: AnyTarget, faults: Faults) -> None
         needed = {"onnx": ("layers",), "executorch": ("layers", "max_length", "prompt_length", "rows")}.get(
             name, ("layers", "max_length", "lengths")
         )
+        if target.virtual_tokens >= max(manifest.backbone.context, 1):
+            faults.add(f"{where}: virtual_tokens", f"fewer than {manifest.backbone.context}", target.virtual_tokens)
         if target.layers != manifest.backbone.layers:
             faults.add(f"{where}: layers", manifest.backbone.layers, target.layers)
     for field in needed:

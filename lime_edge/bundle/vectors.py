@@ -6,19 +6,34 @@ the bundle already has in its weights. numpy only: it is read on the device.
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, deserialize
 
-from lime_edge.bundle.bundle import Bundle, hash_file
-from lime_edge.bundle.experts import DTYPES, Expert, check_name
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.experts import DTYPES, MOST_TEXT, Expert, check_values
+from lime_edge.bundle.identity import PARTS, SHARED_PARTS, hash_adapter, hash_shared
+from lime_edge.bundle.names import PLAIN_TEXT, check_name
 from lime_edge.errors import Faults, LimeEdgeError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_PARTS = set(PARTS) - set(SHARED_PARTS)  # what makes a folder a whole adapter
+MOST_CONFIG, MOST_TENSORS = 1 << 20, 2 << 30  # bytes
+KINDS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 HINT = "vectors fit the shared adapter they were trained with; another one needs lime-edge export"
 
 
@@ -31,61 +46,66 @@ def read_vectors(directory: Path, bundle: Bundle) -> list[Expert]:
     Returns:
         Full vectors p (sum_H,), gamma * p_shared included, in the bundle's site order and dtype.
     Raises:
-        LimeEdgeError: all faults at once: another backbone or shared adapter, missing, extra, mis-shaped or
+        LimeEdgeError: all faults at once: another shared adapter or none named, missing, extra, mis-shaped or
             non-finite tensors, bad names.
     """
     config, tensors = _read_config(directory / CONFIG), _read_tensors(directory / WEIGHTS)
+    manifest = bundle.manifest
     with Faults(f"{directory} does not fit {bundle.path}", HINT) as faults:
         names = _check_names(config, faults)
-        _check_adapter(config, tensors, directory, bundle, faults)
         _check_tensors(config, tensors, bundle, len(names), faults)
-    dtype = DTYPES[bundle.manifest.adapter["expert_dtype"]]
+        if not faults:
+            _check_adapter(config, tensors, directory, bundle, faults)
     with np.errstate(over="ignore"):
-        flat = np.concatenate([_join(tensors, site.name) for site in bundle.manifest.sites], axis=1).astype(dtype)
-    if not np.isfinite(flat).all():
-        raise LimeEdgeError(
-            f"{directory}: a vector holds values beyond {np.dtype(dtype)}'s range",
-            "export the bundle with --quant none: it stores float32",
-        )
-    fingerprint, sites = bundle.manifest.fingerprint, bundle.manifest.sites.hash
-    return [Expert(name, flat[index], fingerprint, sites) for index, name in enumerate(names)]
+        flat = np.concatenate([_join(tensors, site.name) for site in manifest.sites], axis=1)
+        flat = flat.astype(DTYPES[manifest.adapter.expert_dtype])
+    check_values(flat, str(directory))
+    license = str(config.get("license") or "")[:MOST_TEXT]
+    license = license if re.search(PLAIN_TEXT, license) else ""
+    return [Expert(name, flat[index], manifest.adapter_id, license=license) for index, name in enumerate(names)]
 
 
 def _check_names(config: dict[str, Any], faults: Faults) -> list[str]:
     names = config.get("expert_names")
     if not isinstance(names, list) or not names or len(names) != config.get("num_experts"):
-        faults.add(f"{CONFIG}: expert_names", f"{config.get('num_experts')} names", names)
+        faults.add(f"{CONFIG}: expert_names", f"{config.get('num_experts')!s:.20} names", f"{names!s:.200}")
         return []
-    for name in names:
-        if problem := check_name(name):
-            faults.add(f"{CONFIG}: expert_names: {problem}")
+    problems = [problem for name in names if (problem := check_name(name))]
+    for problem in problems:
+        faults.add(f"{CONFIG}: expert_names: {problem}")
+    if not problems and len({name.lower() for name in names}) != len(names):
+        faults.add(f"{CONFIG}: expert_names: two are equal, letter case not counted")
     return names
 
 
 def _check_adapter(
     config: dict[str, Any], tensors: dict[str, np.ndarray], directory: Path, bundle: Bundle, faults: Faults
 ) -> None:
-    """Backbone and shared adapter: the same as the bundle's, as far as the folder names them."""
-    manifest = bundle.manifest
-    base = config.get("base_fingerprint")
-    if base is not None and base != manifest.fingerprint:
-        faults.add("base_fingerprint", manifest.fingerprint[:16], str(base)[:16])
-    for field, mine in (("variant", "variant"), ("r", "rank"), ("lora_alpha", "alpha")):
-        if mine in manifest.adapter and config.get(field) != manifest.adapter[mine]:
-            faults.add(field, manifest.adapter[mine], config.get(field))
-    known = manifest.adapter.get("sha256")
-    own = [name for name in tensors if name.rsplit(".", 1)[-1] not in ("LiMEs", "LiME_shared", "gamma")]
-    if own:  # a whole adapter: welcome if it is the very one of the bundle
-        named: Any = hash_file(directory / WEIGHTS).sha256
+    """The shared adapter is the bundle's: by its tensors where the folder has them, else by what it names."""
+    manifest, facts = bundle.manifest, bundle.manifest.adapter
+    for field, mine in (("variant", facts.variant), ("r", facts.rank), ("lora_alpha", facts.alpha)):
+        if config.get(field) != mine:
+            faults.add(field, mine, f"{config.get(field)!s:.20}")
+    training = config.get("training")
+    trained_with = training.get("shared_adapter_sha256") if isinstance(training, dict) else None
+    if any(name.rpartition(".")[2] in OWN_PARTS for name in tensors):
+        named, wanted = (
+            hash_adapter(facts.variant, facts.rank, facts.alpha, manifest.sites, tensors),
+            manifest.adapter_id,
+        )
+    elif config.get("adapter_id") is not None:
+        named, wanted = config["adapter_id"], manifest.adapter_id
+    elif trained_with is not None and facts.sha256 is not None:
+        named, wanted = trained_with, facts.sha256
     else:
-        training = config.get("training")
-        named = training.get("shared_adapter_sha256") if isinstance(training, dict) else None
-    if known is not None and named is not None and named != known:
-        faults.add("shared adapter (sha256)", known[:16], str(named)[:16])
-    elif own and known is None:
-        faults.add(f"{own[0]}: the folder holds a shared adapter of its own")
-    if manifest.adapter.get("shared_vector") and not config.get("use_shared_lime"):
-        faults.add("LiME_shared and gamma", "those of the bundle's adapter", "none")
+        faults.add(
+            f"{CONFIG}: names no shared adapter: expected adapter_id {manifest.adapter_id}, if it was trained with that"
+        )
+        return
+    if named != wanted:
+        faults.add("shared adapter", wanted[:16], f"{named!s:.16}")
+    elif (shared := hash_shared(manifest.sites, tensors)) != facts.shared_id:
+        faults.add("LiME_shared and gamma", "those of the bundle's adapter", "others" if shared else "none")
 
 
 def _check_tensors(
@@ -125,8 +145,9 @@ def _join(tensors: dict[str, np.ndarray], site: str) -> np.ndarray:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with file.open("rb") as opened:
+            config = msgspec.json.decode(opened.read(MOST_CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
         raise LimeEdgeError(f"{file}: not readable: {error}", "is this a folder of LiME vectors?") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LIME":
         raise LimeEdgeError(f"{file}: peft_type: expected LIME", "is this a folder of LiME vectors?")
@@ -134,8 +155,18 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor, bfloat16 widened to float32, which numpy has not."""
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
-        hint = "copy it again; store float16 or float32"
+        if file.stat().st_size > MOST_TENSORS:
+            raise LimeEdgeError(f"{file}: expected at most {MOST_TENSORS} bytes, found {file.stat().st_size}", HINT)
+        return {name: _view(facts) for name, facts in deserialize(file.read_bytes())}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        hint = "copy it again; store float32, float16 or bfloat16"
         raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", hint) from None
+
+
+def _view(facts: dict[str, Any]) -> np.ndarray:
+    data, shape = facts["data"], facts["shape"]
+    if facts["dtype"] == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    return np.frombuffer(data, KINDS[facts["dtype"]]).reshape(shape)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lime_edge import terminal
-from lime_edge.bundle.bundle import Bundle, expert_file
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.fields import AnyTarget, Fit, Manifest, Quantization, SiteSurvival, Survival
 from lime_edge.bundle.golden import FILE as GOLDEN
 from lime_edge.session.open import explain_operators
 
@@ -31,18 +34,19 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     m = bundle.manifest
     return {
         "path": str(bundle.path),
-        "fingerprint": m.fingerprint,
-        "model": m.model,
-        "adapter": m.adapter,
-        "quantization": m.quantization,
-        "device": m.device,
-        "versions": m.versions,
+        **{
+            key: value
+            for key, value in msgspec.to_builtins(m).items()
+            if key not in ("experts", "sites", "targets", "files")
+        },
         "total_bytes": bundle.total_bytes,
         "sum_h": m.sites.total,
-        "sites_hash": m.sites.hash,
         "sites": [{"name": s.name, "width": s.width, "offset": s.offset} for s in m.sites],
-        "experts": [{"name": n, "bytes": m.files[expert_file(n)].size} for n in m.experts],
-        "targets": {name: facts | {"bytes": target_bytes(bundle, name)} for name, facts in m.targets.items()},
+        "experts": [{"name": n, "bytes": m.find_expert(n).size} for n in m.experts],
+        "targets": {
+            name: msgspec.to_builtins(facts) | {"bytes": target_bytes(bundle, name)}
+            for name, facts in m.targets.items()
+        },
         "files": {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in m.files.items()},
     }
 
@@ -52,12 +56,13 @@ def target_bytes(bundle: Bundle, target: str) -> int:
     return sum(e.size for n, e in bundle.manifest.files.items() if n.startswith(f"{target}/"))
 
 
-def describe_making(facts: dict[str, Any]) -> str:
+def describe_making(facts: AnyTarget) -> str:
     """What a target's artifact was made for: "cache 1024, prompts 32/128, iOS18, all", "cache 1024, xnnpack"."""
-    parts = [f"cache {facts['max_length']}"] if facts.get("max_length") else []
-    prompts = [str(length) for length in facts.get("lengths") or () if length > 1]  # 1 is the next token's
+    length = getattr(facts, "max_length", None)
+    parts = [f"cache {length}"] if length else []
+    prompts = [str(length) for length in getattr(facts, "lengths", ()) if length > 1]  # 1 is the next token's
     parts += [f"prompts {'/'.join(prompts)}"] if prompts else []
-    parts += [facts[key] for key in ("minimum", "compute_units", "backend") if facts.get(key)]
+    parts += [getattr(facts, key) for key in ("minimum", "compute_units", "backend") if getattr(facts, key, None)]
     return ", ".join(parts)
 
 
@@ -65,29 +70,32 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     """Print the tables of `lime-edge inspect`."""
     m, size = bundle.manifest, terminal.show_size
     facts = [
-        ["model", _model(m.model)],
-        ["fingerprint", m.fingerprint],
-        ["adapter", f"{m.adapter['variant']} rank {m.adapter['rank']}, alpha {m.adapter['alpha']:g}"],
-        ["fold", m.adapter["fold"] + (" (single)" if m.adapter["single"] else "")],
+        ["model", _model(m)],
+        ["fingerprint", m.backbone.fingerprint],
+        ["fit", _fit(m.backbone.fit)],
+        ["adapter", f"{m.adapter.variant} rank {m.adapter.rank}, alpha {m.adapter.alpha:g}"],
+        ["adapter_id", m.adapter_id],
+        ["opens with", m.default],
+        ["fold", m.adapter.fold + (" (single)" if m.adapter.single else "")],
         ["quantization", _quantization(m.quantization)],
-        ["weight hash", m.quantization["weight_hash"]],
+        ["weight hash", m.quantization.weight_hash],
         ["sites", f"{len(m.sites)}, sum_H {m.sites.total}"],
         ["device", m.device],
         ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
         ["total size", size(bundle.total_bytes)],
     ]
     for name, target in m.targets.items():
-        if target.get("functions") and (absent := explain_operators(name)) is not None:
+        if getattr(target, "functions", ()) and (absent := explain_operators(name)) is not None:
             facts.append(["operators here", absent or f"yes: the {name} graph's functions run compiled"])
     terminal.print_table(str(bundle.path), {"": "left", "value": "left"}, facts)
     rows = [
         [
             name,
             size(target_bytes(bundle, name)),
-            ", ".join(f["providers"]),
+            ", ".join(f.providers),
             describe_making(f),
-            "yes" if f.get("routed") else "no",
-            f["weight_hash"][:16],
+            "yes" if f.routed else "no",
+            f.weight_hash[:16],
         ]
         for name, f in m.targets.items()
     ]
@@ -100,13 +108,13 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         "weight hash": "left",
     }
     terminal.print_table("targets", columns, rows)
-    rows = [[name, size(m.files[expert_file(name)].size)] for name in m.experts]
+    rows = [[name, size(m.find_expert(name).size)] for name in m.experts]
     terminal.print_table("experts", {"expert": "left", "size": "right"}, rows)
-    survival = m.quantization.get("survival")
+    survival = m.quantization.survival
     if survival:
         print_survival(survival)
     if sites:
-        found = survival["sites"] if survival else {}
+        found = survival.sites if survival else {}
         rows = [[s.name, str(s.width), str(s.offset), *_site_survival(found.get(s.name))] for s in m.sites]
         columns = {
             "site": "left",
@@ -119,7 +127,7 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         terminal.print_table("sites", columns, rows)
 
 
-def print_survival(survival: dict[str, Any]) -> None:
+def print_survival(survival: Survival) -> None:
     """How much of the experts' effect the rounded weights hold, per kind of layer (docs/folding.md)."""
     columns = {
         "layers": "left",
@@ -133,44 +141,52 @@ def print_survival(survival: dict[str, Any]) -> None:
     rows = [
         [
             kind,
-            ", ".join(f"int{b}" for b in f["bits"]),
-            str(f["sites"]),
-            f"{f['error']:.2f}",
-            f"{f['worst_error']:.2f}",
-            f"{f['kept']:.1%}",
-            f"{f['worst_kept']:.1%}",
+            ", ".join(f"int{b}" for b in f.bits),
+            str(f.sites),
+            f"{f.error:.2f}",
+            f"{f.worst_error:.2f}",
+            f"{f.kept:.1%}",
+            f"{f.worst_kept:.1%}",
         ]
-        for kind, f in survival["kinds"].items()
+        for kind, f in survival.kinds.items()
     ]
-    over = f"inputs of the {survival['inputs']} text" if survival["inputs"] else "all inputs alike"
+    over = f"inputs of the {survival.inputs} text" if survival.inputs else "all inputs alike"
     terminal.print_table(f"the experts' effect after rounding ({over}; medians over sites and experts)", columns, rows)
 
 
-def find_losses(survival: dict[str, Any] | None) -> list[str]:
+def find_losses(survival: Survival | None) -> list[str]:
     """What to know before trusting a bundle: kinds of layers where rounding drowned the experts."""
     lines = []
-    for kind, facts in survival["kinds"].items() if survival else ():
-        bits = "/".join(f"int{b}" for b in facts["bits"])
-        if facts["error"] > LOUD:
-            lines.append(f"{kind} ({bits}): the rounding is {facts['error']:.1f} times as loud as the experts")
-        elif facts["kept"] < LOST:
-            lines.append(f"{kind} ({bits}): {1 - facts['kept']:.0%} of the experts' effect was rounded away")
+    for kind, facts in survival.kinds.items() if survival else ():
+        bits = "/".join(f"int{b}" for b in facts.bits)
+        if facts.error > LOUD:
+            lines.append(f"{kind} ({bits}): the rounding is {facts.error:.1f} times as loud as the experts")
+        elif facts.kept < LOST:
+            lines.append(f"{kind} ({bits}): {1 - facts.kept:.0%} of the experts' effect was rounded away")
     return lines
 
 
-def _site_survival(facts: dict[str, Any] | None) -> list[str]:
-    return [f"{facts['error']:.2f}", facts["expert"], f"{facts['kept']:.1%}"] if facts else ["", "", ""]
+def _site_survival(facts: SiteSurvival | None) -> list[str]:
+    return [f"{facts.error:.2f}", facts.expert, f"{facts.kept:.1%}"] if facts else ["", "", ""]
 
 
-def _model(facts: dict[str, Any]) -> str:
-    if "task" in facts:
-        return f"{facts['name']} ({facts['architecture']}, {facts['task']})"
-    return f"{facts['name']} ({facts['family']}, {facts['layers']} layers)"
+def _model(manifest: Manifest) -> str:
+    if (encoder := manifest.encoder) is not None:
+        return f"{manifest.backbone.name} ({encoder.architecture}, {encoder.task})"
+    return f"{manifest.backbone.name} ({manifest.backbone.family}, {manifest.backbone.layers} layers)"
 
 
-def _quantization(facts: dict[str, Any]) -> str:
-    if facts["quant"] == "none":
+def _fit(fit: Fit) -> str:
+    """How the adapter was found to belong to the backbone."""
+    if fit.vectors is None or fit.matrices is None:
+        return fit.verdict
+    text = f"{fit.verdict}: matrices {fit.matrices:.2%} away, norms {fit.vectors:.2%}"
+    return "; ".join([text, *fit.misfits])
+
+
+def _quantization(facts: Quantization) -> str:
+    if facts.quant == "none":
         return "none (float32)"
-    counts = ", ".join(f"{count} {kind}" for kind, count in facts["matrices"].items() if count)
-    how = facts["rounding"] + (f", calibrated on {facts['calibration']} text" if facts["calibration"] else "")
-    return f"{facts['quant']} {facts['scheme']}, group {facts['group']} ({counts} matrices; {how})"
+    counts = ", ".join(f"{count} {kind}" for kind, count in facts.matrices.items() if count)
+    how = facts.rounding + (f", calibrated on {facts.calibration} text" if facts.calibration else "")
+    return f"{facts.quant} {facts.scheme}, group {facts.group} ({counts} matrices; {how})"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ROUTED
-from lime_edge.errors import LimeEdgeError
 
 NARROW, ROUTED_FACTOR, NARROW_FACTOR = 16, 2, 3  # see choose_tolerance
 
@@ -34,19 +33,8 @@ TOLERANCES = {
 
 
 def find_compute(bundle: Bundle, target: str) -> str:
-    """How a target computes, a key of TOLERANCES: what its manifest entry says, else by the quantization.
-
-    Raises:
-        LimeEdgeError: a way that this version does not know.
-    """
-    default = "float32" if bundle.manifest.quantization["quant"] == "none" else "int8-dynamic"
-    compute = bundle.manifest.targets[target].get("compute", default)
-    if compute not in TOLERANCES:
-        raise LimeEdgeError(
-            f"{bundle.path}: target {target}: compute: expected {' or '.join(TOLERANCES)}, found {compute!r}",
-            "upgrade lime-edge on this device",
-        )
-    return compute
+    """How a target computes, a key of TOLERANCES."""
+    return bundle.manifest.targets[target].compute
 
 
 def choose_tolerance(compute: str, label: str, width: int) -> Tolerance:

@@ -119,10 +119,10 @@ def find_obstacle(bundle: Bundle, golden: Golden, target: str, label: str) -> st
     selection, manifest = parse_selection(label), bundle.manifest
     if selection == ROUTED:
         facts = manifest.targets[target]
-        if not facts.get("routed"):
+        if not facts.routed:
             return "this target has no routed graph"
-        prompt, most = next(iter(golden.calls.values())).shape[-1], max(facts.get("lengths") or (0,))
-        if most and prompt + facts.get("virtual_tokens", 0) > most:  # a routed prompt is run in one call
+        prompt, most = next(iter(golden.calls.values())).shape[-1], max(getattr(facts, "lengths", ()), default=0)
+        if most and prompt + facts.virtual_tokens > most:  # a routed prompt is run in one call
             return f"its prompt of {prompt} tokens is longer than --prompt-lengths at export, {most}"
         return ""
     names = [selection] if isinstance(selection, str) else list(selection or ())

@@ -197,9 +197,7 @@ def time_switch(session: Session, name: str) -> float:
 
 def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[Delivery], as_json: bool) -> None:
     """One section per input with every expert's answer to it, then sizes."""
-    from lime_edge.bundle.bundle import expert_file
-
-    sizes = {name: bundle.manifest.files[expert_file(name)].size for name in bundle.manifest.experts}
+    sizes = {name: bundle.manifest.find_expert(name).size for name in bundle.manifest.experts}
     if as_json:
         terminal.print_json(
             {

@@ -24,15 +24,15 @@ experts_app = App(no_args_is_help=True, help="The experts of a bundle: list, add
 @experts_app.command("list")
 def list_experts(bundle: BundlePath, as_json: Json = False) -> None:
     """Names, sizes and how far each is from the folded reference."""
-    from lime_edge.bundle.bundle import Bundle, expert_file
+    from lime_edge.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     bank = opened.open_bank()
     rows = [
         {
             "name": name,
-            "file": expert_file(name),
-            "bytes": opened.manifest.files[expert_file(name)].size,
+            "file": opened.manifest.expert_files[name],
+            "bytes": opened.manifest.find_expert(name).size,
             "dtype": str(bank.vector(name).dtype),
             "residual_rms": float(np.sqrt(np.mean(bank.residual(name) ** 2))),
         }
@@ -69,18 +69,16 @@ def add(
 ) -> None:
     """Add an expert to a bundle: delivered skills need no new export."""
     from lime_edge.bundle.bundle import Bundle
+    from lime_edge.bundle.change import add_experts
     from lime_edge.bundle.experts import read_expert
     from lime_edge.bundle.vectors import read_vectors
 
     opened = Bundle.open(bundle)
     with receive(file, ".safetensors") as given:
-        experts = read_vectors(given, opened) if given.is_dir() else [read_expert(given)]
+        experts = read_vectors(given, opened) if given.is_dir() else [read_expert(given, opened.manifest.sites.total)]
     if name:
         experts = [replace(_only(experts, None, file), name=name)]
-    for expert in experts:
-        opened.check_expert(expert, replace_existing=force)
-    for expert in experts:
-        opened = opened.add_expert(expert, replace_existing=force)
+    opened = add_experts(bundle, experts, replace=force)
     names = [expert.name for expert in experts]
     if as_json:
         terminal.print_json({"bundle": str(bundle), "added": names, "experts": list(opened.manifest.experts)})
@@ -129,9 +127,9 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Take an expert out of a bundle."""
-    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.bundle.change import remove_expert
 
-    changed = Bundle.open(bundle).remove_expert(name)
+    changed = remove_expert(bundle, name)
     if as_json:
         terminal.print_json({"bundle": str(bundle), "removed": [name], "experts": list(changed.manifest.experts)})
         return
@@ -149,17 +147,12 @@ def blend(
     as_json: Json = False,
 ) -> None:
     """Write a fixed mixture of experts as a new expert."""
-    from lime_edge.bundle.bundle import Bundle
-    from lime_edge.bundle.experts import Expert, describe_selection, parse_selection
+    from lime_edge.bundle.change import add_blend
+    from lime_edge.bundle.experts import describe_selection, parse_selection
 
-    opened = Bundle.open(bundle)
-    bank = opened.open_bank()
     selection = parse_selection(recipe)
-    mixed = bank.mix(selection).astype(opened.manifest.adapter["expert_dtype"])
-    note = f"blend of {describe_selection(selection)}"
-    expert = Expert(name, mixed, bank.fingerprint, bank.sites.hash, note)
-    changed = opened.add_expert(expert, replace_existing=force)
+    changed = add_blend(bundle, selection, name, replace=force)
     if as_json:
         terminal.print_json({"bundle": str(bundle), "added": [name], "experts": list(changed.manifest.experts)})
         return
-    terminal.out.print(f"added {name!r}, a {note}", soft_wrap=True)
+    terminal.out.print(f"added {name!r}, a blend of {describe_selection(selection)}", soft_wrap=True)

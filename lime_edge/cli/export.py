@@ -231,7 +231,7 @@ def warn_of_losses(path: Path) -> None:
     from lime_edge.bundle.bundle import Bundle
     from lime_edge.checks.inspect import SURVIVAL_HINT, find_losses
 
-    for line in find_losses(Bundle.open(path).manifest.quantization.get("survival")):
+    for line in find_losses(Bundle.open(path).manifest.quantization.survival):
         terminal.warn(line, SURVIVAL_HINT)
 
 
@@ -240,7 +240,7 @@ def warn_of_overflow(path: Path) -> None:
     from lime_edge.bundle.bundle import Bundle
 
     for target, facts in Bundle.open(path).manifest.targets.items():
-        peak = facts.get("peak")
+        peak = facts.report.get("peak")
         if peak and not peak["value"] < peak["limit"] / 2:
             terminal.warn(
                 f"{target}: {peak['site']} reaches {peak['value']:.0f}, float16 ends at {peak['limit']:.0f}",
@@ -252,14 +252,16 @@ def report_delegation(path: Path, as_json: bool) -> None:
     """Say what ExecuTorch's backend took, and on standard error which hot operators it should have taken."""
     from lime_edge.bundle.bundle import Bundle
 
-    facts = Bundle.open(path).manifest.targets.get("executorch", {})
-    for name, count in facts.get("delegation", {}).items():
+    facts = Bundle.open(path).manifest.targets.get("executorch")
+    if facts is None:
+        return
+    for name, count in facts.report.get("delegation", {}).items():
         if not as_json and not terminal.is_quiet():
-            took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts['providers'][0]}"
+            took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts.providers[0]}"
             terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
         if count["fallen"]:
             fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
             terminal.warn(
-                f"executorch {name}: not taken by {facts['providers'][0]}: {fallen}",
+                f"executorch {name}: not taken by {facts.providers[0]}: {fallen}",
                 "these run on the slow portable kernels; please report the model",
             )

@@ -147,38 +147,38 @@ def speak_encoder(backbone: EncoderBackbone, codec: TextCodec) -> tuple[Encode, 
 def describe_decoder(backbone: DecoderBackbone, compiled: CompiledModel) -> dict[str, Any]:
     """Sizes, context and end-of-text ids."""
     decoder = compiled.decoder
-    return {
+    sizes = {
         "name": backbone.name,
         "family": decoder.family,
         "context": decoder.context,
         "vocab": decoder.vocab,
         "hidden": decoder.hidden,
         "layers": len(decoder.layers),
-        "heads": decoder.heads,
-        "kv_heads": decoder.kv_heads,
-        "head_dim": decoder.head_dim,
-        "eos": list(backbone.eos),
     }
+    heads = {"heads": decoder.heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim}
+    return {"backbone": sizes, "decoder": heads | {"eos": list(backbone.eos)}}
 
 
 def describe_encoder(backbone: EncoderBackbone, compiled: CompiledEncoder) -> dict[str, Any]:
     """Task, sizes, labels, inputs and outputs."""
     config = backbone.config
     labels = config.id2label if backbone.task.endswith("classification") else {}
-    return {
+    sizes = {
         "name": backbone.name,
-        "kind": ENCODER.name,
-        "task": backbone.task,
         "family": config.model_type,
-        "architecture": type(backbone.model).__name__,
         "context": backbone.context,
         "vocab": getattr(config, "vocab_size", 0),
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
+    }
+    shape = {
+        "task": backbone.task,
+        "architecture": type(backbone.model).__name__,
         "labels": [labels[index] for index in sorted(labels)],
         "inputs": [entry.name for entry in backbone.inputs],
         "outputs": list(compiled.module.outputs),
     }
+    return {"backbone": sizes, "encoder": shape}
 
 
 DECODER = ModelKind(

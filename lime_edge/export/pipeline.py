@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from lime_edge.bundle.bundle import Manifest
+from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_folded

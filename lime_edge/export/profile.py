@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.change import add_experts
 from lime_edge.bundle.experts import Expert
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.checks.evaluate import Example, evaluate
@@ -17,6 +18,7 @@ from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.profiling import average_routing, mix_experts
 from lime_edge.compiler.options import CompileOptions, Progress
 from lime_edge.errors import LimeEdgeError
+from lime_edge.export.manifest import identify
 from lime_edge.session.decoder import Session
 from lime_edge.session.kinds import DECODER, require_kind
 from lime_edge.session.open import open_decoder
@@ -34,9 +36,9 @@ def add_profile(
     """
     opened = Bundle.open(bundle)
     require_kind(opened, DECODER)
-    fingerprint, sites = opened.manifest.fingerprint, opened.manifest.sites.hash
     checkpoint = read_checkpoint(model, adapter)
-    if (checkpoint.backbone.fingerprint, checkpoint.sites.hash) != (fingerprint, sites):
+    manifest, adapter_id = opened.manifest, identify(checkpoint.adapter, checkpoint.sites)
+    if (checkpoint.backbone.fingerprint, adapter_id) != (manifest.backbone.fingerprint, manifest.adapter_id):
         raise LimeEdgeError(
             f"{bundle} was not exported from {model} with {adapter}", "name the model and the adapter of the export"
         )
@@ -44,10 +46,9 @@ def add_profile(
     codec = TextCodec(bundle / "tokenizer")
     sequences = [(codec.encode(e.prompt), codec.encode(e.answer)) for e in examples]
     weights = average_routing(compiled, sequences, lambda done: progress("route", done, len(sequences)))
-    vector = mix_experts(compiled, weights).numpy().astype(opened.manifest.adapter["expert_dtype"])
+    vector = mix_experts(compiled, weights).numpy().astype(opened.manifest.adapter.expert_dtype)
     note = f"routing averaged over {len(examples)} examples"
-    expert = Expert(name, vector, fingerprint, sites, note)
-    opened.add_expert(expert, replace_existing=force)
+    add_experts(bundle, [Expert(name, vector, adapter_id, note)], replace=force)
     used = [torch.exp(-(w * w.clamp_min(1e-12).log()).sum()) for w in weights.values()]
     return float(torch.stack(used).mean())
 

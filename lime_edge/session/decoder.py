@@ -131,7 +131,7 @@ class Session(ExpertSwitch):
         return self._cache.feed(array, keep, self._label, routed)
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
-        vocab = self.bundle.manifest.model["vocab"]
+        vocab = self.bundle.manifest.backbone.vocab
         try:
             array = np.asarray(ids)
         except ValueError:  # lists of several lengths
@@ -351,13 +351,13 @@ class Session(ExpertSwitch):
     @property
     def eos(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return tuple(self.bundle.manifest.model.get("eos", ()))
+        return tuple(self.bundle.manifest.decoder.eos)
 
     @property
     def codec(self) -> TextCodec:
         """Tokenizer and chat template, read when first needed."""
         if self._codec is None:
-            self._codec = TextCodec(self.bundle.path / "tokenizer")
+            self._codec = TextCodec(self.bundle.path / "tokenizer", self.bundle.manifest.prompts)
         return self._codec
 
     def __enter__(self) -> Session:

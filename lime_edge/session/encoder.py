@@ -9,6 +9,7 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ExpertBank
+from lime_edge.bundle.fields import Input
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.engines import EncoderEngine, blame_engine
 from lime_edge.session.switching import ExpertSwitch
@@ -27,12 +28,12 @@ class EncoderSession(ExpertSwitch):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs `run` takes."""
-        return tuple(entry["name"] for entry in self._facts["inputs"])
+        return tuple(entry.name for entry in self._facts.inputs)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs `run` gives."""
-        return tuple(self._facts["outputs"])
+        return tuple(self._facts.outputs)
 
     def run(self, **inputs: Any) -> dict[str, np.ndarray]:
         """Run the model once.
@@ -61,20 +62,20 @@ class EncoderSession(ExpertSwitch):
         with Faults("run", f"this model takes {', '.join(self.inputs)}") as faults:
             for name in sorted(given.keys() - set(self.inputs)):
                 faults.add(f"unknown input {name!r}")
-            for entry in self._facts["inputs"]:
-                name = entry["name"]
+            for entry in self._facts.inputs:
+                name = entry.name
                 if given.get(name) is not None:
                     array = _read_array(name, given[name], entry, faults)
                     if array is not None and _fits(name, array, entry, axes, faults):
                         checked[name] = array
-                elif not entry["default"]:
+                elif not entry.default:
                     faults.add(f"input {name!r} is missing")
-            if "sequence" in axes and axes["sequence"] > self.bundle.manifest.model["context"]:
-                faults.add("tokens", f"at most {self.bundle.manifest.model['context']}", axes["sequence"])
-        for entry in self._facts["inputs"]:
-            if entry["name"] not in checked:
-                shape = [axes[size] if isinstance(size, str) else size for size in entry["shape"]]
-                checked[entry["name"]] = np.full(shape, int(entry["default"] == "ones"), entry["dtype"])
+            if "sequence" in axes and axes["sequence"] > self.bundle.manifest.backbone.context:
+                faults.add("tokens", f"at most {self.bundle.manifest.backbone.context}", axes["sequence"])
+        for entry in self._facts.inputs:
+            if entry.name not in checked:
+                shape = [axes[size] if isinstance(size, str) else size for size in entry.shape]
+                checked[entry.name] = np.full(shape, int(entry.default == "ones"), entry.dtype)
         return checked
 
     def __enter__(self) -> EncoderSession:
@@ -84,22 +85,22 @@ class EncoderSession(ExpertSwitch):
         return None
 
 
-def _read_array(name: str, value: Any, entry: Mapping[str, Any], faults: Faults) -> np.ndarray | None:
+def _read_array(name: str, value: Any, entry: Input, faults: Faults) -> np.ndarray | None:
     try:
         array = np.asarray(value)
     except ValueError as error:
         faults.add(f"{name}: not an array: {error}")
         return None
-    kinds = "iub" if entry["dtype"] == "int64" else "fiu"
+    kinds = "iub" if entry.dtype == "int64" else "fiu"
     if array.dtype.kind not in kinds:
-        faults.add(f"{name}: dtype", entry["dtype"], array.dtype)
+        faults.add(f"{name}: dtype", entry.dtype, array.dtype)
         return None
-    return np.ascontiguousarray(array, dtype=entry["dtype"])
+    return np.ascontiguousarray(array, dtype=entry.dtype)
 
 
-def _fits(name: str, array: np.ndarray, entry: Mapping[str, Any], axes: dict[str, int], faults: Faults) -> bool:
+def _fits(name: str, array: np.ndarray, entry: Input, axes: dict[str, int], faults: Faults) -> bool:
     """Check shape and ids; notes the size of every dynamic axis in `axes`."""
-    wanted = tuple(axes.get(size, size) for size in entry["shape"])
+    wanted = tuple(axes.get(size, size) for size in entry.shape)
     shown = "(" + ", ".join(map(str, wanted)) + ")"
     sizes = list(zip(wanted, array.shape, strict=False))
     if len(wanted) != array.ndim or any(isinstance(size, int) and size != found for size, found in sizes):
@@ -109,8 +110,8 @@ def _fits(name: str, array: np.ndarray, entry: Mapping[str, Any], axes: dict[str
         faults.add(f"{name}: shape", f"{shown}, nothing empty", array.shape)
         return False
     axes.update({size: found for size, found in sizes if isinstance(size, str)})
-    if entry["limit"] and (array.min() < 0 or array.max() >= entry["limit"]):
-        faults.add(name, f"0..{entry['limit'] - 1}", f"{array.min()}..{array.max()}")
+    if entry.limit and (array.min() < 0 or array.max() >= entry.limit):
+        faults.add(name, f"0..{entry.limit - 1}", f"{array.min()}..{array.max()}")
         return False
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         faults.add(f"{name} holds NaN or infinite values")

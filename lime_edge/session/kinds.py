@@ -44,7 +44,7 @@ def find_kind(bundle: Bundle) -> Kind[Any]:
     Raises:
         LimeEdgeError: a kind that this version does not know.
     """
-    name = bundle.manifest.model.get("kind", DECODER.name)
+    name = bundle.manifest.kind
     if name not in KINDS:
         raise LimeEdgeError(
             f"{bundle.path}: kind of model: expected {' or '.join(KINDS)}, found {name!r}",

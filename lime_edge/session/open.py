@@ -50,6 +50,7 @@ def open_encoder(bundle: Bundle, target: str | None = None, options: SessionOpti
 def _open(kind: Kind[SessionT], bundle: Bundle, target: str | None, options: SessionOptions | None) -> SessionT:
     require_kind(bundle, kind)
     target, runtime = load_runtime(bundle, target)
+    bundle.check_target(target)  # an engine sees no file that is not as it was written
     engine = runtime.open_engine(bundle, options or SessionOptions())
     return kind.open(bundle, engine, bundle.open_bank(engine.subtract), target)
 

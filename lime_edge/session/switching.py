@@ -39,12 +39,14 @@ class ExpertSwitch:
     def __init__(self, bundle: Bundle, engine: SwitchableEngine, bank: ExpertBank, target: str):
         self.bundle, self.target = bundle, target
         self._switchable, self._bank = engine, bank
-        self._facts: dict[str, Any] = bundle.manifest.targets[target]
-        self._single: str | None = bundle.manifest.adapter.get("single")
-        self._variant: str = bundle.manifest.adapter.get("variant", "lora")
+        self._facts: Any = bundle.manifest.targets[target]  # the kind's session knows which
+        self._single: str | None = bundle.manifest.adapter.single
+        self._variant: str = bundle.manifest.adapter.variant
         self._selection: Selection = None
         self._owner = Owner()
-        self._apply(self._single or (bank.names[0] if bank.names else None))
+        default = bundle.manifest.default
+        known = default in (*bank.names, NONE, ROUTED)  # another process may have removed it meanwhile
+        self._apply(default if known else next(iter(bank.names), None))
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ class ExpertSwitch:
                 f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
                 "export it without --single",
             )
-        if selection == ROUTED and not self._facts.get("routed"):
+        if selection == ROUTED and not self._facts.routed:
             hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
             raise LimeEdgeError("this bundle has no routed graph", hint)
         if selection is None and self._variant in ALWAYS_ON:
@@ -149,12 +151,12 @@ class ExpertSwitch:
         """Add an expert file while running; returns its name. Nothing is written; routing does not know it.
 
         Raises:
-            LimeEdgeError: damaged, NaN, wrong length, made for another backbone, or a name that is none.
+            LimeEdgeError: damaged, NaN, wrong length, made for another adapter, or a name that is none.
         """
         self._owner.check()
         if name is not None and (problem := check_name(name)):
             raise LimeEdgeError(f"install: {problem}", "give it another name")
-        expert = read_expert(Path(path))
+        expert = read_expert(Path(path), self._bank.total)
         expert = replace(expert, name=name) if name is not None else expert
         if self._single is not None:
             raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")

@@ -48,7 +48,7 @@ class SwitchedPackage:
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["coreml"]
-        self._takes_expert, self._routed = bool(facts["expert_input"]), facts.get("routed")
+        self._takes_expert, self._routed = bool(facts.expert_input), facts.routed
         self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
         self._function = "main"
         self.provider = choose_provider(options.providers)
@@ -69,9 +69,9 @@ class CoremlEngine(SwitchedPackage):
     """A loaded package with its cache as state; implements lime_edge.session.decoder.Engine."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.model
-        self._virtual = int(facts["virtual_tokens"])  # in the cache before everything else
-        most = min(facts["max_length"], model["context"]) - self._virtual
+        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.backbone
+        self._virtual = int(facts.virtual_tokens)  # in the cache before everything else
+        most = min(facts.max_length, model.context) - self._virtual
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
             raise LimeEdgeError(
@@ -79,7 +79,7 @@ class CoremlEngine(SwitchedPackage):
                 "--max-seq-len at export sets the cache of this target",
             )
         self.length = 0
-        self._vocab, self._lengths = model["vocab"], sorted(facts["lengths"])
+        self._vocab, self._lengths = model.vocab, sorted(facts.lengths)
         super().__init__(bundle, options)
 
     def rewind(self, length: int) -> None:
@@ -175,8 +175,8 @@ def load_package(bundle: Bundle, provider: str) -> Model:
     """
     facts = bundle.manifest.targets["coreml"]
     if provider.startswith(COREML):  # pragma: no cover - needs a Mac
-        units = provider.partition(":")[2] or facts["compute_units"]
-        return MacModel(bundle.path / facts["file"], units, bool(facts.get("routed")))
+        units = provider.partition(":")[2] or facts.compute_units
+        return MacModel(bundle.path / facts.file, units, bool(facts.routed))
     return InterpretedModel(bundle, provider == INTERPRETER)
 
 
@@ -184,7 +184,7 @@ class InterpretedModel:
     """The interpreter over all functions of a package; they share state and weights."""
 
     def __init__(self, bundle: Bundle, exact: bool):
-        self._package, self._exact = read_package(bundle.path / bundle.manifest.targets["coreml"]["file"]), exact
+        self._package, self._exact = read_package(bundle.path / bundle.manifest.targets["coreml"].file), exact
         self._shared: Values = {}
         self._ready: dict[str, Interpreter] = {}
         self.state = self._load("main").make_state()

@@ -30,7 +30,7 @@ class CoremlEncoderEngine(SwitchedPackage):
     def __init__(self, bundle: Bundle, options: SessionOptions):
         super().__init__(bundle, options)
         facts = bundle.manifest.targets["coreml"]
-        self._outputs, self._lengths = facts["outputs"], facts["lengths"]
+        self._outputs, self._lengths = facts.outputs, facts.lengths
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name, float32."""

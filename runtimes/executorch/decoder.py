@@ -43,9 +43,9 @@ class SwitchedProgram:
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["executorch"]
-        self.provider = check_provider(facts["providers"], options.providers)
+        self.provider = check_provider(facts.providers, options.providers)
         self._program = load_program(bundle, options.threads)
-        self._file = bundle.path / facts["file"]
+        self._file = bundle.path / facts.file
         self._pinned = self._method = load_method(self._program, "forward", self._file)
         self._routed: Any = None
         self._residual = np.zeros(bundle.manifest.sites.total, np.float32)
@@ -82,7 +82,7 @@ class ExecutorchEngine(SwitchedProgram):
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["executorch"]
-        most = int(facts["max_length"])
+        most = int(facts.max_length)
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
             raise LimeEdgeError(
@@ -90,9 +90,9 @@ class ExecutorchEngine(SwitchedProgram):
                 "--max-seq-len at export sets the cache of this target",
             )
         self.length = 0
-        self._vocab = bundle.manifest.model["vocab"]
-        self._virtual, self._rows, self._prompt = facts["virtual_tokens"], facts["rows"], facts["prompt_length"]
-        self._takes_expert: bool = facts["expert_input"]
+        self._vocab = bundle.manifest.backbone.vocab
+        self._virtual, self._rows, self._prompt = facts.virtual_tokens, facts.rows, facts.prompt_length
+        self._takes_expert: bool = facts.expert_input
         super().__init__(bundle, options)
 
     def rewind(self, length: int) -> None:
@@ -208,8 +208,8 @@ def load_program(bundle: Bundle, threads: int | None) -> Any:
         LimeEdgeError: ExecuTorch refuses the file.
     """
     runtime, facts = load_runtime(), bundle.manifest.targets["executorch"]
-    file = bundle.path / facts["file"]
-    size_pool(threads, facts.get("threads"))
+    file = bundle.path / facts.file
+    size_pool(threads, facts.threads)
     with collect_errors() as errors:
         try:
             return runtime.load_program(file)

@@ -32,18 +32,18 @@ class ExecutorchEncoderEngine(SwitchedProgram):
         Raises:
             LimeEdgeError: more tokens than were planned for, or a routed batch beyond the planned one.
         """
-        arrays = [inputs[entry["name"]] for entry in self._facts["inputs"]]
-        most = self._facts["limits"]["batch"]
+        arrays = [inputs[entry.name] for entry in self._facts.inputs]
+        most = self._facts.limits.batch
         self._check(arrays, most)
         parts = [self._call([a[i : i + most] for a in arrays]) for i in range(0, len(arrays[0]), most)]
         joined = [np.concatenate(values) if len(values) > 1 else values[0] for values in zip(*parts, strict=True)]
-        return dict(zip(self._facts["outputs"], joined, strict=True))
+        return dict(zip(self._facts.outputs, joined, strict=True))
 
     def _check(self, arrays: list[np.ndarray], most: int) -> None:
-        limits, first = self._facts["limits"], self._facts["inputs"][0]["shape"]
+        limits, first = self._facts.limits, self._facts.inputs[0].shape
         for axis, name in enumerate(first):
-            if name == "sequence" and arrays[0].shape[axis] > limits[name]:
-                raise LimeEdgeError(f"tokens: expected at most {limits[name]}, found {arrays[0].shape[axis]}")
+            if name == "sequence" and arrays[0].shape[axis] > limits.sequence:
+                raise LimeEdgeError(f"tokens: expected at most {limits.sequence}, found {arrays[0].shape[axis]}")
         if self._routing and len(arrays[0]) > most:
             raise LimeEdgeError(
                 f"routed batch: expected at most {most}, found {len(arrays[0])}",
@@ -52,6 +52,6 @@ class ExecutorchEncoderEngine(SwitchedProgram):
 
     def _call(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         given = [wrap(array) for array in arrays]
-        if not self._routing and self._facts["expert_input"]:
+        if not self._routing and self._facts.expert_input:
             given.append(self._expert)
         return [value.numpy() for value in self._method.execute(given)]

@@ -27,10 +27,10 @@ class Graphs:
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["onnx"]
         self._load = partial(load_graph, bundle, options=options)
-        self._routed_file = facts.get("routed")
+        self._routed_file = facts.routed
         self._routed_graph: ort.InferenceSession | None = None
-        self.takes_expert = bool(facts["expert_input"])
-        self.pinned = self._load(facts["file"])
+        self.takes_expert = facts.expert_input
+        self.pinned = self._load(facts.file)
 
     @property
     def routed(self) -> ort.InferenceSession:
@@ -60,7 +60,7 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
 
 def plan_providers(bundle: Bundle, options: SessionOptions) -> list[str]:
     """The execution providers that the bundle's graphs are loaded with."""
-    return choose_providers(options.providers or tuple(bundle.manifest.targets["onnx"]["providers"]))
+    return choose_providers(options.providers or tuple(bundle.manifest.targets["onnx"].providers))
 
 
 def choose_operators(providers: list[str]) -> Path | None:
@@ -84,7 +84,7 @@ def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.Infere
     """
     facts, settings = bundle.manifest.targets["onnx"], ort.SessionOptions()
     settings.log_severity_level = 3
-    if threads := options.threads or facts.get("threads"):
+    if threads := options.threads or facts.threads:
         settings.intra_op_num_threads = threads
     providers = plan_providers(bundle, options)
     if library := choose_operators(providers):

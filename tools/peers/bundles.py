@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from lime_edge import __version__
-from lime_edge.bundle.bundle import Manifest
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import compile_checkpoint
@@ -22,7 +20,7 @@ from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.options import CompileOptions
-from lime_edge.export.manifest import complete_bundle
+from lime_edge.export.manifest import assemble, choose_default, complete_bundle, describe_quantization
 from lime_edge.targets.options import TargetOptions
 from lime_edge.targets.registry import load_exporter
 
@@ -88,33 +86,33 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
     with stage_directory(output) as stage:
         (stage / "onnx").mkdir()
         facts = load_exporter("onnx").export(model, stage / "onnx", TargetOptions(), lambda *_: None)
-        manifest = Manifest(
-            fingerprint=model.fingerprint,
-            model={
+        heads = {"heads": decoder.heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim}
+        body = {
+            "kind": "decoder",
+            "adapter_id": "0" * 64,  # nobody's: these experts fit no other bundle
+            "backbone": {
                 "name": name,
                 "family": decoder.family,
+                "fingerprint": model.fingerprint,
                 "context": decoder.context,
                 "vocab": decoder.vocab,
                 "hidden": decoder.hidden,
                 "layers": len(decoder.layers),
-                "heads": decoder.heads,
-                "kv_heads": decoder.kv_heads,
-                "head_dim": decoder.head_dim,
-                "eos": list(eos),
             },
-            adapter={
+            "decoder": heads | {"eos": eos},
+            "adapter": {
                 "variant": model.variant.name,
+                "rank": RANK,
+                "alpha": 2.0 * RANK,
                 "fold": model.fold,
                 "single": model.single,
                 "expert_dtype": "float16",
             },
-            quantization={"quant": model.quant, "group": model.group, "scheme": "symmetric"},
-            sites=model.sites,
-            experts=(),
-            targets={"onnx": {"providers": ["CPUExecutionProvider"], "threads": None} | facts},
-            files={},
-            versions={"lime_edge": __version__},
-        )
+            "quantization": describe_quantization(model, {"rounding": "nearest"}),
+            "default": choose_default(model),
+        }
+        providers = {"providers": ["CPUExecutionProvider"], "threads": None}
+        manifest = assemble(body, model, {"onnx": providers | facts})
         complete_bundle(stage, manifest, model.experts, model.reference)
 
 

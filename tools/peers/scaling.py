@@ -12,7 +12,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,10 @@ def prepare_method(models: Models, method: str, count: int, disk: float) -> tupl
 
 def list_files(bundle: Path) -> list[Path]:
     """The files that a bundle's manifest lists, and the manifest; not what was cut out of it for this comparison."""
-    from lime_edge.bundle.bundle import MANIFEST, read_manifest
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.bundle.manifest import MANIFEST
 
-    return [bundle / MANIFEST, *(bundle / name for name in read_manifest(bundle).files)]
+    return [bundle / MANIFEST, *(bundle / name for name in Bundle.open(bundle).manifest.files)]
 
 
 def copy_bundle(source: Path, output: Path) -> Path:
@@ -133,7 +133,10 @@ def copy_bundle(source: Path, output: Path) -> Path:
 
 def grow_bundle(source: Path, output: Path, count: int) -> Path:
     """The bundle with `count` experts, its weights linked, without GenAI's adapters: our runtime does not read them."""
-    from lime_edge.bundle.bundle import Bundle, write_bundle
+    from msgspec import structs
+
+    from lime_edge.bundle.bundle import Bundle
+    from lime_edge.bundle.create import write_bundle
     from lime_edge.bundle.experts import Expert
 
     if output.exists():
@@ -146,18 +149,17 @@ def grow_bundle(source: Path, output: Path, count: int) -> Path:
         Expert(
             f"expert_{index}",
             (first + 0.1 * draw.standard_normal(first.size)).astype(np.float16),
-            bank.fingerprint,
-            bank.sites.hash,
+            bank.adapter_id,
         )
         for index in range(count)
     ]
-    facts = {key: value for key, value in opened.manifest.targets["onnx"].items() if not key.startswith("routed")}
-    targets = {"onnx": facts | {"genai": None}}
+    target = structs.replace(opened.manifest.targets["onnx"], routed=None)
+    changed = structs.replace(opened.manifest, target_list=(target,), companions={}, default="expert_0")
     stage = output.with_suffix(".partial")
     (stage / "onnx").mkdir(parents=True)
     for name in ("model.onnx", "model.onnx.data"):
         os.link(source / "onnx" / name, stage / "onnx" / name)
-    write_bundle(stage, replace(opened.manifest, targets=targets), experts, bank.reference)
+    write_bundle(stage, changed, experts, bank.reference)
     stage.rename(output)
     return output
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lime_edge.bundle.experts import FORMAT, read_expert
+from lime_edge.bundle.identity import hash_adapter
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
 from lime_edge.compiler.formats.files import read_json
@@ -104,6 +105,7 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
             made["routing"] = "pinned"
     made["base_model_name_or_path"] = config.get("base_model_name_or_path")
     made["target_modules"] = _name_targets(config, sites, None if base is None else base.layers)
+    _check_origin(options.experts, base, made, tensors)
     return Imported(made, tensors | vectors, base=base)
 
 
@@ -176,7 +178,7 @@ def _read_vectors(
     flat: dict[str, torch.Tensor] = {}
     per_site: dict[str, torch.Tensor] = {}
     for file in files:
-        found = _read_vector_file(file, widths, base, faults)
+        found = _read_vector_file(file)
         if any(name.endswith(".LiMEs") for name in found):
             per_site |= {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
         else:
@@ -199,25 +201,36 @@ def _read_vectors(
     return {f"{s.name}.LiMEs": stacked[:, s.offset : s.offset + s.width] for s in table}, list(flat)
 
 
-def _read_vector_file(
-    file: Path, widths: Mapping[str, int], base: DecoderBackbone | None, faults: Faults
-) -> dict[str, torch.Tensor]:
-    """One file's tensors; an expert file of ours is checked against the base and gives one flat vector."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            ours = (opened.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
-    if not ours:
+def _read_vector_file(file: Path) -> dict[str, torch.Tensor]:
+    """One file's tensors; an expert file of ours gives one flat vector."""
+    if not _is_expert(file):
         return load_file(file)
     expert = read_expert(file)
-    if base is not None:
-        table = _order_sites(widths, base)
-        if expert.fingerprint and expert.fingerprint != base.fingerprint:
-            faults.add(f"{file}: backbone fingerprint", base.fingerprint[:16], expert.fingerprint[:16])
-        if expert.sites_hash and expert.sites_hash != table.hash:
-            faults.add(f"{file}: site table", table.hash[:16], expert.sites_hash[:16])
-    return {expert.name: torch.from_numpy(expert.vector)}
+    return {expert.name: torch.from_numpy(expert.vector.copy())}
+
+
+def _is_expert(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError) as error:
+        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
+
+
+def _check_origin(
+    files: tuple[Path, ...], base: DecoderBackbone | None, made: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Expert files of ours were made for this very adapter."""
+    own = [file for file in files if _is_expert(file)]
+    if not own:
+        return
+    widths = {name.removesuffix(".B"): t.shape[0] for name, t in tensors.items() if name.endswith(".B")}
+    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    wanted = hash_adapter(made["variant"], made["r"], made["lora_alpha"], _order_sites(widths, base), arrays)
+    with Faults("`experts`", "an expert fits the shared adapter it was trained with, and no other") as faults:
+        for file in own:
+            if (found := read_expert(file).adapter_id) != wanted:
+                faults.add(f"{file}: adapter_id", wanted[:16], found[:16])
 
 
 def _order_sites(widths: Mapping[str, int], base: DecoderBackbone | None) -> SiteTable:
