@@ -109,6 +109,13 @@ def export(
     minimum_os: Annotated[
         str, typer.Option(help="Core ML: oldest system, iOS18 or macOS15.", rich_help_panel=STATIC)
     ] = "iOS18",
+    any_backbone: Annotated[
+        bool, typer.Option("--any-backbone", help="Take a model that the adapter was not trained on; inspect shows it.")
+    ] = False,
+    default: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|routed|none", help="What the bundle opens with; the first expert otherwise."),
+    ] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
@@ -143,7 +150,7 @@ def export(
     refuse_idle_options(targets, static)
     refuse_prequantized(model)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
-        options = ExportOptions(tuple(targets), tokenizer, force, prompts, static)
+        options = ExportOptions(tuple(targets), tokenizer, force, prompts, any_backbone, default, static)
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)

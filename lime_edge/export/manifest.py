@@ -27,6 +27,7 @@ from lime_edge.compiler.formats.adapter_checks import WEIGHTS
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.chat import reduce_or_explain
 from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.formats.sketch import draw_sketch, hash_vocabulary
 from lime_edge.compiler.formats.tokenizer import describe_tokenizer
 from lime_edge.compiler.kinds import ModelKind
 from lime_edge.compiler.maths.quantize import QuantizedTensor
@@ -46,14 +47,18 @@ def describe(
     targets: Mapping[str, Mapping[str, Any]],
     device: str,
     rounding: dict[str, Any],
+    default: str | None = None,
 ) -> Manifest:
     """The manifest of a compiled model, experts and files still missing.
 
     Args:
         targets: what every exporter says of its artifact. rounding: how the weights were rounded, and what survived.
+        default: what the bundle opens with; None leaves the choice here.
     """
     model = kind.describe(checkpoint.backbone, compiled)
-    model["backbone"] |= {"fingerprint": compiled.fingerprint}
+    sketch = structs.asdict(draw_sketch(checkpoint.backbone))
+    fit = structs.asdict(checkpoint.fit)
+    model["backbone"] |= {"fingerprint": compiled.fingerprint, "sketch": sketch, "fit": fit}
     return assemble(
         {
             "kind": kind.name,
@@ -61,7 +66,7 @@ def describe(
             "device": device,
             "adapter": describe_adapter(checkpoint.adapter, compiled),
             "quantization": describe_quantization(compiled, rounding),
-            "default": choose_default(compiled),
+            "default": default or choose_default(compiled),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         }
         | model,
@@ -108,6 +113,7 @@ def describe_adapter(adapter: Adapter, compiled: Compiled) -> dict[str, Any]:
         "base": adapter.base_name,
         "routing": adapter.routing,
         "sha256": hashlib.sha256((Path(adapter.path) / WEIGHTS).read_bytes()).hexdigest(),
+        "license": adapter.license,
         "shared_id": hash_shared(compiled.sites, list_tensors(adapter)),
     }
 
@@ -179,7 +185,11 @@ def complete_bundle(
         manifest: without its experts, files and what is known of the tokenizer.
         experts: full vectors (sum_H,) as they are stored. reference: p_ref (sum_H,) float32.
     """
-    manifest = structs.replace(manifest, **describe_tokens(stage / "tokenizer", manifest.decoder is not None))
+    tokenizer = stage / "tokenizer"
+    manifest = structs.replace(manifest, **describe_tokens(tokenizer, manifest.decoder is not None))
+    if manifest.backbone.sketch is not None:
+        sketch = structs.replace(manifest.backbone.sketch, vocabulary=hash_vocabulary(tokenizer))
+        manifest = structs.replace(manifest, backbone=structs.replace(manifest.backbone, sketch=sketch))
     write_config(stage, manifest)
     files = [Expert(name, vector.numpy(), manifest.adapter_id) for name, vector in experts.items()]
     return write_bundle(stage, manifest, files, reference.numpy())
