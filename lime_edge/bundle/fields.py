@@ -27,6 +27,7 @@ Width = Annotated[int, Meta(ge=1, le=1 << 24)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
 Virtual = Annotated[int, Meta(ge=0, le=65536)]
 Ratio = Annotated[float, Meta(ge=0, le=1e6)]
+Axis = Annotated[str, Meta(pattern=r"^(batch|sequence)(?![\s\S])")]
 Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it to run the model")]
 
 
@@ -41,14 +42,14 @@ class Strict(Struct, frozen=True, forbid_unknown_fields=True):
         return getattr(self, name, default)
 
 
-class FileEntry(Strict, kw_only=True):
+class FileEntry(Strict, frozen=True, kw_only=True):
     """A file of the bundle."""
 
     size: Annotated[int, Meta(ge=0, le=1 << 50, description="bytes")]
     sha256: Annotated[Sha256, Meta(description="of its bytes, lower-case hex")]
 
 
-class SiteEntry(Strict, kw_only=True):
+class SiteEntry(Strict, frozen=True, kw_only=True):
     """An adapted layer and where it lies in the flat expert vector."""
 
     name: Annotated[Text, Meta(description="module name in the transformers model")]
@@ -56,7 +57,7 @@ class SiteEntry(Strict, kw_only=True):
     offset: Annotated[Count, Meta(description="of its first number: the widths before it, added up")]
 
 
-class ExpertEntry(Strict, kw_only=True):
+class ExpertEntry(Strict, frozen=True, kw_only=True):
     """An expert. Readers take its file from here and never make a file name of a name."""
 
     name: Annotated[ExpertName, Meta(description="also unique where letter case does not count; not none, not routed")]
@@ -64,11 +65,11 @@ class ExpertEntry(Strict, kw_only=True):
     added: Annotated[bool, Meta(description="came or changed after the export: PyTorch never ran it")] = False
 
 
-class Always(Strict, tag_field="kind", tag="always", kw_only=True):
+class Always(Strict, tag_field="kind", tag="always", frozen=True, kw_only=True):
     """The expert acts on every token."""
 
 
-class FromGenerationPrompt(Strict, tag_field="kind", tag="generation_prompt", kw_only=True):
+class FromGenerationPrompt(Strict, tag_field="kind", tag="generation_prompt", frozen=True, kw_only=True):
     """The expert acts from where the assistant's turn opens; before it the original model reads (d = -p_ref)."""
 
     tokens: Annotated[
@@ -77,7 +78,7 @@ class FromGenerationPrompt(Strict, tag_field="kind", tag="generation_prompt", kw
     text: Annotated[Turn | None, Meta(description="the opening itself, equal to `prompts.opening`")] = None
 
 
-class Fit(Strict, kw_only=True):
+class Fit(Strict, frozen=True, kw_only=True):
     """How the adapter was judged to belong to the backbone, at export (docs/adapter-format.md)."""
 
     verdict: Annotated[
@@ -92,7 +93,7 @@ class Fit(Strict, kw_only=True):
     misfits: Annotated[tuple[Text, ...], Meta(description="what was overridden")] = ()
 
 
-class Sketch(Strict, kw_only=True):
+class Sketch(Strict, frozen=True, kw_only=True):
     """A few of the backbone's own values, by which another copy of it is recognised (docs/adapter-format.md)."""
 
     names: Annotated[Sha256, Meta(description="over names and shapes of all tensors, family and heads")]
@@ -103,7 +104,7 @@ class Sketch(Strict, kw_only=True):
     matrices: Annotated[str, Meta(max_length=1 << 17, description="base64 of float32: values of the others")]
 
 
-class Backbone(Strict, kw_only=True):
+class Backbone(Strict, frozen=True, kw_only=True):
     """The frozen base model."""
 
     name: Annotated[Text, Meta(description="as the export was given it")]
@@ -117,7 +118,7 @@ class Backbone(Strict, kw_only=True):
     fit: Fit = Fit(verdict="not recorded")
 
 
-class DecoderFacts(Strict, kw_only=True):
+class DecoderFacts(Strict, frozen=True, kw_only=True):
     """What a language model's readers need besides."""
 
     heads: Annotated[int, Meta(ge=1, le=65536, description="of queries")]
@@ -126,13 +127,13 @@ class DecoderFacts(Strict, kw_only=True):
     eos: Annotated[tuple[Count, ...], Meta(max_length=64, description="token ids that end an answer")] = ()
 
 
-class Input(Strict, kw_only=True):
+class Input(Strict, frozen=True, kw_only=True):
     """An input of an encoder's graph."""
 
     name: Text
     dtype: Literal["int64", "float32"]
     shape: Annotated[
-        tuple[Width | Literal["batch", "sequence"], ...],
+        tuple[Width | Axis, ...],
         Meta(min_length=1, max_length=8, description="axes by name vary"),
     ]
     limit: Annotated[Count, Meta(description="values are below it; 0: any")] = 0
@@ -141,7 +142,7 @@ class Input(Strict, kw_only=True):
     ] = ""
 
 
-class EncoderFacts(Strict, kw_only=True):
+class EncoderFacts(Strict, frozen=True, kw_only=True):
     """What readers of an encoder or vision model need besides."""
 
     task: Text
@@ -151,7 +152,7 @@ class EncoderFacts(Strict, kw_only=True):
     outputs: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
 
 
-class AdapterFacts(Strict, kw_only=True):
+class AdapterFacts(Strict, frozen=True, kw_only=True):
     """The LiME adapter."""
 
     variant: Literal["lora", "lora_fa", "dora", "slicefine", "prompt_tuning"]
@@ -171,7 +172,7 @@ class AdapterFacts(Strict, kw_only=True):
     license: Text | None = None
 
 
-class KindSurvival(Strict, kw_only=True):
+class KindSurvival(Strict, frozen=True, kw_only=True):
     """A kind of layer: medians and worst over its sites and the experts (docs/folding.md)."""
 
     sites: Count
@@ -183,7 +184,7 @@ class KindSurvival(Strict, kw_only=True):
     worst_kept: float
 
 
-class SiteSurvival(Strict, kw_only=True):
+class SiteSurvival(Strict, frozen=True, kw_only=True):
     """One site: the worst over its experts."""
 
     error: Annotated[float, Meta(ge=0)]
@@ -191,7 +192,7 @@ class SiteSurvival(Strict, kw_only=True):
     kept: float
 
 
-class Survival(Strict, kw_only=True):
+class Survival(Strict, frozen=True, kw_only=True):
     """What the rounded weights hold of the experts' effect, for people (docs/folding.md)."""
 
     inputs: Annotated[Text | None, Meta(description="which text was shown; null: all inputs counted alike")] = None
@@ -199,7 +200,7 @@ class Survival(Strict, kw_only=True):
     sites: Annotated[dict[Text, SiteSurvival], Meta(max_length=65536)]
 
 
-class Quantization(Strict, kw_only=True):
+class Quantization(Strict, frozen=True, kw_only=True):
     """The integers, equal in all targets."""
 
     quant: Literal["int4", "int8", "none"]
@@ -214,14 +215,14 @@ class Quantization(Strict, kw_only=True):
     survival: Survival | None = None
 
 
-class Speaker(Strict, kw_only=True):
+class Speaker(Strict, frozen=True, kw_only=True):
     """What stands around one role's text."""
 
     prefix: Turn
     suffix: Turn
 
 
-class Prompts(Strict, kw_only=True):
+class Prompts(Strict, frozen=True, kw_only=True):
     """The chat template as text around each turn: `begin`, prefix, text and suffix of each, `opening`.
 
     Equal to the template on every conversation that was tried at export; a template that cannot be written so has a
@@ -248,7 +249,7 @@ class Prompts(Strict, kw_only=True):
     reason: Annotated[Text | None, Meta(description="why there are no roles")] = None
 
 
-class TokenizerFacts(Strict, kw_only=True):
+class TokenizerFacts(Strict, frozen=True, kw_only=True):
     """How text becomes ids, for readers that bring no tokenizer library."""
 
     file: Annotated[FilePath, Meta(description="tokenizer.json, in the Hugging Face tokenizers format")]
@@ -266,7 +267,7 @@ class TokenizerFacts(Strict, kw_only=True):
     end: Annotated[tuple[Count, ...], Meta(max_length=64, description="ids after it")] = ()
 
 
-class Target(Strict, kw_only=True):
+class Target(Strict, frozen=True, kw_only=True):
     """What all targets say."""
 
     file: Annotated[FilePath, Meta(description="the artifact; Core ML: a folder of files")]
@@ -285,7 +286,7 @@ class Target(Strict, kw_only=True):
     report: Facts = {}
 
 
-class OnnxTarget(Target, tag_field="target", tag="onnx", kw_only=True):
+class OnnxTarget(Target, tag_field="target", tag="onnx", frozen=True, kw_only=True):
     """ONNX Runtime."""
 
     routed: Annotated[FilePath | None, Meta(description="the routed graph")] = None
@@ -295,14 +296,14 @@ class OnnxTarget(Target, tag_field="target", tag="onnx", kw_only=True):
     ] = ()
 
 
-class Limits(Strict, kw_only=True):
+class Limits(Strict, frozen=True, kw_only=True):
     """The largest call of a static encoder."""
 
     batch: Annotated[int, Meta(ge=1, le=65536)]
     sequence: Tokens
 
 
-class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=True):
+class ExecutorchTarget(Target, tag_field="target", tag="executorch", frozen=True, kw_only=True):
     """ExecuTorch."""
 
     routed: Annotated[Literal["routed"] | None, Meta(description="the method that routes, of the same file")] = None
@@ -314,7 +315,7 @@ class ExecutorchTarget(Target, tag_field="target", tag="executorch", kw_only=Tru
     limits: Limits | None = None
 
 
-class CoremlTarget(Target, tag_field="target", tag="coreml", kw_only=True):
+class CoremlTarget(Target, tag_field="target", tag="coreml", frozen=True, kw_only=True):
     """Core ML."""
 
     routed: Annotated[Literal["routed"] | None, Meta(description="the function that routes, of the same file")] = None
@@ -327,7 +328,7 @@ class CoremlTarget(Target, tag_field="target", tag="coreml", kw_only=True):
 AnyTarget = OnnxTarget | ExecutorchTarget | CoremlTarget
 
 
-class Companion(Strict, kw_only=True):
+class Companion(Strict, frozen=True, kw_only=True):
     """Files for another engine on the same artifact; every one of them is in `files`."""
 
     target: Annotated[Text, Meta(description="whose artifact it goes with")]
@@ -340,21 +341,21 @@ class Companion(Strict, kw_only=True):
     ] = {}
 
 
-class ExportFacts(Strict, kw_only=True):
+class ExportFacts(Strict, frozen=True, kw_only=True):
     """What the export took."""
 
     seconds: Annotated[float, Meta(ge=0, le=1e9)]
     peak_memory: Annotated[int, Meta(ge=0, le=1 << 50, description="bytes, resident, of the process")]
 
 
-class Manifest(Strict, dict=True, kw_only=True):
+class Manifest(Strict, frozen=True, dict=True, kw_only=True):
     """What lime.json says."""
 
     manifest_sha256: Annotated[
         Sha256, Meta(description="of lime.json itself, read with 64 zeros in place of these 64 digits")
     ] = "0" * 64
-    format: Literal["lime-edge-bundle"] = FORMAT
-    schema: Annotated[Literal[2], Meta(description="readers refuse any other")] = SCHEMA
+    format: Literal["lime-edge-bundle"] = "lime-edge-bundle"
+    schema: Annotated[Literal[2], Meta(description="readers refuse any other")] = 2
     kind: Literal["decoder", "encoder", "vision-language"]
     adapter_id: Annotated[Sha256, Meta(description="what an expert fits, see Identity")]
     device: Annotated[Text, Meta(description="what --device was")] = "cpu"
@@ -417,6 +418,6 @@ class Manifest(Strict, dict=True, kw_only=True):
         return tuple(entry.name for entry in self.expert_list if entry.added)
 
     @cached_property
-    def targets(self) -> dict[str, AnyTarget]:
-        """By name (onnx, executorch, coreml), in order."""
+    def targets(self) -> dict[str, Any]:
+        """By name (onnx, executorch, coreml), in order; each is the target of its name."""
         return {str(target.__struct_config__.tag): target for target in self.target_list}

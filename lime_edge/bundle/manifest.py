@@ -190,7 +190,8 @@ def _check_target(manifest: Manifest, target: AnyTarget, faults: Faults) -> None
     if target.expert_input == (manifest.adapter.single is not None):
         faults.add(f"{where}: expert_input", manifest.adapter.single is None, target.expert_input)
     if manifest.kind == "encoder":
-        needed, given = ("inputs", "outputs"), manifest.encoder
+        given = manifest.encoder
+        needed: tuple[str, ...] = ("inputs", "outputs")
         if given is not None and ([i.name for i in target.inputs], target.outputs) != ([*given.inputs], given.outputs):
             faults.add(f"{where}: inputs and outputs are not the encoder's")
     else:

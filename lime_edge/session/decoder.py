@@ -351,7 +351,8 @@ class Session(ExpertSwitch):
     @property
     def eos(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return tuple(self.bundle.manifest.decoder.eos)
+        facts = self.bundle.manifest.decoder
+        return () if facts is None else facts.eos
 
     @property
     def codec(self) -> TextCodec:

@@ -43,7 +43,7 @@ class SwitchedProgram:
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts = bundle.manifest.targets["executorch"]
-        self.provider = check_provider(facts.providers, options.providers)
+        self.provider = check_provider(list(facts.providers), options.providers)
         self._program = load_program(bundle, options.threads)
         self._file = bundle.path / facts.file
         self._pinned = self._method = load_method(self._program, "forward", self._file)
