@@ -25,9 +25,9 @@ KINDS = {"onnx": OnnxTarget, "executorch": ExecutorchTarget, "coreml": CoremlTar
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "optimum")
 
 
-def describe_versions(*more: str) -> dict[str, str]:
+def describe_versions() -> dict[str, str]:
     """Versions of the packages that make a bundle."""
-    return {"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in (*VERSIONED, *more)}
+    return {"lime_edge": __version__} | {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def list_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -64,24 +64,17 @@ def describe_adapter(
     )
 
 
-def describe_weights(
-    weights: Mapping[str, Any], quant: str, group: int, name: str = "{}", scheme: str = "symmetric"
-) -> dict[str, Any]:
-    """What the manifest's `quantization` says of the stored matrices.
-
-    Args:
-        name: how a matrix is called, from its key in `weights`.
-    """
-    quantized = {key: t for key, t in weights.items() if isinstance(t, QuantizedTensor)}
+def describe_weights(weights: Mapping[str, Any], quant: str, group: int) -> dict[str, Any]:
+    """What the manifest's `quantization` says of the stored matrices."""
+    quantized = {name: t for name, t in weights.items() if isinstance(t, QuantizedTensor)}
+    narrow = quant == "int4"
     return {
         "quant": quant,
         "group": group,
-        "scheme": scheme,
+        "scheme": "symmetric",
         "matrices": {f"int{bits}": sum(t.bits == bits for t in quantized.values()) for bits in (4, 8)},
         "weight_bytes": sum(t.nbytes() for t in quantized.values()),
-        "fallback_int8": [
-            name.format(key) for key, t in quantized.items() if quant == "int4" and t.codes.shape[1] % group
-        ],
+        "fallback_int8": [name for name, t in quantized.items() if narrow and t.codes.shape[1] % group],
     }
 
 

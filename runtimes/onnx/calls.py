@@ -66,7 +66,7 @@ class BoundGraph:
         """
         buffer = self._fixed.get(name) if fixed else None
         if buffer is None:
-            buffer = self._place.share(array)
+            buffer = self._place.share(array.copy() if fixed else array)  # what is written to must be its own
         else:
             buffer.write(array)
         if fixed:
@@ -98,8 +98,7 @@ class BoundGraph:
         if self._virtual:  # they go before the first call's tokens
             own = np.arange(0 if lengths.any() else self._virtual, dtype=np.int64)
             self.bind("virtual_ids", np.tile(own, (ids.shape[0], 1)))
-        one = ids.shape[1] == 1
-        self.bind("input_ids", ids.copy() if one and "input_ids" not in self._fixed else ids, fixed=one)
+        self.bind("input_ids", ids, fixed=ids.shape[1] == 1)
         self._keep[0] = -keep if self._starts else keep
         logits = self._last
         if keep > 1:
