@@ -299,7 +299,7 @@ class Limits(Strict, frozen=True, kw_only=True):
     """The largest call of a static encoder."""
 
     batch: Annotated[int, Meta(ge=1, le=65536)]
-    sequence: Tokens
+    sequence: Annotated[Tokens | None, Meta(description="null where pixels come in")] = None
 
 
 class ExecutorchTarget(Target, frozen=True, tag_field="target", tag="executorch", kw_only=True):
