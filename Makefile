@@ -103,9 +103,16 @@ fidelity: $(VENV)/.base  ## float32 bundles of the real model against transforme
 accuracy: $(VENV)/.base  ## what int8 and int4 keep of the experts, written to docs/accuracy.md (an hour on 2 cores)
 	$(BIN)/python tools/accuracy.py
 
+docs: $(VENV)/.dev  ## the documentation site in build/site, every link and anchor checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+pictures: $(VENV)/.dev build/demo.lime  ## the documentation's drawings and the recording of a terminal, into docs/pictures
+	$(BIN)/python tools/pictures.py
+	$(BIN)/python tools/record_demo.py build/demo.lime
+
 wheel: $(VENV)/.base  ## dist/: a wheel for machines like this one, and the sources that any other one builds it from
 	$(BIN)/pip install --quiet 'build>=1.3,<2'
-	rm -rf dist build/lib* build/temp* build/bdist*
+	rm -rf build/lib* build/temp* build/bdist*
 	mkdir -p build && $(BIN)/python -m build --outdir dist . > build/wheel.log
 	@ls dist
 

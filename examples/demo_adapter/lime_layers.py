@@ -192,7 +192,9 @@ def find_backbone() -> Path:
 
 
 def _describe_source(path: Path) -> tuple[str, dict[str, str]]:
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
+    """Folder and options for transformers. path: a model's folder, a .gguf file, or a folder with just one of these."""
+    files = [path] if path.suffix == ".gguf" else [] if (path / "config.json").is_file() else [*path.glob("*.gguf")]
+    return (str(files[0].parent), {"gguf_file": files[0].name}) if len(files) == 1 else (str(path), {})
 
 
 def load_tokenizer(path: Path):
