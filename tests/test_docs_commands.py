@@ -58,10 +58,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny_ad
     for name, text in STAND_INS.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    (folder / "device" / "env").mkdir(parents=True)
-    (folder / "device" / "env" / "bin").symlink_to(Path(sys.executable).parent)
+    for place in (folder / ".venv" / "bin", folder / "device" / "env" / "bin"):
+        write_commands(place)
     words = ["export", "SmolLM2-135M", "--adapter", "examples/demo_adapter/adapter", "-o", "build/demo.lime", "--quiet"]
     subprocess.run([sys.executable, "-m", "lime_edge", *words], cwd=folder, check=True)
     later = folder / "examples" / "demo_adapter" / "new_expert"
@@ -70,6 +68,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Make, tiny_ad
     make_folder(adapter, later, bundle, lambda config, _: config.update(expert_names=["future"]))
     shutil.copytree(kept / "eval", later / "eval")
     return folder
+
+
+def write_commands(folder: Path) -> None:
+    """python and lime-edge of this environment, as a virtual environment's bin/ has them."""
+    folder.mkdir(parents=True)
+    for name, words in (("python", ""), ("python3", ""), ("lime-edge", " -m lime_edge")):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
+        (folder / name).chmod(0o755)
 
 
 PAGES = [page for page in list_pages() if any(block.runs for block in read_blocks(page))]
@@ -81,7 +87,7 @@ def test_the_commands_of_a_page_run(page: Path, checkout: Path, tmp_path: Path) 
     folder = tmp_path / "checkout"
     shutil.copytree(checkout, folder, symlinks=True)
     env = os.environ | {
-        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PATH": f"{folder / 'bin'}:{folder / '.venv' / 'bin'}:/usr/bin:/bin",
         "PYTHONPATH": str(folder / "packages"),
         "LIME_EDGE_SANDBOX": str(folder),
         "OMP_NUM_THREADS": "1",
