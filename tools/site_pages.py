@@ -16,7 +16,7 @@ PAGES = {  # page of the site -> file of the repository
     "devices/raspberry_pi.md": "examples/raspberry_pi/README.md",
     "devices/jetson.md": "examples/jetson/README.md",
     "devices/android.md": "examples/android/README.md",
-    "devices/android-executorch.md": "examples/android/executorch.md",
+    "devices/kotlin.md": "runtimes/kotlin/README.md",
     "devices/ios.md": "examples/ios/README.md",
     "devices/demo_adapter.md": "examples/demo_adapter/README.md",
     "devices/matrix.png": "examples/demo_adapter/matrix.png",
