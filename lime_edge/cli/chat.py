@@ -201,7 +201,8 @@ class Chat:
             raise LimeEdgeError("no answer yet", "write something first")
         filled = sum(segment.tokens for segment in self.session.cache)
         self._say(
-            f"{self._using()} on {self.session.provider}: {self.last.describe()}; cache {filled} of {self.session.max_length} tokens; "
+            f"{self._using()} on {self.session.provider}: {self.last.describe()}; "
+            f"cache {filled} of {self.session.max_length} tokens; "
             f"{len(self.talk.turns)} turns"
         )
 
