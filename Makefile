@@ -48,7 +48,7 @@ test-kotlin: $(VENV)/.dev  ## the Kotlin library on the JVM against Python's ans
 demo-kotlin: $(VENV)/.base build/demo.lime  ## the demo bundle's skills in Kotlin: Python's tokens, and a project of 15 lines
 	runtimes/kotlin/check.sh $(BIN)/python demo build/demo.lime
 
-lint: $(VENV)/.dev  ## ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages in their place
+lint: $(VENV)/.dev docs  ## the site; ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf .types build/lib* build/temp* build/bdist*
