@@ -31,7 +31,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_decoder
 from lime_edge.session.switching import ExpertSwitch
-from lime_edge.targets.registry import TARGETS
+from lime_edge.targets.entries import TARGETS
 
 Make = Callable[..., Path]
 SCHEMA_PAGE = Path(__file__).parent.parent / "docs" / "bench-schema.md"
@@ -149,7 +149,7 @@ def test_targets_times_lengths_are_runs(tiny_bundle: Make, monkeypatch: pytest.M
     manifest.__dict__["targets"] = {"onnx": facts, "twin": facts}
     twice = Bundle(bundle.path, manifest)
     monkeypatch.setattr(Bundle, "open", classmethod(lambda *_: twice))
-    monkeypatch.setitem(TARGETS, "twin", "onnx")
+    monkeypatch.setitem(TARGETS, "twin", TARGETS["onnx"])
     stage = {"rss_bytes": 5, "anonymous_bytes": None, "peak_bytes": 7}
     monkeypatch.setattr(bench, "find_imports", lambda _: ())
     monkeypatch.setattr(bench, "measure_experts", lambda _: dict.fromkeys(("1", "10", "100"), stage))

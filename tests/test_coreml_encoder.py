@@ -23,14 +23,14 @@ from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
-from lime_edge.exporters.coreml.encoder import choose_lengths, export
+from lime_edge.exporters.coreml.encoder import choose_lengths, write_encoder
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import Constant, read_package
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
-from lime_edge.targets.options import CoremlOptions, TargetOptions
+from lime_edge.targets.entries import CoremlOptions
 
 pytestmark = pytest.mark.check
 QUANTS = {"bert-lora-cls": "int8", "vit-lora-cls": "int4"}
@@ -166,7 +166,7 @@ def test_a_model_that_coremltools_refuses(made: tuple[Path, CompiledEncoder], mo
     before = {name: layer.product for name, layer in compiled.module.layers.items()}
     monkeypatch.setattr(torch.export, "export", refuse)
     with pytest.raises(LimeEdgeError, match="ForImageClassification|BertFor.*cannot be converted: Unsupported fx node"):
-        export(compiled, made[0] / "nowhere", TargetOptions(), lambda *_: None)
+        write_encoder(compiled, made[0] / "nowhere", CoremlOptions(), lambda *_: None)
     assert {name: layer.product for name, layer in compiled.module.layers.items()} == before
 
 
@@ -180,8 +180,8 @@ def test_lengths_end_with_the_context(made: tuple[Path, CompiledEncoder]) -> Non
 def test_one_enumerated_length_is_a_fixed_shape(made: tuple[Path, CompiledEncoder], tmp_path: Path) -> None:
     """Lengths beyond the context leave the context alone: padded to it, the text says what the oracle says."""
     path, compiled = made
-    options = TargetOptions(coreml=CoremlOptions(prompt_lengths=(4096,)))
-    facts = export(compiled, tmp_path, options, lambda *_: None)
+    options = CoremlOptions(prompt_lengths=(4096,))
+    facts = write_encoder(compiled, tmp_path, options, lambda *_: None)
     package = read_package(tmp_path / "model.mlpackage")
     assert facts["lengths"] == [128] and package.functions["main"].inputs["input_ids"].shape == (1, 128)
     session = open_on(path, EXACT)  # for its bank

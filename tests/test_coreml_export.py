@@ -24,8 +24,8 @@ from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import Cache, DecoderModule, Prefix
 from lime_edge.compiler.model.multiplier import Multiplier
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml import encoder as coreml_encoder
-from lime_edge.exporters.coreml.decoder import check_options, export, store_as_half
+from lime_edge.exporters.coreml.decoder import store_as_half, write_decoder
+from lime_edge.exporters.coreml.entry import check_options
 from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
 from lime_edge.runtimes.coreml.decoder import plan_calls
 from lime_edge.runtimes.coreml.interpreter import Interpreter
@@ -33,7 +33,7 @@ from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_decoder
-from lime_edge.targets.options import CoremlOptions, TargetOptions
+from lime_edge.targets.entries import CoremlOptions
 
 pytestmark = pytest.mark.check
 EXACT, NATIVE = "interpreter", "interpreter-fp16"
@@ -330,11 +330,9 @@ def test_the_routed_function_shares_the_weights(tiny_model: Make, tiny_adapter: 
 def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
     model = tiny_model("llama")
     compiled = compile_again(model, tiny_adapter(model), quant="none")
-    with pytest.raises(LimeEdgeError, match="--compute-units: expected all or cpu_and_ne"):
-        export(compiled, tmp_path, TargetOptions(coreml=CoremlOptions(compute_units="gpu")), lambda *_: None)
     loud = dict(compiled.vectors) | {"model.norm.weight": compiled.vectors["model.norm.weight"] * 1e6}
     with pytest.raises(LimeEdgeError, match="model.norm.weight: expected at most 65504"):
-        export(replace(compiled, vectors=loud), tmp_path, TargetOptions(), lambda *_: None)
+        write_decoder(replace(compiled, vectors=loud), tmp_path, CoremlOptions(), lambda *_: None)
 
 
 @pytest.mark.small
@@ -343,35 +341,39 @@ def test_what_the_target_cannot_hold(tiny_model: Make, tiny_adapter: Make, tmp_p
     [
         (
             CoremlOptions(compute_units="banana"),
-            "--compute-units: expected all or .* or cpu_only, found 'banana'",
+            "`compute_units`: expected all or .* or cpu_only, found 'banana'",
             "all",
         ),
-        (CoremlOptions(minimum="iOS17"), "--minimum-os: expected iOS18 or macOS15, found 'iOS17'", "older ones"),
-        (CoremlOptions(minimum="iOS19"), "--minimum-os: expected iOS18 or macOS15, found 'iOS19'", "newer systems run"),
-        (CoremlOptions(prompt_lengths=(0, 32)), "--prompt-lengths: expected positive integers, found '0,32'", "32,128"),
-        (CoremlOptions(prompt_lengths=()), "--prompt-lengths: expected positive integers, found ''", "32,128"),
-        (CoremlOptions(max_length=0), "--max-seq-len: for Core ML expected at least 1, found 0", "1024"),
+        (CoremlOptions(minimum_os="iOS17"), "`minimum_os`: expected iOS18 or macOS15, found 'iOS17'", "older ones"),
+        (
+            CoremlOptions(minimum_os="iOS19"),
+            "`minimum_os`: expected iOS18 or macOS15, found 'iOS19'",
+            "newer systems run",
+        ),
+        (CoremlOptions(prompt_lengths=(0, 32)), "`prompt_lengths`: expected positive integers, found '0,32'", "32,128"),
+        (CoremlOptions(prompt_lengths=()), "`prompt_lengths`: expected positive integers, found ''", "32,128"),
+        (CoremlOptions(max_seq_len=0), "`max_seq_len`: for Core ML expected at least 1, found 0", "1024"),
     ],
 )
 def test_options_are_refused_before_compiling(options: CoremlOptions, problem: str, hint: str) -> None:
     """Encoders refuse the same, but for the cache's length: they have none."""
-    check_options(TargetOptions(), "int4", 32)
+    check_options("decoder", CoremlOptions(), "int4", 32)
     with pytest.raises(LimeEdgeError, match=problem) as caught:
-        check_options(TargetOptions(coreml=options), "int4", 32)
+        check_options("decoder", options, "int4", 32)
     assert hint in caught.value.hint and caught.value.exit_code == 2
-    if options.max_length < 1:
-        coreml_encoder.check_options(TargetOptions(coreml=options), "int4", 32)
+    if options.max_seq_len < 1:
+        check_options("encoder", options, "int4", 32)
         return
     with pytest.raises(LimeEdgeError, match=problem):
-        coreml_encoder.check_options(TargetOptions(coreml=options), "int4", 32)
+        check_options("encoder", options, "int4", 32)
 
 
 def test_one_enumerated_length_is_a_fixed_shape(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
     """--prompt-lengths 1: both functions take one token; with the cache they say what the oracle says."""
     model = tiny_model("llama")
     compiled = compile_again(model, tiny_adapter(model, routing=ROUTINGS["soft"]), quant="int8")
-    options = TargetOptions(coreml=CoremlOptions(prompt_lengths=(1,)))
-    assert export(compiled, tmp_path, options, lambda *_: None)["lengths"] == [1]
+    options = CoremlOptions(prompt_lengths=(1,))
+    assert write_decoder(compiled, tmp_path, options, lambda *_: None)["lengths"] == [1]
     package = read_package(tmp_path / "model.mlpackage")
     assert all(function.inputs["input_ids"].shape == (1, 1) for function in package.functions.values())
     runner = Interpreter(package)

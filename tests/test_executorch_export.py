@@ -31,13 +31,13 @@ from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
-from lime_edge.exporters.executorch.decoder import choose_sizes, export, write_stock
+from lime_edge.exporters.executorch.decoder import choose_sizes, write_decoder, write_stock
 from lime_edge.exporters.executorch.prompt import summarize
 from lime_edge.runtimes.executorch.decoder import check_provider
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
 from lime_edge.targets.devices import find_device
-from lime_edge.targets.options import ExecutorchOptions, TargetOptions
+from lime_edge.targets.entries import ExecutorchOptions
 
 pytestmark = pytest.mark.check
 LENGTH = 41  # more rows than one call gives, and beyond every window
@@ -229,7 +229,7 @@ def test_without_a_delegate(tiny_model: Make, tiny_adapter: Make, tmp_path: Path
 
     model = tiny_model("llama", **SMALL)
     compiled = compile_checkpoint(read_checkpoint(model, tiny_adapter(model)), CompileOptions(quant="none"))
-    facts = export(compiled, tmp_path, TargetOptions(executorch=ExecutorchOptions(32, "portable")), lambda *_: None)
+    facts = write_decoder(compiled, tmp_path, ExecutorchOptions(32, "portable"), lambda *_: None)
     assert facts["providers"] == ["portable"] and facts["delegation"]["forward"]["subgraphs"] == 0
     ids, d = draw_ids(9, 2), torch.randn(compiled.sites.total, generator=torch.Generator().manual_seed(1))
     method = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
@@ -283,10 +283,10 @@ def test_backends_that_are_not_here_say_what_is_missing(tmp_path: Path) -> None:
         ("coreml", 4, "dynamic prompt"),
         ("vulkan", 4, "device with Vulkan"),
         ("tpu", 2, "expected xnnpack or"),
-        ("portable", 2, "expected --quant none, found int4"),
+        ("portable", 2, "expected `quant=none`, found int4"),
     ):
         with pytest.raises(LimeEdgeError, match=match) as caught:
-            export(missing, tmp_path, TargetOptions(executorch=ExecutorchOptions(backend=name)), print)
+            write_decoder(missing, tmp_path, ExecutorchOptions(backend=name), print)
         assert caught.value.exit_code == code
 
 
@@ -343,16 +343,16 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
 @pytest.mark.parametrize(
     "options, group, refusal",
     [
-        (ExecutorchOptions(), 16, "--group-size: for ExecuTorch expected a multiple of 32, found 16"),
-        (ExecutorchOptions(max_length=1), 32, "--max-seq-len: for ExecuTorch expected at least 2, found 1"),
-        (ExecutorchOptions(backend="banana"), 32, "--backend: expected xnnpack or portable, found 'banana'"),
-        (ExecutorchOptions(backend="portable"), 32, "--backend portable: expected --quant none, found int4"),
+        (ExecutorchOptions(), 16, "`group`: for ExecuTorch expected a multiple of 32, found 16"),
+        (ExecutorchOptions(max_seq_len=1), 32, "`max_seq_len`: for ExecuTorch expected at least 2, found 1"),
+        (ExecutorchOptions(backend="banana"), 32, "`backend`: expected xnnpack or portable, found 'banana'"),
+        (ExecutorchOptions(backend="portable"), 32, "`backend=portable`: expected `quant=none`, found int4"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_read(
     options: ExecutorchOptions, group: int, refusal: str, tmp_path: Path
 ) -> None:
-    chosen = ExportOptions(targets=("onnx", "executorch"), target_options=TargetOptions(executorch=options))
+    chosen = ExportOptions(targets=("onnx", "executorch"), target_options={"executorch": options})
     compiling = CompileOptions(quant="int4", group=group)
     nothing = tmp_path / "no-model"
     with pytest.raises(LimeEdgeError, match=re.escape(refusal)):

@@ -16,7 +16,7 @@ from lime_edge.session.decoder import Session
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.generate import GenerationOptions
 from lime_edge.session.kinds import DECODER, ENCODER, find_kind
-from lime_edge.session.open import load_runtime, open_any
+from lime_edge.session.open import load_engine, open_any
 
 Make = Callable[..., Path]
 
@@ -46,7 +46,7 @@ def test_the_other_kind_is_refused_and_the_hint_says_how(tiny_bundle: Make, enco
 def test_a_kind_of_tomorrow_is_refused(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle())
     strange = replace(bundle, manifest=structs.replace(bundle.manifest, kind="diffusion"))
-    for use in (open_any, lambda one: load_runtime(one, None)):
+    for use in (open_any, lambda one: load_engine(one, None)):
         with pytest.raises(LimeEdgeError, match="kind of model: expected decoder or encoder, found 'diffusion'"):
             use(strange)
 

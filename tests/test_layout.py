@@ -15,7 +15,7 @@ import typer
 
 from lime_edge.cli.app import app
 from lime_edge.compiler.formats.families import FAMILIES
-from lime_edge.targets.registry import TARGETS
+from lime_edge.targets.entries import TARGETS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"lime_edge": "lime_edge", "exporters": "lime_edge.exporters", "runtimes": "lime_edge.runtimes"}
@@ -43,9 +43,9 @@ def test_every_package_is_listed() -> None:
 
 
 def test_every_target_has_both_files() -> None:
-    for module in TARGETS.values():
-        assert (ROOT / "exporters" / module / "decoder.py").is_file()
-        assert (ROOT / "runtimes" / module / "decoder.py").is_file()
+    for target in TARGETS.values():
+        for file in ("exporters/{}/entry.py", "runtimes/{}/entry.py", "runtimes/{}/health.py"):
+            assert (ROOT / file.format(target.folder)).is_file()
 
 
 def test_the_package_is_a_house_of_few_rooms() -> None:

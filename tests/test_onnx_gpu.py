@@ -21,7 +21,7 @@ from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.runtimes.onnx.places import CUDA, TO_DEVICE, TO_HOST, Device
 from lime_edge.session.decoder import Session
 from lime_edge.targets.devices import DEVICES, find_device
-from lime_edge.targets.options import OnnxOptions, TargetOptions
+from lime_edge.targets.entries import OnnxOptions
 
 Make = Callable[..., Path]
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 90, 17)]
@@ -30,7 +30,7 @@ IDS = [int(i) for i in np.random.default_rng(3).integers(0, 90, 17)]
 def write_half(tiny_model: Make, tiny_adapter: Make, output: Path, quant: str = "int4", **adapter: Any) -> Path:
     """A float16 bundle, as for a Jetson, that any provider opens."""
     model = tiny_model()
-    options = ExportOptions(target_options=TargetOptions(onnx=OnnxOptions("float16")))
+    options = ExportOptions(target_options={"onnx": OnnxOptions("float16")})
     compiling = CompileOptions(quant=quant, rounding="nearest")
     export_bundle(model, tiny_adapter(model, **adapter), output, compiling, find_device("jetson"), options)
     return output
@@ -63,7 +63,7 @@ def test_a_float16_graph_holds_float16_and_the_same_integers(
 def test_a_jetson_gets_float16() -> None:
     assert DEVICES["jetson"].activations == "float16" and DEVICES["jetson"].providers[0] == CUDA
     assert {device.activations for device in DEVICES.values() if device.name != "jetson"} == {"float32"}
-    with pytest.raises(LimeEdgeError, match="activations: expected float32 or float16, found 'bfloat16'"):
+    with pytest.raises(LimeEdgeError, match="`activations`: expected float32 or float16, found 'bfloat16'"):
         OnnxOptions("bfloat16")
 
 

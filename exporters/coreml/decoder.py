@@ -15,22 +15,21 @@ from lime_edge import __version__
 from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
-from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.errors import Faults
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
-from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, read_minimum, types
+from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, types
 from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
 from lime_edge.exporters.coreml.writer import DecoderWriter
-from lime_edge.targets.options import CoremlOptions, TargetOptions
+from lime_edge.targets.entries import CoremlOptions
 
 FILE = "model.mlpackage"
 MAIN, ROUTED = "main", "routed"
 PROVIDERS = ["CoreML", "interpreter"]
-COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 ROWS = 32  # the cache's length is a multiple of this: the Neural Engine is reported to refuse other states
 Progress = Callable[[str, int, int], None]
 
 
-def export(model: CompiledModel, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_decoder(model: CompiledModel, directory: Path, options: CoremlOptions, progress: Progress) -> dict[str, Any]:
     """Write model.mlpackage: function `main`, and `routed` for a checkpoint with routing, on the same weights.
 
     Prompt and decode are one function of enumerated lengths: a second one would only leave the head out for all
@@ -38,18 +37,17 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
 
     Args:
         model: compiled; its integers are only re-packed, everything else becomes float16.
-        directory: exists, empty. options: of which coreml is read. progress: called with (step, done, total).
+        directory: exists, empty. options: what to write. progress: called with (step, done, total).
     Returns:
         The target's manifest entry.
     Raises:
-        LimeEdgeError: options out of range, or values beyond float16.
+        LimeEdgeError: values beyond float16.
     """
-    begun, chosen = time.perf_counter(), options.coreml
-    check_options(options, model.quant, model.group)
-    capacity, lengths = choose_lengths(model, chosen)
+    begun = time.perf_counter()
+    capacity, lengths = choose_lengths(model, options)
     stored = store_as_half(model)
     peak = find_peak(stored, directory.parent / "tokenizer")  # the staged bundle's
-    graph = Graph(chosen.minimum)
+    graph = Graph(options.minimum_os)
     routed = model.routing is not None and model.swaps
     progress("write coreml", 0, 2 + routed)
     pinned = PinnedExperts(stored, graph) if model.swaps else None
@@ -66,8 +64,8 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         "file": f"coreml/{FILE}",
         "routed": ROUTED if routed else None,
         "providers": PROVIDERS,
-        "minimum": chosen.minimum,
-        "compute_units": chosen.compute_units,
+        "minimum": options.minimum_os,
+        "compute_units": options.compute_units,
         "coremltools": ct.__version__,
         "expert_input": model.swaps,
         "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
@@ -83,43 +81,9 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     }
 
 
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """Refuse what Core ML has no word for, before anything is compiled.
-
-    Args:
-        options: of which coreml is read. quant, group: not read, every width and group can be written.
-    Raises:
-        LimeEdgeError: unknown compute units or oldest system, no positive length.
-    """
-    chosen = options.coreml
-    check_package_options(chosen)
-    if chosen.max_length < 1:
-        raise LimeEdgeError(
-            f"--max-seq-len: for Core ML expected at least 1, found {chosen.max_length}",
-            "prompt and answer have to fit into it; 1024 is the default",
-        )
-
-
-def check_package_options(options: CoremlOptions) -> None:
-    """What decoders and encoders have in common.
-
-    Raises:
-        LimeEdgeError: unknown compute units or oldest system, no positive length.
-    """
-    if options.compute_units not in COMPUTE_UNITS:
-        raise LimeEdgeError(
-            f"--compute-units: expected {' or '.join(COMPUTE_UNITS)}, found {options.compute_units!r}",
-            "all leaves the choice to Core ML",
-        )
-    read_minimum(options.minimum)
-    if not options.prompt_lengths or min(options.prompt_lengths) < 1:
-        found = ",".join(map(str, options.prompt_lengths))
-        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {found!r}", "for example 32,128")
-
-
 def choose_lengths(model: CompiledModel, options: CoremlOptions) -> tuple[int, tuple[int, ...]]:
     """Rows of the cache, a multiple of ROWS that holds the context asked for; and input lengths, 1 among them."""
-    capacity = -(-min(options.max_length, model.decoder.context) // ROWS) * ROWS
+    capacity = -(-min(options.max_seq_len, model.decoder.context) // ROWS) * ROWS
     fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
     return capacity, tuple(sorted({1} | fitting))
 

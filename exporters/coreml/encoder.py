@@ -25,9 +25,9 @@ from lime_edge.compiler.model.compiled import Stored
 from lime_edge.compiler.model.encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
 from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED, check_package_options
+from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED
 from lime_edge.exporters.coreml.graph import INT4, ct, mb, measure_package, read_minimum, save_package, silent
-from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.entries import CoremlOptions
 
 EXPERT, MASK = "expert", "attention_mask"
 UNSEEN = -30000.0  # added to the scores of padding; float16 holds it
@@ -36,21 +36,22 @@ BATCH = 32  # largest batch of a routed call
 Progress = Callable[[str, int, int], None]
 
 
-def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_encoder(
+    compiled: CompiledEncoder, directory: Path, options: CoremlOptions, progress: Progress
+) -> dict[str, Any]:
     """Write model.mlpackage: `main`, and `routed` where the checkpoint routes, on the same weights.
 
     Args:
         compiled: its integers are only re-packed, everything else becomes float16.
-        directory: exists, empty. options: of which coreml is read. progress: called with (step, done, total).
+        directory: exists, empty. options: but for its cache. progress: called with (step, done, total).
     Returns:
         The target's manifest entry.
     Raises:
         LimeEdgeError: options out of range, or a model that coremltools cannot convert.
     """
-    begun, chosen = time.perf_counter(), options.coreml
-    check_options(options, compiled.quant, compiled.group)
-    minimum, module = read_minimum(chosen.minimum), compiled.module
-    lengths = choose_lengths(compiled, chosen.prompt_lengths)
+    begun = time.perf_counter()
+    minimum, module = read_minimum(options.minimum_os), compiled.module
+    lengths = choose_lengths(compiled, options.prompt_lengths)
     longest = max(lengths, default=LONGEST)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     progress("write coreml", 0, 1 + routed)
@@ -73,8 +74,8 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "file": f"coreml/{FILE}",
         "routed": ROUTED if routed else None,
         "providers": PROVIDERS,
-        "minimum": chosen.minimum,
-        "compute_units": chosen.compute_units,
+        "minimum": options.minimum_os,
+        "compute_units": options.compute_units,
         "coremltools": ct.__version__,
         "expert_input": takes_expert,
         "lengths": list(lengths),
@@ -85,18 +86,6 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "bytes": measure_package(directory / FILE),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """Refuse what Core ML has no word for, before anything is compiled.
-
-    Args:
-        options: of which coreml is read, but for max_length: an encoder has no cache. quant, group: not read, every
-            width and group can be written.
-    Raises:
-        LimeEdgeError: unknown compute units or oldest system, no positive length.
-    """
-    check_package_options(options.coreml)
 
 
 def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -268,7 +257,7 @@ def convert(
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LimeEdgeError(
             f"Core ML export: {type(module.model).__name__} cannot be converted: {first}",
-            "--target onnx takes every encoder",
+            "`target=onnx` takes every encoder",
         ) from error
 
 

@@ -55,7 +55,7 @@ def read_minimum(name: str) -> Any:
     """
     if name not in MINIMUM:
         raise LimeEdgeError(
-            f"--minimum-os: expected {' or '.join(MINIMUM)}, found {name!r}",
+            f"`minimum_os`: expected {' or '.join(MINIMUM)}, found {name!r}",
             "newer systems run what is written for iOS18; older ones hold neither a cache as state nor int4 groups",
         )
     return getattr(ct.target, MINIMUM[name])

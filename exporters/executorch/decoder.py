@@ -13,11 +13,11 @@ import torch
 
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.compiler.model.compiled import CompiledModel
-from lime_edge.errors import LimeEdgeError, need
-from lime_edge.targets.options import TargetOptions
+from lime_edge.errors import need
+from lime_edge.targets.entries import ExecutorchOptions
 
 try:
-    from lime_edge.exporters.executorch.lower import Delegation, Method, check_backend, check_lowering, lower
+    from lime_edge.exporters.executorch.lower import Delegation, Method, check_backend, lower
     from lime_edge.exporters.executorch.program import DecoderProgram, Sizes
     from lime_edge.exporters.executorch.stock import StockExpert, StockProgram
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
@@ -29,31 +29,32 @@ ROWS = 32  # most positions with logits in one call: (32, vocab) floats are plan
 Progress = Callable[[str, int, int], None]
 
 
-def export(model: CompiledModel, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_decoder(
+    model: CompiledModel, directory: Path, options: ExecutorchOptions, progress: Progress
+) -> dict[str, Any]:
     """Write model.pte: `forward`, and `routed` for a checkpoint that routes, on the same weights and cache.
 
     Args:
         model: compiled; its integers are only re-packed. directory: exists, empty; the tokenizer lies beside it.
-        options: its `executorch`. progress: called with (step, done, total).
+        options: what to write. progress: called with (step, done, total).
     Returns:
         The target's manifest entry.
     Raises:
         LimeEdgeError: a backend that is not offered, or a model that cannot be lowered.
     """
-    chosen = options.executorch
-    provider = check_backend(chosen.backend, model.quant)
-    sizes = choose_sizes(model, chosen.max_length)
+    provider = check_backend(options.backend, model.quant)
+    sizes = choose_sizes(model, options.max_seq_len)
     constants = describe_constants(model, sizes, directory.parent / "tokenizer")
     routes = model.routing is not None and model.swaps
     methods = {"forward": make_method(model, sizes, routed=False)}
     if routes:
         methods["routed"] = make_method(model, sizes, routed=True)
-    counts = lower(methods, chosen.backend, constants, directory / FILE, progress)
+    counts = lower(methods, options.backend, constants, directory / FILE, progress)
     facts: dict[str, Any] = {
         "file": f"executorch/{FILE}",
         "executorch": version("executorch"),
         "providers": [provider],
-        "backend": chosen.backend,
+        "backend": options.backend,
         "expert_input": model.swaps,
         "max_length": sizes.cache - count_virtual(model),
         "prompt_length": sizes.prompt,
@@ -66,26 +67,12 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
     }
     if routes:
         facts["routed"] = "routed"
-    if chosen.stock_runner:
+    if options.stock_runner:
         facts |= {"stock": f"executorch/{STOCK_FILE}"}
         facts["delegation"]["stock"] = asdict(
-            write_stock(model, sizes, chosen.backend, constants, directory / STOCK_FILE, progress)
+            write_stock(model, sizes, options.backend, constants, directory / STOCK_FILE, progress)
         )
     return facts
-
-
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """Refuse, before anything is compiled, what this target does not take.
-
-    Raises:
-        LimeEdgeError: the backend, the group size or the cache's length.
-    """
-    check_lowering(options, quant, group)
-    if options.executorch.max_length < 2:
-        raise LimeEdgeError(
-            f"--max-seq-len: for ExecuTorch expected at least 2, found {options.executorch.max_length}",
-            "prompt and answer have to fit into it; 1024 is the default",
-        )
 
 
 def count_virtual(model: CompiledModel) -> int:

@@ -15,10 +15,10 @@ from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.model.encoder_layers import StoredProduct as CompiledProduct
 from lime_edge.compiler.model.encoder_layers import StoredTable as CompiledTable
 from lime_edge.errors import need
-from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.entries import ExecutorchOptions
 
 try:
-    from lime_edge.exporters.executorch.lower import Method, Progress, check_backend, check_lowering, lower
+    from lime_edge.exporters.executorch.lower import Method, Progress, check_backend, lower
     from lime_edge.exporters.executorch.weights import Product, Table
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "executorch").split(".")[0], "executorch") from error
@@ -28,30 +28,32 @@ BATCH = 8  # most inputs of one call: memory is planned for it
 LONGEST = 512  # tokens; a longer context is cut here, for the same reason
 
 
-def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_encoder(
+    compiled: CompiledEncoder, directory: Path, options: ExecutorchOptions, progress: Progress
+) -> dict[str, Any]:
     """Write model.pte: `forward`, and `routed` where the checkpoint routes, on the same weights.
 
     Args:
-        compiled: its integers are only re-packed. directory: exists, empty. options: its `executorch`.
+        compiled: its integers are only re-packed. directory: exists, empty. options: its backend.
         progress: called with (step, done, total).
     Returns:
         The target's manifest entry.
     Raises:
         LimeEdgeError: a backend or group size that is not offered, or a model that cannot be lowered.
     """
-    provider = check_backend(options.executorch.backend, compiled.quant)
+    provider = check_backend(options.backend, compiled.quant)
     limits = choose_limits(compiled)
     takes_expert, routed = compiled.single is None, compiled.routing is not None
     with compiled.module.replace_products(pack_product):
         methods = {"forward": make_method(compiled.module, limits, takes_expert, routed=False)}
         if routed:
             methods["routed"] = make_method(compiled.module, limits, False, routed=True)
-        counts = lower(methods, options.executorch.backend, {}, directory / FILE, progress)
+        counts = lower(methods, options.backend, {}, directory / FILE, progress)
     facts = {
         "file": f"executorch/{FILE}",
         "executorch": version("executorch"),
         "providers": [provider],
-        "backend": options.executorch.backend,
+        "backend": options.backend,
         "expert_input": takes_expert,
         "limits": limits,
         "inputs": [asdict(entry) | {"shape": list(entry.shape)} for entry in compiled.module.inputs],
@@ -61,15 +63,6 @@ def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, p
         "delegation": {name: asdict(count) for name, count in counts.items()},
     }
     return facts | ({"routed": "routed"} if routed else {})
-
-
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """As the decoders' check; there is no cache here.
-
-    Raises:
-        LimeEdgeError: see check_lowering.
-    """
-    check_lowering(options, quant, group)
 
 
 def choose_limits(compiled: CompiledEncoder) -> dict[str, int]:

@@ -25,9 +25,7 @@ from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPas
 from torch import Tensor, nn
 
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
-from lime_edge.exporters.executorch.weights import check_group
 from lime_edge.exporters.silence import silence
-from lime_edge.targets.options import TargetOptions
 
 Progress = Callable[[str, int, int], None]
 STEPS = 4  # trace, delegate, plan, write
@@ -140,41 +138,30 @@ def check_backend(name: str, quant: str) -> str:
     """
     if name == "portable" and quant != "none":
         raise LimeEdgeError(
-            f"--backend portable: expected --quant none, found {quant}", "the portable kernels multiply float32 only"
+            f"`backend=portable`: expected `quant=none`, found {quant}", "the portable kernels multiply float32 only"
         )
     if name in PROVIDERS:
         return PROVIDERS[name]
     known = " or ".join(PROVIDERS)
     if name in MISSING:
         raise LimeEdgeError(
-            f"--backend {name} needs {MISSING[name]}, which is not installed",
+            f"`backend={name}` needs {MISSING[name]}, which is not installed",
             f"backends that work here: {known}",
             EXIT_MISSING,
         )
     if name == "coreml":
         raise LimeEdgeError(
-            "--backend coreml: Core ML through ExecuTorch takes no dynamic prompt length",
-            "lime-edge export --target coreml writes a Core ML package",
+            "`backend=coreml`: Core ML through ExecuTorch takes no dynamic prompt length",
+            "`target=coreml` writes a Core ML package",
             EXIT_MISSING,
         )
     if name == "vulkan":
         raise LimeEdgeError(
-            "--backend vulkan needs a device with Vulkan to check the result",
+            "`backend=vulkan` needs a device with Vulkan to check the result",
             f"backends that work here: {known}",
             EXIT_MISSING,
         )
-    raise LimeEdgeError(f"--backend: expected {known}, found {name!r}", "xnnpack is what phones run; leave it out")
-
-
-def check_lowering(options: TargetOptions, quant: str, group: int) -> None:
-    """Refuse a backend or a group size that is not offered.
-
-    Raises:
-        LimeEdgeError: see check_backend and check_group.
-    """
-    check_backend(options.executorch.backend, quant)
-    if quant == "int4":
-        check_group(group)
+    raise LimeEdgeError(f"`backend`: expected {known}, found {name!r}", "xnnpack is what phones run; leave it out")
 
 
 def lower(

@@ -22,7 +22,7 @@ def check_group(group: int) -> None:
     """
     if group % BLOCK_MULTIPLE:
         raise LimeEdgeError(
-            f"--group-size: for ExecuTorch expected a multiple of {BLOCK_MULTIPLE}, found {group}",
+            f"`group`: for ExecuTorch expected a multiple of {BLOCK_MULTIPLE}, found {group}",
             "XNNPACK's int4 blocks are multiples of 32",
         )
 

@@ -22,29 +22,29 @@ from lime_edge.exporters.onnx.functions import HALF, SWIGLU, make_swiglu
 from lime_edge.exporters.onnx.graph import LIME, LOGITS_START, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
 from lime_edge.exporters.onnx.prompt import prepend_virtual
 from lime_edge.exporters.onnx.weights import pack_weight
+from lime_edge.targets.entries import OnnxOptions
 from lime_edge.targets.genai import CONFIG
-from lime_edge.targets.options import TargetOptions
 
 FILE = "model.onnx"
 ROUTED_FILE = "routed.onnx"
 Progress = Callable[[str, int, int], None]
 
 
-def export(model: CompiledModel, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_decoder(model: CompiledModel, directory: Path, options: OnnxOptions, progress: Progress) -> dict[str, Any]:
     """Write model.onnx and model.onnx.data; for a routed checkpoint also routed.onnx on the same data.
 
     Two graphs, because routing costs: a pinned expert must not pay for it, and both read one weight file.
 
     Args:
         model: compiled; its integers are only re-packed. directory: exists, empty.
-        options: its `onnx`: the type of activations. progress: called with (step, done, total).
+        options: the type of activations. progress: called with (step, done, total).
     Returns:
         The target's manifest entry: file, opset, and the names the runtime binds.
     """
     check_head_width(model)
     metadata = {"fingerprint": model.fingerprint, "fold": model.fold, "quant": model.quant}
     weights = WeightFile(directory / f"{FILE}.data")
-    graph = Graph(weights, half=options.onnx.activations == "float16")
+    graph = Graph(weights, half=options.activations == "float16")
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
     if model.virtual is None and not graph.half:
@@ -69,10 +69,6 @@ def export(model: CompiledModel, directory: Path, options: TargetOptions, progre
         routed.save(directory / ROUTED_FILE, __version__, metadata)
         facts |= {"routed": f"onnx/{ROUTED_FILE}", "routed_nodes": len(routed.nodes)}
     return facts
-
-
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
 
 
 class DecoderWriter:

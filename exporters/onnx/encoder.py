@@ -27,7 +27,7 @@ from lime_edge.exporters.onnx.external import INLINE_BYTES, WeightFile
 from lime_edge.exporters.onnx.graph import MICROSOFT, OPSET
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.exporters.silence import silence
-from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.entries import OnnxOptions
 
 FILE, ROUTED, EXPERT = "model.onnx", "routed.onnx", "expert"
 PREFIX = "module.model."  # where the tracer finds the transformers model
@@ -35,7 +35,9 @@ ACCURACY_LEVEL = 4  # MatMulNBits computes with int8 activations in blocks, as i
 Progress = Callable[[str, int, int], None]
 
 
-def export(compiled: CompiledEncoder, directory: Path, options: TargetOptions, progress: Progress) -> dict[str, Any]:
+def write_encoder(
+    compiled: CompiledEncoder, directory: Path, options: OnnxOptions, progress: Progress
+) -> dict[str, Any]:
     """Write model.onnx, routed.onnx where the checkpoint routes, and model.onnx.data.
 
     Args:
@@ -149,10 +151,6 @@ class OnnxTable(nn.Module):
             shape=(*ids.shape, self.width),
             version=1,
         )
-
-
-def check_options(options: TargetOptions, quant: str, group: int) -> None:
-    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""
 
 
 def pack_product(product: StoredProduct | StoredTable) -> nn.Module:

@@ -24,7 +24,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ROUTED, Selection, describe_selection
 from lime_edge.errors import EXIT_MISSING, Faults, LimeEdgeError
 from lime_edge.session.engines import SessionOptions
-from lime_edge.session.open import load_runtime, open_any
+from lime_edge.session.open import load_engine, open_any
 from lime_edge.session.switching import ExpertSwitch
 
 __all__ = [
@@ -152,7 +152,7 @@ def bench_bundle(
     """
     bundle = Bundle.open(path)
     names = [target] if target is None or isinstance(target, str) else list(target)
-    names = [load_runtime(bundle, name)[0] for name in names]  # imports are not loads
+    names = [load_engine(bundle, name)[0] for name in names]  # imports are not loads
     _check(bundle, names, options)
     machine = describe_machine(options.sysfs)
     jobs = [Job(bundle, name, selection, threads, options, progress) for name in names]

@@ -160,10 +160,10 @@ def _list_modules(request: MemoryRequest) -> list[str]:
 
 
 def _import_engine(request: MemoryRequest) -> Bundle:
-    from lime_edge.session.open import load_runtime
+    from lime_edge.session.open import load_engine
 
     bundle = Bundle.open(request.path)
-    load_runtime(bundle, request.target)
+    load_engine(bundle, request.target)
     return bundle
 
 

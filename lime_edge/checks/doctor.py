@@ -18,7 +18,7 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, EXIT_STORAGE, LimeEdgeError
 from lime_edge.session.open import examine_engine
-from lime_edge.targets.registry import TARGETS
+from lime_edge.targets.entries import TARGETS
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 LEAST_SPACE = 300_000_000  # bytes: a small bundle (90 MB) and its twin while it is written

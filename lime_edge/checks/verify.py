@@ -15,7 +15,7 @@ from lime_edge.checks.tolerance import find_compute
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_any
-from lime_edge.targets.registry import check_target
+from lime_edge.targets.registry import find_target
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,7 +44,7 @@ def verify_bundle(
         )
     present = bundle.manifest.targets
     for name in targets:
-        check_target(name)
+        find_target(name)
         if name not in present:
             raise LimeEdgeError(f"{path}: holds no {name} artifact", f"it holds {', '.join(present)}")
     wanted = choose_selections(golden, bundle, selections)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import TARGETS, ExpertOption, Json, Quiet, Threads, split_names
+from lime_edge.cli.options import TARGET_NAMES, ExpertOption, Json, Quiet, Threads, split_names
 from lime_edge.errors import Faults, LimeEdgeError
 
 BENCH_EXAMPLES = """
@@ -36,7 +36,7 @@ def bench(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME,...", help="Which artifacts to run; else the bundle's first.", autocompletion=TARGETS
+            metavar="NAME,...", help="Which artifacts to run; else the bundle's first.", autocompletion=TARGET_NAMES
         ),
     ] = None,
     threads: Threads = None,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import TARGETS, Json, Quiet, complete_from, split_names
+from lime_edge.cli.options import TARGET_NAMES, Json, Quiet, complete_from, split_names
 from lime_edge.cli.streams import receive
+from lime_edge.cli.target_flags import Told, add_target_flags, read_told
 from lime_edge.errors import LimeEdgeError
-from lime_edge.targets.options import CoremlOptions, ExecutorchOptions, OnnxOptions, TargetOptions
+from lime_edge.targets.entries import TARGETS
 
-STATIC = "Targets with a static cache"
-FLAGS = {"minimum": "minimum-os"}  # fields whose option has another name
 EXPORT_EXAMPLES = """
 
 [bold]Examples[/bold]
@@ -37,7 +35,7 @@ EXPORT_EXAMPLES = """
 
 def register(app: typer.Typer) -> None:
     """Add the command `export`."""
-    app.command(epilog=EXPORT_EXAMPLES)(export)
+    app.command(epilog=EXPORT_EXAMPLES)(add_target_flags(export))
 
 
 def export(
@@ -47,7 +45,9 @@ def export(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME,...", help="onnx (default), executorch, coreml: one or several.", autocompletion=TARGETS
+            metavar="NAME,...",
+            help=f"{', '.join(TARGETS).replace(',', ' (default),', 1)}: one or several.",
+            autocompletion=TARGET_NAMES,
         ),
     ] = None,
     quant: Annotated[
@@ -82,38 +82,13 @@ def export(
             autocompletion=complete_from("cpu", "raspberry-pi", "jetson", "android"),
         ),
     ] = "cpu",
-    activations: Annotated[
-        str | None,
-        typer.Option(
-            help="ONNX: float32, or float16 for GPUs; the device's own by default.",
-            autocompletion=complete_from("float32", "float16"),
-        ),
-    ] = None,
-    max_seq_len: Annotated[
-        int,
-        typer.Option(min=1, help="ExecuTorch, Core ML: tokens the cache holds (Core ML: x32).", rich_help_panel=STATIC),
-    ] = 1024,
-    backend: Annotated[
-        str, typer.Option(help="ExecuTorch: xnnpack, or portable (no delegate).", rich_help_panel=STATIC)
-    ] = "xnnpack",
-    stock_runner: Annotated[
-        bool,
-        typer.Option(help="ExecuTorch: add set_expert, for runners that pass tokens only.", rich_help_panel=STATIC),
-    ] = False,
-    prompt_lengths: Annotated[
-        str, typer.Option(help="Core ML: enumerated prompt lengths.", rich_help_panel=STATIC)
-    ] = "32,128",
-    compute_units: Annotated[
-        str, typer.Option(help="Core ML: all, cpu_and_ne, cpu_and_gpu or cpu_only.", rich_help_panel=STATIC)
-    ] = "all",
-    minimum_os: Annotated[
-        str, typer.Option(help="Core ML: oldest system, iOS18 or macOS15.", rich_help_panel=STATIC)
-    ] = "iOS18",
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    *,
+    told: Told,
 ) -> None:
     """Compile a model and its LiME adapter into a bundle.
 
@@ -123,7 +98,7 @@ def export(
     from lime_edge.targets.devices import find_device
 
     begin = time.perf_counter()
-    chosen, targets = find_device(device), split_names(target) or ["onnx"]
+    chosen, targets = find_device(device), split_names(target) or [next(iter(TARGETS))]
     refuse_hub_name(model)
     try:
         from lime_edge.compiler.formats.prequantized import refuse_prequantized
@@ -135,15 +110,10 @@ def export(
         raise need(error.name or "torch", "export") from None
     kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
     compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
-    static = TargetOptions(
-        ExecutorchOptions(max_seq_len, backend, stock_runner),
-        CoremlOptions(max_seq_len, parse_lengths(prompt_lengths), compute_units, minimum_os),
-        OnnxOptions(activations or chosen.activations),
-    )
-    refuse_idle_options(targets, static)
+    target_options = read_told(told, targets, chosen)
     refuse_prequantized(model)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
-        options = ExportOptions(tuple(targets), tokenizer, force, prompts, static)
+        options = ExportOptions(tuple(targets), tokenizer, force, prompts, target_options)
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)
@@ -189,41 +159,6 @@ def refuse_hub_name(model: Path) -> None:
             f"if it is a model on the Hugging Face hub: hf download {name} --local-dir {model.name}\n"
             f"  then: lime-edge export {model.name} --adapter ...",
         )
-
-
-def refuse_idle_options(targets: list[str], static: TargetOptions) -> None:
-    """An option that no wanted target reads was meant for another one.
-
-    Raises:
-        LimeEdgeError: naming the target to add.
-    """
-    for target, told, default in (
-        ("executorch", static.executorch, ExecutorchOptions()),
-        ("coreml", static.coreml, CoremlOptions()),
-    ):
-        own = [field.name for field in fields(told) if field.name != "max_length"]
-        changed = [name for name in own if getattr(told, name) != getattr(default, name)]
-        if changed and target not in targets:
-            flag = FLAGS.get(changed[0], changed[0]).replace("_", "-")
-            raise LimeEdgeError(
-                f"--{flag}: only --target {target} reads it, found --target {', '.join(targets)}",
-                f"add --target {target}, or leave the option out",
-            )
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """ "32,128" to (32, 128).
-
-    Raises:
-        LimeEdgeError: not positive integers.
-    """
-    try:
-        lengths = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        lengths = ()
-    if not lengths or lengths[0] < 1:
-        raise LimeEdgeError(f"--prompt-lengths: expected positive integers, found {text!r}", "for example 32,128")
-    return lengths
 
 
 def warn_of_losses(path: Path) -> None:

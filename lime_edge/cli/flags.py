@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
+from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.target import list_by_name
+
 FLAGS = {  # parameter -> the option it is set with; what has no option keeps its name
     "adapter": "--adapter",
-    "backend": "--backend",
     "baseline": "--baseline",
     "bundle": "--bundle",
     "calibration": "--calibration",
-    "compute_units": "--compute-units",
     "data": "--data",
     "depth": "--depth",
     "device": "--device",
@@ -26,13 +27,10 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "limit": "--limit",
     "max_length": "--max-length",
     "max_new_tokens": "--max-new-tokens",
-    "max_seq_len": "--max-seq-len",
-    "minimum": "--minimum-os",
     "model": "--model",
     "name": "--name",
     "names": "--names",
     "output": "--output",
-    "prompt_lengths": "--prompt-lengths",
     "prompt_tokens": "--prompt-tokens",
     "quant": "--quant",
     "raw": "--raw",
@@ -42,7 +40,6 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "seed": "--seed",
     "settings": "--set",
     "single": "--single",
-    "stock_runner": "--stock-runner",
     "stop": "--stop",
     "system": "--system",
     "target": "--target",
@@ -53,7 +50,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "top_k": "--top-k",
     "top_p": "--top-p",
     "verify": "--verify",
-}
+} | {name: f"--{name.replace('_', '-')}" for name in list_by_name(TARGETS)}
 PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lime_edge import terminal
+from lime_edge.targets.entries import TARGETS
 
 
 def _complete_experts(ctx: Any, incomplete: str) -> list[str]:
@@ -45,7 +46,7 @@ def _hush(wanted: bool) -> bool:
     return wanted
 
 
-TARGETS = complete_from("onnx", "executorch", "coreml")
+TARGET_NAMES = complete_from(*TARGETS)
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory (OUT.lime).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[
@@ -53,7 +54,7 @@ Quiet = Annotated[
 ]
 Target = Annotated[
     str | None,
-    typer.Option(help="Which artifact to run; the bundle's first by default.", autocompletion=TARGETS),
+    typer.Option(help="Which artifact to run; the bundle's first by default.", autocompletion=TARGET_NAMES),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
 ExpertOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import TARGETS, BundlePath, Json, Quiet, Threads, split_names
+from lime_edge.cli.options import TARGET_NAMES, BundlePath, Json, Quiet, Threads, split_names
 
 EXAMPLES = """
 
@@ -30,7 +30,9 @@ def verify(
     bundle: BundlePath,
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME,...", help="Only these artifacts. All of them by default.", autocompletion=TARGETS),
+        typer.Option(
+            metavar="NAME,...", help="Only these artifacts. All of them by default.", autocompletion=TARGET_NAMES
+        ),
     ] = None,
     expert: Annotated[
         list[str] | None, typer.Option("--expert", "-e", help="Only this selection; may be repeated.")

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from lime_edge.bundle.fields import Manifest
@@ -23,8 +22,7 @@ from lime_edge.export.beside import PREPROCESSOR, TOKENIZER, copy_preprocessor, 
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
 from lime_edge.targets.devices import Device
-from lime_edge.targets.options import TargetOptions
-from lime_edge.targets.registry import load_exporters
+from lime_edge.targets.registry import Exporter, load_exporters
 
 B = TypeVar("B", bound=Backbone)
 C = TypeVar("C", bound=Compiled)
@@ -35,14 +33,15 @@ class ExportOptions:
     """What to write besides how to compile.
 
     targets: keys of lime_edge.targets.registry. tokenizer: put it into the bundle. force: replace a bundle.
-    calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: for the exporters.
+    calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: by target, for its exporter;
+    its defaults otherwise.
     """
 
     targets: tuple[str, ...] = ("onnx",)
     tokenizer: bool = True
     force: bool = False
     calibration: Path | None = None
-    target_options: TargetOptions = field(default_factory=TargetOptions)
+    target_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -75,9 +74,7 @@ def export_bundle(
         return fill_bundle(checkpoint, stage, compiling, device, options, progress, exporters)
 
 
-def find_exporters(
-    kind: ModelKind[Any, Any], compiling: CompileOptions, options: ExportOptions
-) -> dict[str, ModuleType]:
+def find_exporters(kind: ModelKind[Any, Any], compiling: CompileOptions, options: ExportOptions) -> dict[str, Exporter]:
     """The exporters of the wanted targets, which have agreed to their options."""
     return load_exporters(options.targets, options.target_options, compiling.quant, compiling.group, kind.name)
 
@@ -102,7 +99,7 @@ def fill_bundle(
     device: Device,
     options: ExportOptions,
     progress: Progress = lambda *_: None,
-    exporters: Mapping[str, ModuleType] | None = None,
+    exporters: Mapping[str, Exporter] | None = None,
 ) -> Manifest:
     """Compile a checkpoint that is already read and complete its staged bundle.
 
@@ -115,7 +112,7 @@ def fill_bundle(
     targets = {}
     for target, exporter in (exporters or find_exporters(kind, compiling, options)).items():
         (stage / target).mkdir()
-        facts = exporter.export(compiled, stage / target, options.target_options, progress)
+        facts = exporter.write(compiled, stage / target, progress)
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     write_golden(stage, kind.ask(compiled, read_tokenizer(stage / TOKENIZER), progress))
     progress("hash", 0, 1)

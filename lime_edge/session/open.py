@@ -1,10 +1,8 @@
-"""From a bundle and a target's name to a session: the one place that imports engines, and does so by name."""
+"""From a bundle and a target's name to a session; engines are found through `lime_edge.targets.registry`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 from lime_edge.bundle.bundle import Bundle
@@ -15,9 +13,9 @@ from lime_edge.session.engines import SessionOptions
 from lime_edge.session.health import Health
 from lime_edge.session.kinds import DECODER, ENCODER, Kind, SessionT, find_kind, require_kind
 from lime_edge.session.switching import ExpertSwitch
-from lime_edge.targets.registry import check_target
+from lime_edge.targets.registry import find_target, load_runtime
 
-RUNTIMES = "lime_edge.runtimes"
+OpenEngine = Callable[[Bundle, SessionOptions], Any]
 
 
 def open_any(bundle: Bundle, target: str | None = None, options: SessionOptions | None = None) -> ExpertSwitch:
@@ -49,37 +47,41 @@ def open_encoder(bundle: Bundle, target: str | None = None, options: SessionOpti
 
 def _open(kind: Kind[SessionT], bundle: Bundle, target: str | None, options: SessionOptions | None) -> SessionT:
     require_kind(bundle, kind)
-    target, runtime = load_runtime(bundle, target)
+    target, load = load_engine(bundle, target)
     bundle.check_target(target)  # an engine sees no file that is not as it was written
-    engine = runtime.open_engine(bundle, options or SessionOptions())
+    engine = load(bundle, options or SessionOptions())
     return kind.open(bundle, engine, bundle.open_bank(engine.subtract), target)
 
 
-def load_runtime(bundle: Bundle, target: str | None) -> tuple[str, ModuleType]:
-    """The target that is meant and the module that runs this bundle's kind of model there.
+def load_engine(bundle: Bundle, target: str | None) -> tuple[str, OpenEngine]:
+    """The target that is meant and what loads this bundle's kind of model there.
 
     Args:
         target: None takes the bundle's first.
     Raises:
-        LimeEdgeError: no such target, the bundle was not exported for it, or its packages are missing.
+        LimeEdgeError: no such target, the bundle was not exported for it, it does not run this kind of model, or its
+            packages are missing.
     """
     present = tuple(bundle.manifest.targets)
     target = target or present[0]
-    folder = check_target(target)
+    runtime = find_target(target)
     if target not in present:
         raise LimeEdgeError(f"{bundle.path}: holds no {target} artifact", f"it holds {', '.join(present)}")
-    return target, importlib.import_module(f"{RUNTIMES}.{folder}.{find_kind(bundle).name}")
+    kind = find_kind(bundle)
+    engines: dict[str, OpenEngine] = load_runtime(runtime, "entry").ENGINES
+    if kind.name not in engines:
+        raise LimeEdgeError(
+            f"{bundle.path} holds {kind.noun}, which {runtime.title} does not run", "take another target"
+        )
+    return target, engines[kind.name]
 
 
 def explain_operators(target: str) -> str | None:
     """Why a target's compiled operators cannot be used on this machine, empty where they can; None: it has none."""
-    name = f"{RUNTIMES}.{check_target(target)}.operators"
-    if importlib.util.find_spec(name) is None:
-        return None
-    operators: Any = importlib.import_module(name)
-    return operators.explain_absence()
+    explain = getattr(load_runtime(find_target(target), "health"), "explain_operators", None)
+    return None if explain is None else explain()
 
 
 def examine_engine(target: str) -> Health:
     """What a target's engine says about itself on this machine; nothing is loaded but the engine."""
-    return importlib.import_module(f"{RUNTIMES}.{check_target(target)}.health").examine()
+    return load_runtime(find_target(target), "health").examine()

@@ -1,56 +1,95 @@
-"""Targets: the one dict that maps a target to its exporter and its runtime."""
+"""From a target's name to its entry, and from there, by name, to what writes and what runs it.
+
+Nothing else imports an exporter or a runtime. Each of a target's two folders has a module `entry`:
+
+    exporters/FOLDER/entry.py   WRITERS: kind of model -> write(compiled, directory, options, progress), which gives the
+                                target's facts for the manifest; check_options(kind, options, quant, group)
+    runtimes/FOLDER/entry.py    ENGINES: kind of model -> engine(bundle, session options)
+    runtimes/FOLDER/health.py   examine(): what is known without the engine; maybe explain_operators()
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lime_edge.errors import LimeEdgeError
-from lime_edge.targets.options import TargetOptions
+from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.target import Target
 
-TARGETS = {
-    "onnx": "onnx",  # key -> folder in lime_edge.exporters and lime_edge.runtimes
-    "executorch": "executorch",
-    "coreml": "coreml",
-}
+EXPORTERS, RUNTIMES = "lime_edge.exporters", "lime_edge.runtimes"
+Progress = Callable[[str, int, int], None]
 
 
-def check_target(target: str) -> str:
-    """The module name of a target.
+@dataclass(frozen=True)
+class Exporter:
+    """What writes one kind of model for one target, with what it was told."""
+
+    target: Target
+    options: Any
+    writer: Callable[[Any, Path, Any, Progress], dict[str, Any]]
+
+    def write(self, compiled: Any, directory: Path, progress: Progress) -> dict[str, Any]:
+        """Write the artifact.
+
+        Args:
+            compiled: its integers are only re-packed. directory: exists, empty.
+            progress: called with (step, done, total).
+        Returns:
+            The target's facts for the manifest.
+        Raises:
+            LimeEdgeError: a model that the target cannot hold.
+        """
+        return self.writer(compiled, directory, self.options, progress)
+
+
+def find_target(name: str) -> Target:
+    """A target's entry.
 
     Raises:
         LimeEdgeError: no such target.
     """
-    if target not in TARGETS:
+    if name not in TARGETS:
         raise LimeEdgeError(
-            f"target: expected {', '.join(TARGETS)}, found {target!r}", "--target may be repeated; onnx runs everywhere"
+            f"target: expected {', '.join(TARGETS)}, found {name!r}", "`target` may name several; onnx runs everywhere"
         )
-    return TARGETS[target]
-
-
-def load_exporter(target: str, kind: str = "decoder") -> ModuleType:
-    """lime_edge.exporters.<target>: needs the packages of a workstation.
-
-    Args:
-        kind: "decoder" for language models, "encoder" for encoders.
-    Raises:
-        LimeEdgeError: no such target, or its packages are missing.
-    """
-    return importlib.import_module(f"lime_edge.exporters.{check_target(target)}.{kind}")
+    return TARGETS[name]
 
 
 def load_exporters(
-    targets: Sequence[str], options: TargetOptions, quant: str, group: int, kind: str = "decoder"
-) -> dict[str, ModuleType]:
+    names: Sequence[str], options: Mapping[str, Any], quant: str, group: int, kind: str
+) -> dict[str, Exporter]:
     """The exporters of the wanted targets, each once, after they have looked at what they are told.
 
-    Called before anything is read or compiled: a wrong option is said in the first second.
+    Called before anything is read or compiled: a wrong option is said in the first second. Needs the packages of a
+    workstation.
+
+    Args:
+        options: by target; its defaults where there is nothing. kind: of model, its name.
+    Raises:
+        LimeEdgeError: no such target, missing packages, a kind of model or options that a target does not take.
+    """
+    return {name: _load_exporter(find_target(name), options.get(name), quant, group, kind) for name in names}
+
+
+def _load_exporter(target: Target, options: Any, quant: str, group: int, kind: str) -> Exporter:
+    entry = importlib.import_module(f"{EXPORTERS}.{target.folder}.entry")
+    if kind not in entry.WRITERS:
+        known = " and ".join(f"{name}s" for name in entry.WRITERS)
+        raise LimeEdgeError(f"{target.title} holds {known}, and this model is an {kind}", "take another target")
+    told = target.options() if options is None else options
+    entry.check_options(kind, told, quant, group)
+    return Exporter(target, told, entry.WRITERS[kind])
+
+
+def load_runtime(target: Target, module: str) -> ModuleType:
+    """`entry` or `health` of a target's runtime.
 
     Raises:
-        LimeEdgeError: no such target, missing packages, or options that a target does not take.
+        LimeEdgeError: the engine's package is missing (`entry` only).
     """
-    exporters = {target: load_exporter(target, kind) for target in dict.fromkeys(targets)}
-    for exporter in exporters.values():
-        exporter.check_options(options, quant, group)
-    return exporters
+    return importlib.import_module(f"{RUNTIMES}.{target.folder}.{module}")

@@ -31,15 +31,6 @@ class Model(Protocol):
         """All outputs by name."""
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEngine:
-    """Load the bundle's package.
-
-    Raises:
-        LimeEdgeError: no Core ML where it is asked for, or a package that cannot be loaded.
-    """
-    return CoremlEngine(bundle, options)
-
-
 class SwitchedPackage:
     """A loaded package whose expert can be switched: what language models and encoders share."""
 
@@ -66,7 +57,11 @@ class SwitchedPackage:
 
 
 class CoremlEngine(SwitchedPackage):
-    """A loaded package with its cache as state; implements lime_edge.session.decoder.Engine."""
+    """A loaded package with its cache as state; implements lime_edge.session.decoder.Engine.
+
+    Raises:
+        LimeEdgeError: no Core ML where it is asked for, or a package that cannot be loaded.
+    """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         facts, model = bundle.manifest.targets["coreml"], bundle.manifest.backbone
@@ -76,7 +71,7 @@ class CoremlEngine(SwitchedPackage):
         if not 1 <= self.capacity <= most:
             raise LimeEdgeError(
                 f"max_length: expected 1..{most}, found {self.capacity}",
-                "--max-seq-len at export sets the cache of this target",
+                "`max_seq_len` at export sets the cache of this target",
             )
         self.length = 0
         self._vocab, self._lengths = model.vocab, sorted(facts.lengths)

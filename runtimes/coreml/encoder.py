@@ -15,17 +15,12 @@ from lime_edge.session.engines import SessionOptions
 EXPERT, IDS = "expert", "input_ids"
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> CoremlEncoderEngine:
-    """Load the bundle's package.
+class CoremlEncoderEngine(SwitchedPackage):
+    """The loaded package; implements lime_edge.session.encoder.EncoderEngine.
 
     Raises:
         LimeEdgeError: no Core ML where it is asked for, or a package that cannot be loaded.
     """
-    return CoremlEncoderEngine(bundle, options)
-
-
-class CoremlEncoderEngine(SwitchedPackage):
-    """The loaded package; implements lime_edge.session.encoder.EncoderEngine."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         super().__init__(bundle, options)

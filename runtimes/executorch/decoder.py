@@ -22,16 +22,6 @@ from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.session.engines import SessionOptions
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEngine:
-    """Load the bundle's ExecuTorch program.
-
-    Raises:
-        LimeEdgeError: a length beyond the exported cache, a missing backend or package, or a program that
-            cannot be loaded.
-    """
-    return ExecutorchEngine(bundle, options)
-
-
 class SwitchedProgram:
     """A loaded program whose expert can be switched: what language models and encoders share.
 
@@ -78,6 +68,10 @@ class ExecutorchEngine(SwitchedProgram):
     """A loaded program; implements lime_edge.session.decoder.Engine. Both methods share one cache.
 
     ExecuTorch checks neither positions nor lengths, so that is done here.
+
+    Raises:
+        LimeEdgeError: a length beyond the exported cache, a missing backend or package, or a program that
+            cannot be loaded.
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
@@ -87,7 +81,7 @@ class ExecutorchEngine(SwitchedProgram):
         if not 1 <= self.capacity <= most:
             raise LimeEdgeError(
                 f"max_length: expected 1..{most}, found {self.capacity}",
-                "--max-seq-len at export sets the cache of this target",
+                "`max_seq_len` at export sets the cache of this target",
             )
         self.length = 0
         self._vocab = bundle.manifest.backbone.vocab

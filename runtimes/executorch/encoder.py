@@ -10,17 +10,12 @@ from lime_edge.runtimes.executorch.decoder import SwitchedProgram, wrap
 from lime_edge.session.engines import SessionOptions
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> ExecutorchEncoderEngine:
-    """Load the bundle's ExecuTorch program.
+class ExecutorchEncoderEngine(SwitchedProgram):
+    """The loaded program; implements lime_edge.session.encoder.EncoderEngine.
 
     Raises:
         LimeEdgeError: a missing package or backend, or a program that cannot be loaded.
     """
-    return ExecutorchEncoderEngine(bundle, options)
-
-
-class ExecutorchEncoderEngine(SwitchedProgram):
-    """The loaded program; implements lime_edge.session.encoder.EncoderEngine."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         super().__init__(bundle, options)

@@ -19,19 +19,13 @@ DEFAULT_LENGTH = 2048
 REPLACED = {"ExpertRowsBranch", "GappedExpertRowsBranch", "ExpertRowsBranchNorm", "RoutedBranch", "SwiGLU"}
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEngine:
-    """Load the bundle's ONNX graph.
-
-    Raises:
-        LimeEdgeError: no ONNX target, no execution provider, or a graph that cannot be loaded.
-    """
-    return OnnxEngine(bundle, options)
-
-
 class OnnxEngine:
     """A bundle's graphs with a cache for one sequence; implements lime_edge.session.engines.Engine.
 
     `open_rows` gives several sequences caches of their own over the same graphs.
+
+    Raises:
+        LimeEdgeError: no execution provider, or a graph that cannot be loaded.
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):

@@ -15,17 +15,12 @@ from lime_edge.session.engines import SessionOptions
 EXPERT = "expert"
 
 
-def open_engine(bundle: Bundle, options: SessionOptions) -> OnnxEncoderEngine:
-    """Load the bundle's ONNX graph.
+class OnnxEncoderEngine:
+    """The loaded graphs; implements lime_edge.session.encoder.EncoderEngine. The routed one loads on first use.
 
     Raises:
         LimeEdgeError: no execution provider, or a graph that cannot be loaded.
     """
-    return OnnxEncoderEngine(bundle, options)
-
-
-class OnnxEncoderEngine:
-    """The loaded graphs; implements lime_edge.session.encoder.EncoderEngine. The routed one loads on first use."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         self._facts = bundle.manifest.targets["onnx"]

@@ -9,6 +9,7 @@ from lime_edge.session.health import Health, find_version, import_or_explain, is
 
 INSTALL = "pip install 'lime-edge[onnx]'"
 BUILD = "install a C compiler (apt install gcc libc6-dev), then pip install --force-reinstall --no-deps lime-edge"
+explain_operators = explain_absence  # of what the engine would run if it were here
 
 
 def examine() -> Health:

@@ -31,8 +31,7 @@ from lime_edge.export.describe import (
     describe_weights,
 )
 from lime_edge.export.manifest import complete_bundle
-from lime_edge.targets.options import TargetOptions
-from lime_edge.targets.registry import load_exporter
+from lime_edge.targets.registry import load_exporters
 
 SHAPES = {
     "1b": {
@@ -95,7 +94,8 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
     decoder = model.decoder
     with stage_directory(output) as stage:
         (stage / "onnx").mkdir()
-        facts = load_exporter("onnx").export(model, stage / "onnx", TargetOptions(), lambda *_: None)
+        exporter = load_exporters(["onnx"], {}, model.quant, model.group, "decoder")["onnx"]
+        facts = exporter.write(model, stage / "onnx", lambda *_: None)
         weights = describe_weights(model.weights, model.quant, model.group)
         weights |= {"rounding": "nearest", "weight_hash": model.weight_hash()}
         providers = {"providers": ["CPUExecutionProvider"], "threads": None}

@@ -1,0 +1,13 @@
+"""What ONNX offers the export."""
+
+from __future__ import annotations
+
+from lime_edge.exporters.onnx.decoder import write_decoder
+from lime_edge.exporters.onnx.encoder import write_encoder
+from lime_edge.targets.entries import OnnxOptions
+
+WRITERS = {"decoder": write_decoder, "encoder": write_encoder}
+
+
+def check_options(kind: str, options: OnnxOptions, quant: str, group: int) -> None:
+    """Nothing that can be asked for is refused here: what this target needs is checked on the model."""

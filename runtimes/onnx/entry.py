@@ -1,0 +1,6 @@
+"""What runs a bundle on ONNX Runtime, by kind of model. It imports the engine; `health` does without."""
+
+from lime_edge.runtimes.onnx.decoder import OnnxEngine
+from lime_edge.runtimes.onnx.encoder import OnnxEncoderEngine
+
+ENGINES = {"decoder": OnnxEngine, "encoder": OnnxEncoderEngine}
