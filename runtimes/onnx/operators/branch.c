@@ -17,14 +17,18 @@ INLINE void project_few(const Parts *parts, int rows, const float *x, const void
     for (int first = 0; first < unroll; first += together) {
         vec sums[96 / WIDE] = {0};
         for (int64_t k = first; k < whole; k += unroll)
-            for (int u = 0; u < together; u++)
-                for (int lane = 0; lane < lanes; lane++) {
-                    const vec weights = load_weights(a, (k + u) * rank + WIDE * lane, half);
-                    for (int row = 0; row < rows; row++) {
+            for (int u = 0; u < together; u++) {
+                vec weights[24 / WIDE];
+                for (int lane = 0; lane < lanes; lane++)
+                    weights[lane] = load_weights(a, (k + u) * rank + WIDE * lane, half);
+                for (int row = 0; row < rows; row++) {
+                    const vec value = spread(x[row * inputs + k + u]);
+                    for (int lane = 0; lane < lanes; lane++) {
                         vec *sum = sums + (u * lanes + lane) * rows + row;
-                        *sum = fuse(spread(x[row * inputs + k + u]), weights, *sum);
+                        *sum = fuse(value, weights[lane], *sum);
                     }
                 }
+            }
         for (int64_t k = whole; first == 0 && k < inputs; k++)
             for (int lane = 0; lane < lanes; lane++) {
                 const vec weights = load_weights(a, k * rank + WIDE * lane, half);
