@@ -67,11 +67,13 @@ class Order:
 
 @dataclass
 class Job:
-    """An order under way: its row, the prompt tokens that were read, the tokens it gave, and the one to go on with."""
+    """An order under way: its row, the prompt tokens that were read (`kept` of them by somebody else, before), the
+    tokens it gave, and the one to go on with."""
 
     order: Order
     row: int
     read: int
+    kept: int = 0
     given: int = 0
     token: int | None = None
 
@@ -83,23 +85,28 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What came of a request: a token, or, with `reason`, its end (then token is None), and what went wrong."""
+    """What came of a request: a token, or, with `reason`, its end (then token is None), and what went wrong.
+
+    kept: tokens of its prompt that did not have to be read again.
+    """
 
     number: int
     token: int | None = None
     reason: str = ""
     fault: LimeEdgeError | None = None
+    kept: int = 0
 
 
 class Batch:
     """Orders on the rows of an engine. `submit` some, `advance` while there are any, `stop` one at any time.
 
     Args:
-        rows: of the engine. prefixes: where beginnings that are shared are kept.
+        rows: of the engine. prefixes: where beginnings that are shared are kept. keep_prompts: every prompt is kept
+            there, for orders that are not known yet; otherwise what an order that waits has in common with it.
     """
 
-    def __init__(self, rows: Rows, prefixes: PrefixCache):
-        self._rows, self._prefixes = rows, prefixes
+    def __init__(self, rows: Rows, prefixes: PrefixCache, keep_prompts: bool = False):
+        self._rows, self._prefixes, self._keeps = rows, prefixes, keep_prompts
         self._queue: deque[Order] = deque()
         self._jobs: dict[int, Job] = {}  # by the order's number, in the order they started
 
@@ -112,6 +119,11 @@ class Batch:
     def running(self) -> tuple[int, ...]:
         """Numbers of the orders that have a row."""
         return tuple(self._jobs)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Numbers of the orders that wait for one, in order."""
+        return tuple(order.number for order in self._queue)
 
     def submit(self, order: Order) -> None:
         """Queue an order: it starts when a row is free.
@@ -155,7 +167,7 @@ class Batch:
                 waiting.append(order)
             else:
                 row, read = begin_row(self._rows, order, self._prefixes, order.shareable)
-                self._jobs[order.number] = Job(order, row, read)
+                self._jobs[order.number] = Job(order, row, read, read)
         self._queue.extendleft(reversed(waiting))
 
     def _is_worth_waiting(self, order: Order) -> bool:
@@ -190,7 +202,7 @@ class Batch:
             self._rows.set_expert(job.row, job.order.expert.residual)
             self._share(job, job.order.ids[:stop])
         elif stop == len(job.order.ids) and not job.order.silent:
-            self._share(job, ())
+            self._share(job, job.order.shareable if self._keeps else ())
         return logits
 
     def _share(self, job: Job, least: Sequence[int]) -> None:
@@ -212,14 +224,14 @@ class Batch:
         if token in order.eos:
             return [self._end(job, STOP)]
         job.given, job.token = job.given + 1, token
-        events = [Event(order.number, token)]
+        events = [Event(order.number, token, kept=job.kept)]
         if job.given == order.most:
             events.append(self._end(job, order.limit))
         return events
 
     def _end(self, job: Job, reason: str, fault: LimeEdgeError | None = None) -> Event:
         self.stop(job.order.number)
-        return Event(job.order.number, None, reason, fault)
+        return Event(job.order.number, None, reason, fault, job.kept)
 
 
 def begin_row(rows: Rows, order: Order, prefixes: PrefixCache, most: Sequence[int]) -> tuple[int, int]:

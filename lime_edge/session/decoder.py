@@ -15,10 +15,12 @@ from lime_edge.bundle.prompts import TextCodec
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.batch import FULL, LENGTH, STOP
 from lime_edge.session.cache import ROOM, Cache, Segment
+from lime_edge.session.desk import Desk
 from lime_edge.session.engines import Engine
 from lime_edge.session.generate import GenerationOptions, TextStream, stream_tokens
-from lime_edge.session.many import MOST_ROWS, Answers, AnyRequest, open_answers, read_logits
+from lime_edge.session.many import Answers, open_answers, read_logits
 from lime_edge.session.prefixes import PrefixCache
+from lime_edge.session.requests import MOST_ROWS, AnyRequest, open_rows
 from lime_edge.session.switching import ExpertSwitch
 from lime_edge.session.turn import Turn
 
@@ -305,6 +307,29 @@ class Session(ExpertSwitch):
         self._owner.check()
         options = replace(options or GenerationOptions(), **changes)
         return open_answers(self, list(requests), options, rows, memory, as_text)
+
+    def open_desk(
+        self,
+        rows: int = MOST_ROWS,
+        capacity: int | None = None,
+        memory: int | None = None,
+        queue: int | None = None,
+        keep_prompts: bool = False,
+    ) -> Desk:
+        """A desk that takes requests while others run: what a server stands on.
+
+        Args:
+            rows: at most this many run at once. capacity: tokens that a row holds, None for `max_length`. memory: bytes
+                that the caches of all rows may take (fewer rows, where they are more). queue: requests that may wait.
+            keep_prompts: keep every prompt in `prefixes`, for requests to come that begin alike under the same expert.
+        Raises:
+            LimeEdgeError: an engine that runs one sequence; no row fits; rows, capacity or queue out of range.
+        """
+        self._owner.check()
+        if queue is not None and queue < 0:
+            raise LimeEdgeError(f"queue: expected 0 or more, or None, found {queue}", "0: who finds no row is refused")
+        made = open_rows(self, rows, self.max_length if capacity is None else capacity, memory)
+        return Desk(self, made, True, queue, keep_prompts)
 
     def logits_many(self, requests: Iterable[tuple[str | Sequence[int], Selection]], keep: int = 0) -> list[np.ndarray]:
         """Logits of many sequences, each under an expert of its own; a beginning they share under one is read once.
