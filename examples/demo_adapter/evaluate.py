@@ -55,6 +55,7 @@ def load_adapted(base: Path, folder: Path, device: str) -> Adapted:
     model = load_backbone(base)
     targets = tuple(config["target_modules"])
     choice = add_lime(model, config["num_experts"], config["r"], config["lora_alpha"], routing, targets)
+    choice.header = (config.get("activation") or {}).get("tokens", 0)
     assign_tensors(model, tensors)
     model.to(device).eval()
     return Adapted(model, load_tokenizer(base), choice, tuple(config["expert_names"]), config)
@@ -99,12 +100,17 @@ def _continue(adapted: Adapted, ids: list[list[int]], rows: list[int]) -> Tensor
     """Return (N, up to NEW_TOKENS) new token ids for prompts of equal length."""
     device = next(adapted.model.parameters()).device
     adapted.choice.rows = torch.tensor(rows, device=device)
-    adapted.choice.prompt = adapted.choice.valid = None
+    adapted.choice.prompt = adapted.choice.valid = adapted.choice.active = None
     step, cache, new = torch.tensor(ids, device=device), None, []
+    if adapted.choice.header:
+        adapted.choice.active = torch.ones_like(step, dtype=torch.bool)
+        adapted.choice.active[:, : -adapted.choice.header] = False
+        adapted.choice.prompt = adapted.choice.active
     ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for _ in range(NEW_TOKENS):
         result = adapted.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        adapted.choice.prompt = adapted.choice.active = None
         new.append(step)
         ended |= step[:, 0] == adapted.tokenizer.eos_token_id
         if ended.all():

@@ -42,12 +42,16 @@ class Choice:
     rows: (N,) expert of each row of the batch when pinned; num_experts means "no adapter".
     prompt: (N, T) True where a token belongs to the prompt, for routing; None: all of them do.
     valid: (N, T) False on padding; None: no padding.
+    header: the prompt's last tokens, from which on the adapter acts; 0: it always acts.
+    active: (N, T) True where it acts; None: everywhere.
     balance: when routing in training, each layer appends its (importance, kl, load) here.
     """
 
     rows: Tensor | None = None
     prompt: Tensor | None = None
     valid: Tensor | None = None
+    header: int = 0
+    active: Tensor | None = None
     balance: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -79,6 +83,8 @@ class LimeLinear(nn.Module):
         """Map x (N, T, D) to (N, T, H)."""
         h = self.linear(x)
         delta = (x @ self.A.t() @ self.B.t()) * self.scale
+        if self.choice.active is not None:  # before the header the original model reads
+            delta = delta * self.choice.active.unsqueeze(-1)
         if self.routing is None:
             vectors = torch.cat([self.LiMEs, self.LiMEs.new_zeros(1, self.LiMEs.shape[1])])
             return torch.addcmul(h, vectors[self.choice.rows].unsqueeze(1), delta)

@@ -5,6 +5,7 @@
 
     train.py                        the demo's experts jointly, pinned per task  -> adapter/
     train.py --routed               zero-parameter routing with balance losses -> routed/
+    train.py --activation generation-prompt    experts that act from the assistant's header on -> activated/
     train.py --new-expert future    one more vector, shared adapter frozen -> new_expert/
     train.py --small --device cpu   a few minutes on a CPU -> runs/
 
@@ -21,6 +22,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import torch
@@ -54,6 +56,7 @@ from torch import Tensor, nn
 
 BALANCE, IMPORTANCE, KL = 0.01, 1.0, 0.1  # Kowsher/LiME at 82f981f, trainer.py, defaults of LiMEArguments
 ROUTED_EXPERTS = 8
+FROM_HEADER = "generation-prompt"
 SMALL_TASKS = ("plural", "article", "question", "object")
 
 
@@ -143,6 +146,9 @@ def compute_loss(model: nn.Module, choice: Choice, corpus: Corpus, rows: Tensor,
     choice.rows = corpus.expert[rows].to(device)
     choice.prompt = (places < prompt[:, None]).to(device)
     choice.valid = (places < length[:, None]).to(device)
+    if choice.header:
+        choice.active = (places >= prompt[:, None] - choice.header).to(device)
+        choice.prompt, choice.valid = choice.prompt & choice.active, choice.valid & choice.active
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     predicts = ((places >= prompt[:, None] - 1) & (places < length[:, None] - 1)).to(device)
     logits = model.lm_head(hidden[predicts])
@@ -242,7 +248,31 @@ def save_adapter(model: nn.Module, folder: Path, config: dict, names: tuple[str,
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def describe_adapter(experts: list[str], plan: Plan, routing: Routing | None, base: str = DEMO_BASE) -> dict:
+def find_header(tokenizer) -> dict:
+    """The opening of the assistant's turn, as the adapter's configuration has it: from there on the expert acts."""
+    talk = [{"role": "user", "content": "a"}]
+    closed, opened = (
+        tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=opens) for opens in (False, True)
+    )
+    text = opened.removeprefix(closed)
+    if not text or text == opened:
+        raise SystemExit("the chat template opens no turn of the assistant: --activation needs one that does")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"kind": "generation_prompt", "tokens": len(ids), "text": text}
+
+
+def check_header(corpus: Corpus, header: dict, tokenizer) -> int:
+    """How many tokens the header has, which every prompt must end with."""
+    ids, count = torch.tensor(tokenizer(header["text"], add_special_tokens=False)["input_ids"]), header["tokens"]
+    for row, end in zip(corpus.ids, corpus.prompt.tolist(), strict=True):
+        if end < count or not torch.equal(row[end - count : end], ids):
+            raise SystemExit(f"a prompt does not end with {header['text']!r}: {tokenizer.decode(row[:end])!r}")
+    return count
+
+
+def describe_adapter(
+    experts: list[str], plan: Plan, routing: Routing | None, base: str = DEMO_BASE, header: dict | None = None
+) -> dict:
     """Describe an adapter in the project's format, with how it was trained."""
     config = {
         "peft_type": "LIME",
@@ -258,6 +288,8 @@ def describe_adapter(experts: list[str], plan: Plan, routing: Routing | None, ba
     }
     if base == DEMO_BASE:
         config["license"] = "MIT"
+    if header:
+        config["activation"] = header
     if routing:
         config |= vars(routing)
     return config | {
@@ -270,10 +302,12 @@ def train_jointly(args: argparse.Namespace, plan: Plan) -> None:
     routing = Routing() if args.routed else None
     tasks = SMALL_TASKS if args.small else tuple(args.tasks.split(",")) if args.tasks else TASKS
     experts = [f"expert_{n}" for n in range(ROUTED_EXPERTS)] if routing else list(tasks)
-    model, train, valid = prepare(args, tasks, routing is not None)
+    model, tokenizer, train, valid = prepare(args, tasks, routing is not None)
     choice = add_lime(model, len(experts), plan.rank, plan.alpha, routing)
+    header = find_header(tokenizer) if args.activation == FROM_HEADER else None
+    choice.header = check_header(train, header, tokenizer) if header else 0
     fit(model.to(args.device), choice, train, valid, plan, args.device)
-    save_adapter(model, args.out, describe_adapter(experts, plan, routing))
+    save_adapter(model, args.out, describe_adapter(experts, plan, routing, header=header))
 
 
 def train_expert(args: argparse.Namespace, plan: Plan) -> None:
@@ -281,20 +315,21 @@ def train_expert(args: argparse.Namespace, plan: Plan) -> None:
     task, source = args.new_expert, args.adapter / "adapter_model.safetensors"
     config = json.loads((args.adapter / "adapter_config.json").read_text())
     plan = replace(plan, rank=config["r"], alpha=config["lora_alpha"])
-    model, train, valid = prepare(args, (task,), False)
-    choice = add_lime(model, 1, plan.rank, plan.alpha)
+    model, tokenizer, train, valid = prepare(args, (task,), False)
+    choice, header = add_lime(model, 1, plan.rank, plan.alpha), config.get("activation")
+    choice.header = check_header(train, header, tokenizer) if header else 0
     group = [n for n, name in enumerate(config["expert_names"]) if name in GROUPS[find_group(task)]]
     tensors = load_file(source)
     start = {k: v[group].mean(0, keepdim=True) if k.endswith("LiMEs") else v for k, v in tensors.items()}
     assign_tensors(model, start)
     fit(model.to(args.device), choice, train, valid, plan, args.device, vectors_only=True)
-    described = describe_adapter([task], plan, None)
+    described = describe_adapter([task], plan, None, header=header)
     described["training"]["shared_adapter"] = os.path.relpath(args.adapter, args.out)
     described["training"]["shared_adapter_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
     save_adapter(model, args.out, described, ("LiMEs",))
 
 
-def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tuple[nn.Module, Corpus, Corpus]:
+def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tuple[nn.Module, Any, Corpus, Corpus]:
     """Load the backbone and tokenize the training and validation items of some tasks."""
     base = args.base or find_backbone()
     tokenizer = load_tokenizer(base)
@@ -308,7 +343,7 @@ def prepare(args: argparse.Namespace, tasks: tuple[str, ...], named: bool) -> tu
         f"{len(train.ids)} training rows, {len(valid.ids)} validation rows, tasks: {' '.join(tasks)}",
         flush=True,
     )
-    return load_backbone(base), train, valid
+    return load_backbone(base), tokenizer, train, valid
 
 
 def train_own(args: argparse.Namespace, plan: Plan) -> None:
@@ -328,15 +363,19 @@ def train_own(args: argparse.Namespace, plan: Plan) -> None:
     print(f"{len(train.ids)} training rows, {len(valid.ids)} validation rows, tasks: {' '.join(tasks)}", flush=True)
     torch.manual_seed(args.seed)
     start, source = {}, args.adapter / "adapter_model.safetensors"
+    header = find_header(tokenizer) if args.activation == FROM_HEADER else None
     if args.new_expert:
         config = json.loads((args.adapter / "adapter_config.json").read_text())
         plan = replace(plan, rank=config["r"], alpha=config["lora_alpha"])
+        header = config.get("activation")
         start = {k: v.mean(0, keepdim=True) if k.endswith("LiMEs") else v for k, v in load_file(source).items()}
     model = load_backbone(base)
     choice = add_lime(model, len(tasks), plan.rank, plan.alpha)
+    choice.header = check_header(train, header, tokenizer) if header else 0
     assign_tensors(model, start)
     fit(model.to(args.device), choice, train, valid, plan, args.device, vectors_only=bool(args.new_expert))
-    described = describe_adapter(tasks, plan, None, base.stem if base.is_file() else base.resolve().name)
+    name = base.stem if base.is_file() else base.resolve().name
+    described = describe_adapter(tasks, plan, None, name, header)
     if args.new_expert:
         described["training"]["shared_adapter"] = os.path.relpath(args.adapter, args.out)
         described["training"]["shared_adapter_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -364,6 +403,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default=device)
     add("--small", action="store_true", help="40 steps of 8: minutes on a CPU (the demo: four tasks)")
     add("--routed", action="store_true", help="train with routing and balance losses")
+    add(
+        "--activation",
+        choices=("always", FROM_HEADER),
+        default="always",
+        help="on which tokens the experts act; from the generation prompt on, one reading of a prompt serves them all "
+        "(--new-expert does as its adapter)",
+    )
     add("--new-expert", metavar="TASK", help="train one vector for a task that is not in the adapter")
     add("--tasks", help="comma-separated subset of tasks")
     for name in ("steps", "batch", "rank", "seed"):
@@ -375,7 +421,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def choose_plan(args: argparse.Namespace) -> Plan:
     """Choose the plan of a run; options on the command line override it."""
-    plan = Plan(steps=600) if args.routed else Plan()
+    plan = Plan(steps=600) if args.routed else Plan(steps=1500) if args.activation == FROM_HEADER else Plan()
     if args.data:
         plan = Plan(steps=300, batch=32, warmup=30)
     if args.new_expert:
@@ -398,9 +444,11 @@ def main() -> None:
         train_own(args, plan)
         return
     kind = "routed" if args.routed else "new_expert" if args.new_expert else "adapter"
+    if kind == "adapter" and args.activation == FROM_HEADER:
+        kind = "activated"
     args.out = args.out or (HERE / "runs" / kind if args.small else HERE / kind)
     train_expert(args, plan) if args.new_expert else train_jointly(args, plan)
-    tests = HERE / "eval" if kind == "adapter" else HERE / kind / "eval"
+    tests = HERE / "eval" if kind in ("adapter", "activated") else HERE / kind / "eval"
     limit = 20 if args.small else None
     result = evaluate.measure_adapter(args.base or find_backbone(), args.out, tests, args.device, limit)
     for group, matrix in result.get("groups", {}).items():

@@ -25,6 +25,13 @@ def _complete_experts(ctx: Any, incomplete: str) -> list[str]:
     return []
 
 
+def _complete_skills(ctx: Any, incomplete: str) -> list[str]:
+    """As above, and all of them; the last of several behind commas is completed."""
+    before, comma, last = incomplete.rpartition(",")
+    every = [] if comma or not "all".startswith(last) else ["all"]
+    return [*(f"{before}{comma}{name}" for name in _complete_experts(ctx, last)), *every]
+
+
 def complete_from(*words: str) -> Any:
     """A completion with fixed words; the last of several behind commas is completed."""
 
@@ -64,5 +71,15 @@ ExpertOption = Annotated[
         "-e",
         help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; else the bundle's first.",
         autocompletion=_complete_experts,
+    ),
+]
+SkillsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert",
+        "-e",
+        help="NAME, none, routed, or NAME=WEIGHT,NAME=WEIGHT; all, or NAME,NAME: their answers in one pass; else the "
+        "bundle's first.",
+        autocompletion=_complete_skills,
     ),
 ]

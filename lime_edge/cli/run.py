@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import BundlePath, ExpertOption, Json, Target, Threads
+from lime_edge.cli.options import BundlePath, Json, Quiet, SkillsOption, Target, Threads
 from lime_edge.cli.streams import read_prompt
 from lime_edge.errors import LimeEdgeError
 
@@ -20,6 +20,8 @@ EXAMPLES = """
 [bold]Examples[/bold]
 
  lime-edge run smollm2.lime "Is this review positive? A delight." --expert movie
+
+ lime-edge run smollm2.lime "patent" --expert all                (every expert's answer, in one pass)
 
  lime-edge run smollm2.lime                 (chat; /expert NAME switches, /help lists the commands)
 
@@ -37,7 +39,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - reads standard input; without it a chat begins.")
     ] = None,
-    expert: ExpertOption = None,
+    expert: SkillsOption = None,
     target: Target = None,
     threads: Threads = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens the cache holds.")] = None,
@@ -49,12 +51,14 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option(help="The prompt is complete: no chat template.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt, or chat, with any expert."""
+    """Answer one prompt, or chat, with any expert; or one prompt with several at once."""
     from lime_edge.bundle.experts import parse_selection
     from lime_edge.cli.answer import answer_once
     from lime_edge.cli.chat import Chat
+    from lime_edge.cli.skills import answer_many, asks_for_many, read_selections
     from lime_edge.session.generate import GenerationOptions
 
     if as_json and prompt is None:
@@ -64,6 +68,11 @@ def run(
     text = None if prompt is None else read_prompt(prompt)
     options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     session = open_bundle(bundle, target, threads, max_length)
+    if expert is not None and asks_for_many(expert, session.experts):
+        if text is None:
+            raise LimeEdgeError(f"`expert`: {expert!r} answers one prompt: it is missing", "a chat has one expert")
+        answer_many(session, text, read_selections(expert, session.experts), options, system, raw, as_json)
+        return
     if expert is not None:
         session.use(parse_selection(expert))
     if text is None:

@@ -8,6 +8,7 @@ own.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class Batch:
         self._rows, self._prefixes, self._keeps = rows, prefixes, keep_prompts
         self._queue: deque[Order] = deque()
         self._jobs: dict[int, Job] = {}  # by the order's number, in the order they started
+        self.prompts_s = self.steps_s = 0.0  # seconds spent on each so far
 
     @property
     def busy(self) -> bool:
@@ -149,13 +151,16 @@ class Batch:
 
     def advance(self) -> list[Event]:
         """Start what fits, read a piece of the prompts that wait, and one step of all rows that answer."""
+        begun = time.perf_counter()
         self._start()
         events = self._read_prompts()
+        self.prompts_s += (read := time.perf_counter()) - begun
         stepping = [job for job in self._jobs.values() if job.token is not None]
         if stepping:
             tokens = [job.token for job in stepping if job.token is not None]
             for job, logits in zip(stepping, self._rows.step([job.row for job in stepping], tokens), strict=True):
                 events += self._take(job, logits)
+        self.steps_s += time.perf_counter() - read
         return events
 
     def _start(self) -> None:

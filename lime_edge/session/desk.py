@@ -107,6 +107,16 @@ class Desk:
         """Numbers of the requests that wait for one, in order."""
         return self._batch.waiting
 
+    @property
+    def prompts_s(self) -> float:
+        """Seconds spent on reading prompts, since it was opened."""
+        return self._batch.prompts_s
+
+    @property
+    def steps_s(self) -> float:
+        """Seconds spent on decode steps, since it was opened."""
+        return self._batch.steps_s
+
     def advance(self) -> list[Piece]:
         """One step: start who waits where a row is free, read a piece of a new prompt, a token for all who answer.
 
