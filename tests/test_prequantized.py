@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import Cli
 
+from lime_edge.compiler.formats.decoder import read_decoder_backbone
+from lime_edge.compiler.formats.encoder import read_encoder_backbone
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.errors import LimeEdgeError
+from lime_edge.export.pipeline import ExportOptions, export_bundle
+from lime_edge.targets.devices import find_device
 
 Make = Callable[..., Path]
 # What these tools write into config.json, shortened
@@ -57,6 +64,23 @@ def test_what_the_tensors_show(lime: Cli, tiny_model: Make, tiny_adapter: Make, 
     packed = tensors | {name.replace("weight", "qweight"): torch.zeros(8, 64, dtype=torch.int32)}
     save_file(packed, model / "model.safetensors")
     assert "quantized already (GPTQ or AWQ)" in refuse(lime, model, tiny_adapter(), tmp_path)
+
+
+def test_the_library_refuses_as_the_command_line_does(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """Who calls the library gets the same sentence, from every function that reads a model, and nothing is written."""
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    out, adapter = tmp_path / "x.lime", tmp_path / "no adapter: the model is refused before anything is read"
+    for call in (
+        lambda: export_bundle(model, adapter, out, CompileOptions(), find_device("cpu"), ExportOptions()),
+        lambda: read_checkpoint(model, tiny_adapter()),
+        lambda: read_decoder_backbone(model),
+        lambda: read_encoder_backbone(model),
+    ):
+        with pytest.raises(LimeEdgeError, match=r"its weights are quantized already \(FP8\); the adapter is folded"):
+            call()
+    assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
 def test_float_checkpoints_pass(tiny_model: Make, tmp_path: Path) -> None:

@@ -101,7 +101,6 @@ def export(
     chosen, targets = find_device(device), split_names(target) or [next(iter(TARGETS))]
     refuse_hub_name(model)
     try:
-        from lime_edge.compiler.formats.prequantized import refuse_prequantized
         from lime_edge.compiler.options import CompileOptions
         from lime_edge.export.pipeline import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
@@ -111,7 +110,6 @@ def export(
     kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
     compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
     target_options = read_told(told, targets, chosen)
-    refuse_prequantized(model)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
         options = ExportOptions(tuple(targets), tokenizer, force, prompts, target_options)
         export_bundle(model, adapter, output, compiling, chosen, options, progress)

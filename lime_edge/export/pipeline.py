@@ -15,6 +15,7 @@ from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_f
 from lime_edge.compiler.formats.adapter_checks import CONFIG
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
 from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
@@ -61,6 +62,7 @@ def export_bundle(
     Raises:
         LimeEdgeError: faults of the checkpoint, the options or the storage.
     """
+    refuse_prequantized(model)
     exporters = find_exporters(find_kind(model), compiling, options)
     check_fold_early(adapter, compiling.fold)
     with stage_directory(output, replace=options.force) as stage:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
 
 HEAD = "lm_head"
@@ -62,9 +63,10 @@ def read_decoder_backbone(path: Path) -> DecoderBackbone:
         path: a directory with config.json and *.safetensors, a .gguf file, or a directory that holds
             exactly one .gguf file.
     Raises:
-        LimeEdgeError: not a model, not a supported one, or tensors missing, extra, mis-shaped or
+        LimeEdgeError: quantized already, not a model, not a supported one, or tensors missing, extra, mis-shaped or
             not finite: all faults at once.
     """
+    refuse_prequantized(path)
     gguf = find_gguf(path)
     if gguf is not None:
         config, tensors = _read_gguf(gguf)

@@ -19,6 +19,7 @@ from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
 from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.files import read_json, read_weights
+from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError, need
 
 # What an encoder's class may be called after its family, and the task that TasksManager knows it under.
@@ -130,8 +131,9 @@ def read_encoder_backbone(path: Path) -> EncoderBackbone:
     """Load an encoder or vision model in float32.
 
     Raises:
-        LimeEdgeError: unknown task, weights missing, not finite, or a model that does not run.
+        LimeEdgeError: quantized already, unknown task, weights missing, not finite, or a model that does not run.
     """
+    refuse_prequantized(path)
     config = read_json(path / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = infer_task(architecture, path)
