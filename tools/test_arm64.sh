@@ -47,7 +47,10 @@ EXPORTER_TESTS=(
     test_cli.py::test_an_encoder_is_exported_and_opened
 )
 # The process that the kernel measures is qemu, with the code it has translated so far, which grows for minutes:
-MEMORY_TESTS=(test_session.py::test_ten_thousand_switches_keep_memory_flat)
+MEMORY_TESTS=(
+    test_session.py::test_ten_thousand_switches_keep_memory_flat
+    test_session.py::test_a_hundred_experts_cost_their_bytes
+)
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit "${2:-4}"; }
