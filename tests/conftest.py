@@ -96,8 +96,8 @@ def tiny_adapter(shared_folder: Path, tiny_model: Make) -> Make:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Make:
-    """tiny_bundle(model=None, adapter=None, **options): a bundle; `targets` of the export, `options` are
-    CompileOptions' fields.
+    """tiny_bundle(model=None, adapter=None, **options): a bundle; `targets` and `companions` of the export, `options`
+    are CompileOptions' fields.
 
     Without `quant` it is a float32 bundle. It is shared: a test that writes to it copies it first.
     """
@@ -109,6 +109,7 @@ def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Ma
         model: Path | None = None,
         adapter: Path | None = None,
         targets: tuple[str, ...] = ("onnx",),
+        companions: tuple[str, ...] = (),
         **options: Any,
     ) -> Path:
         from lime_edge.compiler.options import CompileOptions
@@ -118,9 +119,8 @@ def tiny_bundle(shared_folder: Path, tiny_model: Make, tiny_adapter: Make) -> Ma
         model = model or tiny_model()
         compiling = CompileOptions(**({"quant": "none"} | options))
         output = directory.with_suffix(".lime")
-        export_bundle(
-            model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"), ExportOptions(targets)
-        )
+        wanted = ExportOptions(targets, companions=companions)
+        export_bundle(model, adapter or tiny_adapter(model), output, compiling, find_device("cpu"), wanted)
         return output
 
     return remember(shared_folder / "bundles", make)

@@ -20,13 +20,13 @@ from lime_edge.bundle.fields import (
     ExpertEntry,
     FileEntry,
     Manifest,
-    OnnxTarget,
     Quantization,
     SiteEntry,
 )
 from lime_edge.bundle.manifest import MANIFEST, SEAL, seal_of
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.bundle.staging import stage_directory
+from lime_edge.targets.entries import OnnxFacts
 
 HASH = "0123456789abcdef" * 4
 
@@ -51,7 +51,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "default": "one",
         "expert_list": tuple(ExpertEntry(name=name, file=f"experts/{name}.safetensors") for name in ("one", "two")),
         "target_list": (
-            OnnxTarget(
+            OnnxFacts(
                 file="onnx/model.onnx",
                 providers=("CPUExecutionProvider",),
                 expert_input=True,

@@ -33,7 +33,7 @@ from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_decoder
-from lime_edge.targets.entries import CoremlOptions
+from lime_edge.targets.entries import CoremlFacts, CoremlOptions
 
 pytestmark = pytest.mark.check
 EXACT, NATIVE = "interpreter", "interpreter-fp16"
@@ -288,7 +288,7 @@ def test_mixed_precision_is_kept(tiny_model: Make, tiny_adapter: Make, tiny_bund
 def test_metadata_sizes_and_lengths(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     path = tiny_bundle(*build(CASES["llama"], tiny_model, tiny_adapter), targets=("coreml",), quant="int8")
     manifest = Bundle.open(path).manifest
-    facts, package = manifest.targets["coreml"], read_package(path / "coreml/model.mlpackage")
+    facts, package = manifest.facts_of(CoremlFacts), read_package(path / "coreml/model.mlpackage")
     files = {name: entry for name, entry in manifest.files.items() if name.startswith("coreml/")}
     assert facts.report["bytes"] == sum(entry.size for entry in files.values()) and facts.report["seconds"] > 0
     assert facts.providers == ("CoreML", "interpreter") and facts.lengths == (1, 32)

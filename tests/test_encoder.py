@@ -91,7 +91,7 @@ def draw_inputs(session: EncoderSession, batch: int, length: int, seed: int = 0)
     """Random inputs of a size of their own, the later texts shorter than the first."""
     if session.inputs == ("pixel_values",):
         random = torch.Generator().manual_seed(seed)
-        shape = session.bundle.manifest.targets["onnx"].inputs[0].shape[1:]
+        shape = map(int, session.bundle.manifest.targets["onnx"].inputs[0].shape[1:])
         return {"pixel_values": torch.randn(batch, *shape, generator=random)}
     return draw_text(batch, length, session.bundle.manifest.backbone.vocab, seed)
 

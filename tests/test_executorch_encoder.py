@@ -96,7 +96,7 @@ def test_a_vision_model_in_int8(tmp_path: Path) -> None:
         name = next(n for n, m in left.items() if np.array_equal(m.codes, matrix.codes))
         assert_same(matrix, left.pop(name), name)
     session = open_bundle(bundle)
-    shape = session.bundle.manifest.targets[TARGET].inputs[0].shape[1:]
+    shape = map(int, session.bundle.manifest.targets[TARGET].inputs[0].shape[1:])
     pixels = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), compiled.module.replace_products(pack_product):  # activations rounded to int8 in torch too
         wanted = EncoderMethod(compiled.module, False, False)(pixels)[0].numpy()

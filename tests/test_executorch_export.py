@@ -336,7 +336,7 @@ def test_a_backend_that_is_not_there_is_refused(tiny_bundle: Make, tmp_path: Pat
         open_session(bundle)
     assert caught.value.exit_code == 4
     with pytest.raises(LimeEdgeError, match="none of the execution providers CUDA is available"):
-        check_provider(["XnnpackBackend"], ("CUDA",))
+        check_provider(("XnnpackBackend",), ("CUDA",))
 
 
 @pytest.mark.small

@@ -345,7 +345,7 @@ def test_names_are_those_of_onnxruntime_genai(
     name: str, quant: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
 ) -> None:
     """What its decoder-only pipeline binds, and two inputs more, which both have a default in its graph only."""
-    bundle = tiny_bundle(*build(CASES[name], tiny_model, tiny_adapter), quant=quant)
+    bundle = tiny_bundle(*build(CASES[name], tiny_model, tiny_adapter), quant=quant, companions=("genai",))
     pinned = onnx.load(bundle / "onnx/model.onnx", load_external_data=False).graph
     assert not {value.name for value in pinned.input} & {tensor.name for tensor in pinned.initializer}
     graph = onnx.load(bundle / "onnx/genai.onnx", load_external_data=False).graph

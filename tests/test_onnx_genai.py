@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import Make
 from models import ALL_LINEARS, CASES, EOS, draw_ids, load_model, load_sites
+from msgspec import structs
 from test_variants import make_prompt_adapter
 
 import lime_edge
@@ -22,12 +24,20 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.change import add_experts, remove_expert
 from lime_edge.bundle.companions import encode_onnx_adapter
 from lime_edge.bundle.experts import Expert
+from lime_edge.bundle.fields import DecoderFacts, Manifest
+from lime_edge.bundle.golden import FILE as GOLDEN
 from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.errors import LimeEdgeError
+from lime_edge.export.pipeline import ExportOptions, export_bundle
+from lime_edge.exporters.onnx.genai import CONFIG, describe_config
 from lime_edge.session.generate import GenerationOptions
-from lime_edge.targets.genai import CONFIG, describe_config
+from lime_edge.targets.devices import find_device
+from lime_edge.targets.entries import OnnxOptions
 
 LENGTH, NEW = 12, 16  # beyond the windows of CASES
 IDS = draw_ids(LENGTH, seed=3)[0].tolist()
+GENAI = ("genai",)
 FAMILIES = ("llama-tied", "llama-yarn", "mistral-window", "qwen2-sliding", "qwen3", "smollm3")
 
 
@@ -97,7 +107,7 @@ def test_tokens_equal_transformers(
     model = tiny_model(case.family, **case.changes)
     adapter = tiny_adapter(model, targets=case.targets, shared=case.shared)
     unfolded = UnfoldedModel(load_model(model), *load_sites(adapter))
-    stock = Stock(tiny_bundle(model, adapter, fold=fold))
+    stock = Stock(tiny_bundle(model, adapter, fold=fold, companions=GENAI))
     assert stock.names == ["expert0", "expert1", "expert2", "expert3", "none"]
     answers = {expert: stock.answer(expert) for expert in stock.names}
     for expert, found in answers.items():
@@ -114,7 +124,7 @@ def test_variants_that_cannot_be_switched_off(
     model = tiny_model("llama")
     adapter = tiny_adapter(model, targets=(*ALL_LINEARS, "embed_tokens"), variant=variant, experts=3)
     unfolded = UnfoldedModel(load_model(model), *load_sites(adapter))
-    stock = Stock(tiny_bundle(model, adapter))
+    stock = Stock(tiny_bundle(model, adapter, companions=GENAI))
     assert stock.names == ["expert0", "expert1", "expert2"]
     answers = [stock.answer(expert) for expert in stock.names]
     assert answers == [answer_with_transformers(unfolded, expert) for expert in stock.names]
@@ -123,7 +133,7 @@ def test_variants_that_cannot_be_switched_off(
 
 @pytest.mark.parametrize("options", [{"quant": "int4"}, {"quant": "int8"}, {"quant": "int4", "fold": "expert1"}])
 def test_quantized_tokens_equal_the_sessions(options: dict[str, Any], tiny_bundle: Make) -> None:
-    bundle = tiny_bundle(**options)
+    bundle = tiny_bundle(companions=GENAI, **options)
     stock = Stock(bundle)
     for name in stock.names:
         assert stock.answer(name) == answer_with_session(bundle, name), f"{options}, {name}"
@@ -132,7 +142,7 @@ def test_quantized_tokens_equal_the_sessions(options: dict[str, Any], tiny_bundl
 
 
 def test_a_single_expert_needs_no_adapter(tiny_bundle: Make) -> None:
-    bundle = tiny_bundle(fold="expert1", single=True)
+    bundle = tiny_bundle(fold="expert1", single=True, companions=GENAI)
     stock = Stock(bundle)
     assert stock.names == []
     assert stock.answer(None) == answer_with_session(bundle, None)
@@ -140,7 +150,7 @@ def test_a_single_expert_needs_no_adapter(tiny_bundle: Make) -> None:
 
 def test_switching_in_the_middle(tiny_bundle: Make) -> None:
     """One generator, four adapters in turn: what a session does with keep_cache=True."""
-    bundle = tiny_bundle()
+    bundle = tiny_bundle(companions=GENAI)
     session, stock = lime_edge.open_decoder(bundle, threads=1), Stock(bundle)
     generator = stock.open("expert0")
     session.use("expert0")
@@ -161,7 +171,7 @@ def test_switching_in_the_middle(tiny_bundle: Make) -> None:
 
 def test_text_goes_through_the_bundles_tokenizer(tiny_bundle: Make) -> None:
     """Which is stored once: the config points at it."""
-    bundle = tiny_bundle()
+    bundle = tiny_bundle(companions=GENAI)
     tokenizer, codec = og.Tokenizer(og.Model(str(bundle / "onnx"))), lime_edge.open_decoder(bundle).codec
     messages = [{"role": "user", "content": "What is it? Tell me, please."}]
     prompt = codec.render_chat(messages)
@@ -173,7 +183,7 @@ def test_text_goes_through_the_bundles_tokenizer(tiny_bundle: Make) -> None:
 
 def test_experts_that_come_and_go(tiny_bundle: Make, tmp_path: Path) -> None:
     """An expert added on a device gets its adapter, a replaced one a new one; a removed one loses it."""
-    bundle = shutil.copytree(tiny_bundle(), tmp_path / "x.lime")
+    bundle = shutil.copytree(tiny_bundle(companions=GENAI), tmp_path / "x.lime")
     bank = Bundle.open(bundle).open_bank()
     mixed = bank.mix({"expert0": 1.5, "expert1": -0.5})
     add_experts(bundle, [Expert("late", mixed, bank.adapter_id)])
@@ -189,22 +199,55 @@ def test_experts_that_come_and_go(tiny_bundle: Make, tmp_path: Path) -> None:
     assert stock.answer("late") == stock.answer(new) != stock.answer("expert0")
 
 
-def test_bundles_without_genai_files(tiny_model: Make, tiny_bundle: Make, tmp_path: Path) -> None:
-    """Virtual tokens are an input that GenAI knows nothing of."""
-    model = tiny_model("llama")
-    adapter = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
-    bundle = shutil.copytree(tiny_bundle(model, adapter), tmp_path / "x.lime")
-    bank = Bundle.open(bundle).open_bank()
-    add_experts(bundle, [Expert("late", bank.vector("expert0"), bank.adapter_id)])
-    assert sorted(file.name for file in (bundle / "onnx").iterdir()) == ["model.onnx", "model.onnx.data"]
+def test_only_when_asked_for(tiny_bundle: Make) -> None:
+    """A bundle holds nothing for GenAI by itself, and the same bytes where it does."""
+    plain, asked = Bundle.open(tiny_bundle()), Bundle.open(tiny_bundle(companions=GENAI))
+    assert plain.manifest.companions == {} and list(asked.manifest.companions) == ["genai"]
+    more = asked.manifest.files.keys() - plain.manifest.files.keys()
+    adapters = {f"onnx/{name}.onnx_adapter" for name in (*asked.manifest.experts, "none")}
+    assert more == {"onnx/genai.onnx", f"onnx/{CONFIG}"} | adapters, "all of them have a hash"
+    other = {name for name, entry in plain.manifest.files.items() if asked.manifest.files[name] != entry}
+    assert other <= {GOLDEN}, "torch may sum in another order"
+    assert replace_companions(asked.manifest) == replace_companions(plain.manifest)
+
+
+def replace_companions(manifest: Manifest) -> Manifest:
+    """Without what a companion adds and what two exports never share."""
+    return structs.replace(manifest, companions={}, files={}, manifest_sha256="0" * 64, export=None)
+
+
+def test_what_genai_cannot_run_is_refused(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """Virtual tokens are an input that it knows nothing of; nothing is written. Without it the bundle is whole."""
+    model, output = tiny_model("llama"), tmp_path / "x.lime"
+    prompt = make_prompt_adapter(tmp_path / "adapter", model, input_conditioned=False)
+    compiling, cpu = CompileOptions(quant="none"), find_device("cpu")
+    wanted = ExportOptions(companions=GENAI)
+    half = replace(wanted, target_options={"onnx": OnnxOptions("float16")})
+    for adapter, options, problem in (
+        (prompt, wanted, "GenAI cannot run a prompt-tuning adapter"),
+        (tiny_adapter(model), half, "needs `activations=float32`, found float16"),
+        (tiny_adapter(model), replace(wanted, companions=("llama",)), "`companion`: expected genai, found 'llama'"),
+        (
+            tiny_adapter(model),
+            replace(wanted, targets=("executorch",)),
+            "expected none with target executorch, found 'genai'",
+        ),
+    ):
+        with pytest.raises(LimeEdgeError, match=problem):
+            export_bundle(model, adapter, output, compiling, cpu, options)
+        assert not output.exists()
+    export_bundle(model, prompt, output, compiling, cpu, ExportOptions())
+    bank = Bundle.open(output).open_bank()
+    add_experts(output, [Expert("late", bank.vector("expert0"), bank.adapter_id)])
+    assert sorted(file.name for file in (output / "onnx").iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
 def test_a_model_without_an_end_token(tiny_bundle: Make, tmp_path: Path) -> None:
     """GenAI goes on to its max_length."""
-    bundle = shutil.copytree(tiny_bundle(), tmp_path / "x.lime")
+    bundle = shutil.copytree(tiny_bundle(companions=GENAI), tmp_path / "x.lime")
     manifest = Bundle.open(bundle).manifest
-    config = describe_config(manifest.model | {"eos": []}, threads=1, has_tokenizer=True)
-    (bundle / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    config = describe_config(manifest.backbone, DecoderFacts(heads=4, kv_heads=2, head_dim=16), 1, has_tokenizer=True)
+    (bundle / "onnx" / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     assert len(Stock(bundle).answer("expert0")) == NEW
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 1
 

@@ -54,6 +54,7 @@ from lime_edge.exporters.onnx.functions import (
 from lime_edge.exporters.onnx.graph import LIME
 from lime_edge.runtimes.onnx import operators as onnx_operators
 from lime_edge.session.generate import GenerationOptions
+from lime_edge.targets.entries import OnnxFacts
 
 SOURCES = Path(__file__).parents[1] / "runtimes" / "onnx" / "operators"
 BOTH = (True, False)
@@ -440,7 +441,7 @@ def test_a_graph_without_functions_has_no_operators(tiny_bundle: Make, tmp_path:
     assert lime_edge.open_decoder(tiny_bundle(), threads=1).operators is True
     old = tmp_path / "old.lime"
     shutil.copytree(tiny_bundle(), old)
-    calls = Bundle.open(old).manifest.targets["onnx"].functions
+    calls = Bundle.open(old).manifest.facts_of(OnnxFacts).functions
     assert calls == ("ExpertRowsBranch", "ExpertRowsBranchNorm", "SwiGLU")
     reseal(old, lambda body: body["targets"][0].update(functions=[]))
     assert lime_edge.open_decoder(old, threads=1).operators is False

@@ -15,7 +15,6 @@ from lime_edge import __version__
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
-from lime_edge.exporters.onnx.companion import write_defaulted
 from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_norm
 from lime_edge.exporters.onnx.external import WeightFile
 from lime_edge.exporters.onnx.functions import HALF, SWIGLU, make_swiglu
@@ -23,7 +22,6 @@ from lime_edge.exporters.onnx.graph import LIME, LOGITS_START, LOGITS_TO_KEEP, M
 from lime_edge.exporters.onnx.prompt import prepend_virtual
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.targets.entries import OnnxOptions
-from lime_edge.targets.genai import CONFIG
 
 FILE = "model.onnx"
 ROUTED_FILE = "routed.onnx"
@@ -47,8 +45,6 @@ def write_decoder(model: CompiledModel, directory: Path, options: OnnxOptions, p
     graph = Graph(weights, half=options.activations == "float16")
     DecoderWriter(model, graph, PinnedExperts(model, graph) if model.swaps else None).write(progress)
     graph.save(directory / FILE, __version__, metadata)
-    if model.virtual is None and not graph.half:
-        write_defaulted(directory / FILE, model.variant.neutral)
     facts = {
         "file": f"onnx/{FILE}",
         "opset": OPSET,
@@ -59,7 +55,6 @@ def write_decoder(model: CompiledModel, directory: Path, options: OnnxOptions, p
         "nodes": len(graph.nodes),
         "functions": sorted(graph.used_functions()),
         "weight_hash": model.weight_hash(),
-        "genai": CONFIG if model.virtual is None and not graph.half else None,
     }
     if graph.half:
         facts["compute"] = "float16"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from lime_edge.exporters.onnx.decoder import write_decoder
 from lime_edge.exporters.onnx.encoder import write_encoder
+from lime_edge.exporters.onnx.genai import check_genai, write_genai
 from lime_edge.targets.entries import OnnxOptions
 
 WRITERS = {"decoder": write_decoder, "encoder": write_encoder}
+COMPANIONS = {"genai": (check_genai, write_genai)}
 
 
 def check_options(kind: str, options: OnnxOptions, quant: str, group: int) -> None:

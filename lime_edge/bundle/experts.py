@@ -18,9 +18,10 @@ from msgspec import Meta, Struct
 
 from lime_edge.bundle.manifest import ALWAYS_ON as ALWAYS_ON
 from lime_edge.bundle.manifest import LONGEST
-from lime_edge.bundle.names import PLAIN_TEXT, RESERVED, check_name
+from lime_edge.bundle.names import RESERVED, check_name
 from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.errors import Faults, LimeEdgeError, suggest
+from lime_edge.targets.values import PLAIN_TEXT
 
 FORMAT = "lime-edge-expert"
 SCHEMA = 2

@@ -7,38 +7,32 @@ of the manifest in `lime_edge.bundle.manifest`. Engines see only numbers that pa
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
-from msgspec import Meta, Struct, field, structs
+from msgspec import Meta, field, structs
 
-from lime_edge.bundle.names import EXPERT_NAME, FILE_PATH, PLAIN_TEXT
 from lime_edge.bundle.sites import SiteTable
+from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.facts import TargetFacts
+from lime_edge.targets.values import (
+    Count,
+    ExpertName,
+    FilePath,
+    Layers,
+    Ratio,
+    Sha256,
+    Strict,
+    Text,
+    Turn,
+    Width,
+)
 
 FORMAT, SCHEMA = "lime-edge-bundle", 2
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?![\s\S])")]
-FilePath = Annotated[str, Meta(pattern=FILE_PATH, max_length=512)]
-ExpertName = Annotated[str, Meta(pattern=EXPERT_NAME)]
-Text = Annotated[str, Meta(pattern=PLAIN_TEXT, max_length=512)]
-Turn = Annotated[str, Meta(max_length=1 << 16)]  # a piece of a prompt: any characters
-Count = Annotated[int, Meta(ge=0, le=1 << 31)]
-Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
-Layers = Annotated[int, Meta(ge=1, le=4096)]
-Width = Annotated[int, Meta(ge=1, le=1 << 24)]
-Threads = Annotated[int, Meta(ge=1, le=1024)]
-Virtual = Annotated[int, Meta(ge=0, le=65536)]
-Ratio = Annotated[float, Meta(ge=0, le=1e6)]
-Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it to run the model")]
-
-
-class Strict(Struct, frozen=True, forbid_unknown_fields=True):
-    """What every part of the manifest is."""
-
-    def __getitem__(self, name: str) -> Any:  # until every reader asks for attributes
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The same."""
-        return getattr(self, name, default)
+FactsT = TypeVar("FactsT", bound=TargetFacts)
+if TYPE_CHECKING:
+    AnyFacts = TargetFacts
+else:
+    AnyFacts = Union[tuple(target.facts for target in TARGETS.values())]  # noqa: UP007 - as many as there are
 
 
 class FileEntry(Strict, frozen=True, kw_only=True):
@@ -124,21 +118,6 @@ class DecoderFacts(Strict, frozen=True, kw_only=True):
     kv_heads: Annotated[int, Meta(ge=1, le=65536, description="of keys and values: the cache's")]
     head_dim: Annotated[int, Meta(ge=1, le=65536)]
     eos: Annotated[tuple[Count, ...], Meta(max_length=64, description="token ids that end an answer")] = ()
-
-
-class Input(Strict, frozen=True, kw_only=True):
-    """An input of an encoder's graph."""
-
-    name: Text
-    dtype: Literal["int64", "float32"]
-    shape: Annotated[
-        tuple[Width | Literal["batch", "sequence"], ...],
-        Meta(min_length=1, max_length=8, description="axes by name vary"),
-    ]
-    limit: Annotated[Count, Meta(description="values are below it; 0: any")] = 0
-    default: Annotated[
-        Literal["", "ones", "zeros"], Meta(description="what a caller may leave out; empty: must be given")
-    ] = ""
 
 
 class EncoderFacts(Strict, frozen=True, kw_only=True):
@@ -266,67 +245,6 @@ class TokenizerFacts(Strict, frozen=True, kw_only=True):
     end: Annotated[tuple[Count, ...], Meta(max_length=64, description="ids after it")] = ()
 
 
-class Target(Strict, frozen=True, kw_only=True):
-    """What all targets say."""
-
-    file: Annotated[FilePath, Meta(description="the artifact; Core ML: a folder of files")]
-    providers: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16, description="in order of preference")]
-    threads: Annotated[Threads | None, Meta(description="null: the engine chooses")] = None
-    expert_input: Annotated[bool, Meta(description="false: one expert, in the weights")]
-    compute: Annotated[
-        Literal["float32", "float16", "int8-dynamic", "int8-per-token"],
-        Meta(description="in what activations are computed: what verify allows for"),
-    ]
-    weight_hash: Sha256
-    layers: Annotated[int, Meta(ge=0, le=4096, description="with a cache; 0: an encoder")] = 0
-    virtual_tokens: Annotated[Virtual, Meta(description="prompt tuning: they come before a prompt")] = 0
-    inputs: Annotated[tuple[Input, ...], Meta(max_length=64, description="of an encoder")] = ()
-    outputs: Annotated[tuple[Text, ...], Meta(max_length=64, description="of an encoder")] = ()
-    report: Facts = {}
-
-
-class OnnxTarget(Target, frozen=True, tag_field="target", tag="onnx", kw_only=True):
-    """ONNX Runtime."""
-
-    routed: Annotated[FilePath | None, Meta(description="the routed graph")] = None
-    opset: Annotated[int, Meta(ge=1, le=1000)]
-    functions: Annotated[
-        tuple[Text, ...], Meta(max_length=64, description="of the domain lime_edge that the graph calls")
-    ] = ()
-
-
-class Limits(Strict, frozen=True, kw_only=True):
-    """The largest call of a static encoder."""
-
-    batch: Annotated[int, Meta(ge=1, le=65536)]
-    sequence: Annotated[Tokens | None, Meta(description="null where pixels come in")] = None
-
-
-class ExecutorchTarget(Target, frozen=True, tag_field="target", tag="executorch", kw_only=True):
-    """ExecuTorch."""
-
-    routed: Annotated[Literal["routed"] | None, Meta(description="the method that routes, of the same file")] = None
-    backend: Text
-    max_length: Annotated[Tokens | None, Meta(description="tokens of the cache, virtual ones not counted")] = None
-    prompt_length: Annotated[Tokens | None, Meta(description="most tokens of one call")] = None
-    rows: Annotated[Tokens | None, Meta(description="most positions whose logits one call gives")] = None
-    stock: Annotated[FilePath | None, Meta(description="the program for stock runners")] = None
-    limits: Limits | None = None
-
-
-class CoremlTarget(Target, frozen=True, tag_field="target", tag="coreml", kw_only=True):
-    """Core ML."""
-
-    routed: Annotated[Literal["routed"] | None, Meta(description="the function that routes, of the same file")] = None
-    minimum: Annotated[Literal["iOS18", "macOS15"], Meta(description="oldest system")]
-    compute_units: Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
-    max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
-    lengths: Annotated[tuple[Tokens, ...], Meta(max_length=64, description="token counts that a call may have")] = ()
-
-
-AnyTarget = OnnxTarget | ExecutorchTarget | CoremlTarget
-
-
 class Companion(Strict, frozen=True, kw_only=True):
     """Files for another engine on the same artifact; every one of them is in `files`."""
 
@@ -371,7 +289,7 @@ class Manifest(Strict, frozen=True, dict=True, kw_only=True):
         name="experts", default=()
     )
     target_list: Annotated[
-        tuple[AnyTarget, ...], Meta(min_length=1, max_length=8, description="the first is what open takes by itself")
+        tuple[AnyFacts, ...], Meta(min_length=1, max_length=8, description="the first is what open takes by itself")
     ] = field(name="targets")
     companions: Annotated[
         dict[Text, Companion], Meta(max_length=16, description="by name, written when asked for")
@@ -417,6 +335,10 @@ class Manifest(Strict, frozen=True, dict=True, kw_only=True):
         return tuple(entry.name for entry in self.expert_list if entry.added)
 
     @cached_property
-    def targets(self) -> dict[str, Any]:
-        """By name (onnx, executorch, coreml), in order; who reads one knows its class."""
-        return {str(target.__struct_config__.tag): target for target in self.target_list}
+    def targets(self) -> dict[str, TargetFacts]:
+        """By name (onnx, executorch, coreml), in order."""
+        return {facts.target: facts for facts in self.target_list}
+
+    def facts_of(self, kind: type[FactsT]) -> FactsT:
+        """What it says of one target, by that target's class; the bundle was exported for it."""
+        return next(facts for facts in self.target_list if isinstance(facts, kind))

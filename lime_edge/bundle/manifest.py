@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from lime_edge.bundle.fields import FORMAT, SCHEMA, AnyTarget, Manifest
+from lime_edge.bundle.fields import FORMAT, SCHEMA, Manifest
 from lime_edge.bundle.names import RESERVED, check_name, check_path, find_clashes
 from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.targets.facts import TargetFacts
 
 MANIFEST = "lime.json"
 REFERENCE = "reference.safetensors"
@@ -178,31 +179,25 @@ def _check_kind(manifest: Manifest, faults: Faults) -> None:
             faults.add("decoder: bytes of a token in the cache", f"at most {LARGEST_TOKEN}", token)
 
 
-def _check_target(manifest: Manifest, target: AnyTarget, faults: Faults) -> None:
-    name, where = target_name(target), f"target {target_name(target)}"
-    for path in (target.file, target.routed, getattr(target, "stock", None)):
-        if path in (None, "routed"):
-            continue
-        if not path.startswith(f"{name}/"):
-            faults.add(f"{where}: file", f"below {name}/", path)
+def _check_target(manifest: Manifest, target: TargetFacts, faults: Faults) -> None:
+    where = f"target {target.target}"
+    for path in target.list_paths():
+        if not path.startswith(f"{target.target}/"):
+            faults.add(f"{where}: file", f"below {target.target}/", path)
         elif path not in manifest.files and not any(file.startswith(f"{path}/") for file in manifest.files):
             faults.add(f"{where}: {path} has no file entry")
     if target.expert_input == (manifest.adapter.single is not None):
         faults.add(f"{where}: expert_input", manifest.adapter.single is None, target.expert_input)
     if manifest.kind == "encoder":
         given = manifest.encoder
-        needed: tuple[str, ...] = ("inputs", "outputs")
         if given is not None and ([i.name for i in target.inputs], target.outputs) != ([*given.inputs], given.outputs):
             faults.add(f"{where}: inputs and outputs are not the encoder's")
     else:
-        needed = {"onnx": ("layers",), "executorch": ("layers", "max_length", "prompt_length", "rows")}.get(
-            name, ("layers", "max_length", "lengths")
-        )
         if target.virtual_tokens >= max(manifest.backbone.context, 1):
             faults.add(f"{where}: virtual_tokens", f"fewer than {manifest.backbone.context}", target.virtual_tokens)
         if target.layers != manifest.backbone.layers:
             faults.add(f"{where}: layers", manifest.backbone.layers, target.layers)
-    for field in needed:
+    for field in target.needs["encoder" if manifest.kind == "encoder" else "decoder"]:
         if not getattr(target, field):
             faults.add(f"{where}: {field} is missing")
 
@@ -235,7 +230,7 @@ def _check_beside(manifest: Manifest, faults: Faults) -> None:
         for path in (tokenizer.file, tokenizer.classes):
             if path is not None and path not in manifest.files:
                 faults.add(f"tokenizer: {path} has no file entry")
-    targets = {target_name(target) for target in manifest.target_list}
+    targets = {target.target for target in manifest.target_list}
     if len(targets) != len(manifest.target_list):
         faults.add("targets: one is there twice")
     for name, companion in manifest.companions.items():
@@ -248,8 +243,3 @@ def _check_beside(manifest: Manifest, faults: Faults) -> None:
                 faults.add(f"companion {name}: file", f"below {companion.folder}/", path)
             elif path not in manifest.files:
                 faults.add(f"companion {name}: {path} has no file entry")
-
-
-def target_name(target: AnyTarget) -> str:
-    """onnx, executorch or coreml: also the folder."""
-    return str(target.__struct_config__.tag)

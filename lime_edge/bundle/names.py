@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?![\s\S])"  # the last part: nothing follows, no newline either
-FILE_PATH = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}(?![\s\S])"
-PLAIN_TEXT = r"^(?![\s\S]*[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069])"  # no control, no text direction
+from lime_edge.targets.values import EXPERT_NAME, FILE_PATH
+
 RESERVED = ("none", "routed")  # what else a selection can be
 DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{digit}" for port in ("com", "lpt") for digit in range(10)}
 

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, deserialize
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import DTYPES, MOST_TEXT, Expert, check_values
 from lime_edge.bundle.identity import PARTS, SHARED_PARTS, hash_adapter, hash_shared
-from lime_edge.bundle.names import PLAIN_TEXT, check_name
+from lime_edge.bundle.names import check_name
 from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.targets.values import PLAIN_TEXT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_PARTS = set(PARTS) - set(SHARED_PARTS)  # what makes a folder a whole adapter

@@ -9,9 +9,10 @@ import msgspec
 
 from lime_edge import terminal
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.fields import AnyTarget, Fit, Manifest, Quantization, SiteSurvival, Survival
+from lime_edge.bundle.fields import Fit, Manifest, Quantization, SiteSurvival, Survival
 from lime_edge.bundle.golden import FILE as GOLDEN
 from lime_edge.session.open import explain_operators
+from lime_edge.targets.facts import TargetFacts
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
@@ -56,7 +57,7 @@ def target_bytes(bundle: Bundle, target: str) -> int:
     return sum(e.size for n, e in bundle.manifest.files.items() if n.startswith(f"{target}/"))
 
 
-def describe_making(facts: AnyTarget) -> str:
+def describe_making(facts: TargetFacts) -> str:
     """What a target's artifact was made for: "cache 1024, prompts 32/128, iOS18, all", "cache 1024, xnnpack"."""
     length = getattr(facts, "max_length", None)
     parts = [f"cache {length}"] if length else []

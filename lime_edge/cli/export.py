@@ -38,6 +38,11 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=EXPORT_EXAMPLES)(add_target_flags(export))
 
 
+def list_companions() -> str:
+    """What --companion may name, and for whom: "genai (ONNX Runtime GenAI)"."""
+    return ", ".join(f"{name} ({whom})" for one in TARGETS.values() for name, whom in one.companions.items())
+
+
 def export(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory, or a GGUF file.")],
     adapter: Annotated[Path, typer.Option(help="LiME adapter directory.")],
@@ -83,6 +88,10 @@ def export(
         ),
     ] = "cpu",
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
+    companion: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help=f"Files for another engine beside an artifact: {list_companions()}."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site and how the experts survived there.")] = False,
     quiet: Quiet = False,
@@ -111,7 +120,9 @@ def export(
     compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
     target_options = read_told(told, targets, chosen)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
-        options = ExportOptions(tuple(targets), tokenizer, force, prompts, target_options)
+        options = ExportOptions(
+            tuple(targets), tokenizer, force, prompts, target_options, tuple(split_names(companion))
+        )
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)

@@ -12,6 +12,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "baseline": "--baseline",
     "bundle": "--bundle",
     "calibration": "--calibration",
+    "companion": "--companion",
     "data": "--data",
     "depth": "--depth",
     "device": "--device",

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from lime_edge import __version__
-from lime_edge.bundle.companions import ONNX_ADAPTER
-from lime_edge.bundle.fields import AdapterFacts, AnyTarget, Companion, CoremlTarget, ExecutorchTarget, OnnxTarget
+from lime_edge.bundle.fields import AdapterFacts
 from lime_edge.bundle.identity import hash_adapter, hash_shared
 from lime_edge.bundle.manifest import ALWAYS_ON, convert_facts
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.formats.adapter import Adapter
 from lime_edge.compiler.formats.adapter_checks import WEIGHTS
 from lime_edge.compiler.maths.quantize import QuantizedTensor
+from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.facts import TargetFacts
 
-KINDS = {"onnx": OnnxTarget, "executorch": ExecutorchTarget, "coreml": CoremlTarget}
 VERSIONED = ("torch", "transformers", "onnx", "onnxruntime", "optimum")
 
 
@@ -78,11 +78,11 @@ def describe_weights(weights: Mapping[str, Any], quant: str, group: int) -> dict
     }
 
 
-def describe_targets(targets: Mapping[str, Mapping[str, Any]], quant: str) -> tuple[AnyTarget, ...]:
+def describe_targets(targets: Mapping[str, Mapping[str, Any]], quant: str) -> tuple[TargetFacts, ...]:
     """The manifest's `targets`, from what the exporters and the device say; what no reader runs by is their report."""
     found = []
     for name, facts in targets.items():
-        kind = KINDS[name]
+        kind = TARGETS[name].facts
         known = {"target": name, "compute": "float32" if quant == "none" else "int8-dynamic"}
         known |= {key: value for key, value in facts.items() if key in kind.__struct_fields__}
         report = {key: value for key, value in facts.items() if key not in known}
@@ -93,15 +93,6 @@ def describe_targets(targets: Mapping[str, Mapping[str, Any]], quant: str) -> tu
 def describe_sites(sites: SiteTable) -> list[dict[str, Any]]:
     """The manifest's `sites`."""
     return [{"name": site.name, "width": site.width, "offset": site.offset} for site in sites]
-
-
-def describe_companions(targets: Iterable[AnyTarget]) -> dict[str, Companion]:
-    """GenAI's files beside the ONNX graph, where it can run that."""
-    for target in targets:
-        if isinstance(target, OnnxTarget) and target.report.get("genai"):
-            form = ONNX_ADAPTER if target.expert_input else None
-            return {"genai": Companion(target="onnx", folder="onnx", form=form)}  # type: ignore[arg-type]
-    return {}
 
 
 def choose_default(names: Iterable[str], wanted: str | None, single: str | None, variant: str) -> str:

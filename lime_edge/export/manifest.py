@@ -20,14 +20,12 @@ from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.export.describe import (
     choose_default,
     describe_adapter,
-    describe_companions,
     describe_sites,
     describe_targets,
     describe_versions,
     describe_weights,
     identify,
 )
-from lime_edge.targets.genai import write_config
 
 OWN_FACTS = {"decoder": DecoderFacts, "encoder": EncoderFacts}  # of a kind, under its name in the manifest
 B = TypeVar("B", bound=Backbone)
@@ -51,7 +49,6 @@ def describe(
     shared = {key: value for key, value in facts.items() if key in BackboneFacts.__struct_fields__}
     own = {key: value for key, value in facts.items() if key not in shared}
     weights = describe_weights(compiled.weights, compiled.quant, compiled.group)
-    described = describe_targets(targets, compiled.quant)
     return Manifest(
         kind=kind.name,  # type: ignore[arg-type]
         adapter_id=identify(adapter, compiled.sites),
@@ -61,8 +58,7 @@ def describe(
         adapter=describe_adapter(adapter, compiled.sites, compiled.fold, compiled.single, compiled.experts),
         quantization=convert_facts(Quantization, weights | rounding | {"weight_hash": compiled.weight_hash()}),
         default=choose_default(compiled.experts, None, compiled.single, adapter.variant.name),
-        target_list=described,
-        companions=describe_companions(described),
+        target_list=describe_targets(targets, compiled.quant),
         versions=describe_versions(),
         site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(compiled.sites)),
     )
@@ -78,5 +74,4 @@ def complete_bundle(
         reference: p_ref (sum_H,) float32.
     """
     files = [Expert(name, vector.numpy(), manifest.adapter_id) for name, vector in experts.items()]
-    write_config(stage, manifest)
     return write_bundle(stage, manifest, files, reference.numpy())

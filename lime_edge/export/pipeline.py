@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.staging import stage_directory
@@ -35,7 +37,7 @@ class ExportOptions:
 
     targets: keys of lime_edge.targets.registry. tokenizer: put it into the bundle. force: replace a bundle.
     calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: by target, for its exporter;
-    its defaults otherwise.
+    its defaults otherwise. companions: names of what other engines want beside an artifact; nothing otherwise.
     """
 
     targets: tuple[str, ...] = ("onnx",)
@@ -43,6 +45,7 @@ class ExportOptions:
     force: bool = False
     calibration: Path | None = None
     target_options: Mapping[str, Any] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -78,7 +81,9 @@ def export_bundle(
 
 def find_exporters(kind: ModelKind[Any, Any], compiling: CompileOptions, options: ExportOptions) -> dict[str, Exporter]:
     """The exporters of the wanted targets, which have agreed to their options."""
-    return load_exporters(options.targets, options.target_options, compiling.quant, compiling.group, kind.name)
+    return load_exporters(
+        options.targets, options.target_options, compiling.quant, compiling.group, kind.name, options.companions
+    )
 
 
 def check_fold_early(adapter: Path, fold: str) -> None:
@@ -111,14 +116,16 @@ def fill_bundle(
     """
     kind = kind_of(checkpoint.backbone)
     compiled, rounding = compile_and_measure(kind, checkpoint, compiling, options, stage / TOKENIZER, progress)
-    targets = {}
-    for target, exporter in (exporters or find_exporters(kind, compiling, options)).items():
+    targets, exporters = {}, exporters or find_exporters(kind, compiling, options)
+    for target, exporter in exporters.items():
         (stage / target).mkdir()
         facts = exporter.write(compiled, stage / target, progress)
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     write_golden(stage, kind.ask(compiled, read_tokenizer(stage / TOKENIZER), progress))
     progress("hash", 0, 1)
     manifest = describe(kind, checkpoint, compiled, targets, device.name, rounding)
+    beside = [exporter.write_companions(compiled, stage, manifest) for exporter in exporters.values()]
+    manifest = structs.replace(manifest, companions=dict(item for found in beside for item in found.items()))
     manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
     progress("hash", 1, 1)
     return manifest

@@ -9,10 +9,10 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import ExpertBank
-from lime_edge.bundle.fields import Input
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.engines import EncoderEngine, blame_engine
 from lime_edge.session.switching import ExpertSwitch
+from lime_edge.targets.facts import Input
 
 
 class EncoderSession(ExpertSwitch):

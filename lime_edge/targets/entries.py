@@ -1,11 +1,20 @@
-"""Every target: what its exporter may be told, and its entry. A new one is added here and in its two folders."""
+"""Every target: what its exporter may be told, what lime.json says of its artifact, and its entry.
+
+A new one is added here and in its two folders (docs/add-a-target.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
 
 from lime_edge.errors import LimeEdgeError
+from lime_edge.targets.facts import Limits, TargetFacts
 from lime_edge.targets.target import Target, option
+from lime_edge.targets.values import FilePath, Text, Tokens
 
 STATIC = "Targets with a static cache"
 CACHE = "tokens the cache holds (Core ML: x32)"
@@ -47,6 +56,15 @@ class OnnxOptions:
             )
 
 
+class OnnxFacts(TargetFacts, frozen=True, tag_field="target", tag="onnx", kw_only=True):
+    """ONNX Runtime's artifact."""
+
+    opset: Annotated[int, Meta(ge=1, le=1000)]
+    functions: Annotated[
+        tuple[Text, ...], Meta(max_length=64, description="of the domain lime_edge that the graph calls")
+    ] = ()
+
+
 @dataclass(frozen=True)
 class ExecutorchOptions:
     """How to write a .pte.
@@ -58,6 +76,27 @@ class ExecutorchOptions:
     max_seq_len: int = option(1024, CACHE, least=1)
     backend: str = option("xnnpack", "xnnpack, or portable (no delegate)")
     stock_runner: bool = option(False, "add set_expert, for runners that pass tokens only")
+
+
+class ExecutorchFacts(TargetFacts, frozen=True, tag_field="target", tag="executorch", kw_only=True):
+    """ExecuTorch's artifact."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "decoder": ("layers", "max_length", "prompt_length", "rows"),
+        "encoder": ("inputs", "outputs", "limits"),
+    }
+    routed: Annotated[Literal["routed"] | None, Meta(description="the method that routes, of the same file")] = None
+
+    backend: Text
+    max_length: Annotated[Tokens | None, Meta(description="tokens of the cache, virtual ones not counted")] = None
+    prompt_length: Annotated[Tokens | None, Meta(description="most tokens of one call")] = None
+    rows: Annotated[Tokens | None, Meta(description="most positions whose logits one call gives")] = None
+    stock: Annotated[FilePath | None, Meta(description="the program for stock runners")] = None
+    limits: Limits | None = None
+
+    def list_paths(self) -> list[str]:
+        """The program, and the one for stock runners where there is one."""
+        return super().list_paths() + ([self.stock] if self.stock else [])
 
 
 @dataclass(frozen=True)
@@ -75,11 +114,26 @@ class CoremlOptions:
     minimum_os: str = option("iOS18", "oldest system, iOS18 or macOS15")
 
 
+class CoremlFacts(TargetFacts, frozen=True, tag_field="target", tag="coreml", kw_only=True):
+    """Core ML's artifact."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "decoder": ("layers", "max_length", "lengths"),
+        "encoder": ("inputs", "outputs"),
+    }
+    routed: Annotated[Literal["routed"] | None, Meta(description="the function that routes, of the same file")] = None
+
+    minimum: Annotated[Literal["iOS18", "macOS15"], Meta(description="oldest system")]
+    compute_units: Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
+    max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
+    lengths: Annotated[tuple[Tokens, ...], Meta(max_length=64, description="token counts that a call may have")] = ()
+
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("onnx", "ONNX", "onnx", OnnxOptions),
-        Target("executorch", "ExecuTorch", "executorch", ExecutorchOptions, panel=STATIC),
-        Target("coreml", "Core ML", "coreml", CoremlOptions, panel=STATIC),
+        Target("ONNX", "onnx", OnnxOptions, OnnxFacts, companions={"genai": "ONNX Runtime GenAI"}),
+        Target("ExecuTorch", "executorch", ExecutorchOptions, ExecutorchFacts, panel=STATIC),
+        Target("Core ML", "coreml", CoremlOptions, CoremlFacts, panel=STATIC),
     )
 }

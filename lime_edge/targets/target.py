@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from lime_edge.targets.facts import TargetFacts
+
 METADATA = "option"
 
 
@@ -36,16 +38,23 @@ def option(default: Any, about: str, **facts: Any) -> Any:
 class Target:
     """One target.
 
-    name: its key in manifests and behind --target. title: as people write it. folder: its name in lime_edge.exporters
-    and in lime_edge.runtimes, each with a module `entry`. options: a dataclass that its exporter takes, every field
-    made by `option`. panel: of its options in --help.
+    title: as people write it. folder: its name in lime_edge.exporters and in lime_edge.runtimes, each with a module
+    `entry`. options: a dataclass that its exporter takes, every field made by `option`. facts: what lime.json says of
+    an artifact; its tag is the target's name. panel: of its options in --help. companions: what else may be written
+    beside its artifact, for other engines: name, and for whom.
     """
 
-    name: str
     title: str
     folder: str
     options: type[Any]
+    facts: type[TargetFacts]
     panel: str = ""
+    companions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its key in manifests, its folder in bundles, and what stands behind `target`."""
+        return str(self.facts.__struct_config__.tag)
 
     def list_options(self) -> list[Option]:
         """Its options, in order."""

@@ -19,6 +19,7 @@ from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.runtimes.coreml.interpreter import Interpreter, Values
 from lime_edge.runtimes.coreml.program import read_package
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import CoremlFacts
 
 COREML, INTERPRETER, ROUNDED = "CoreML", "interpreter", "interpreter-fp16"  # "CoreML:cpu_only" names the units too
 UNITS = {"all": "ALL", "cpu_and_ne": "CPU_AND_NE", "cpu_and_gpu": "CPU_AND_GPU", "cpu_only": "CPU_ONLY"}
@@ -38,7 +39,7 @@ class SwitchedPackage:
     subtract: Subtract | None = None  # numpy's
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts = bundle.manifest.targets["coreml"]
+        facts = bundle.manifest.facts_of(CoremlFacts)
         self._takes_expert, self._routed = bool(facts.expert_input), facts.routed
         self._residual = np.zeros(bundle.manifest.sites.total, np.float16)
         self._function = "main"
@@ -64,8 +65,9 @@ class CoremlEngine(SwitchedPackage):
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts, model = bundle.manifest.targets["coreml"], bundle.manifest.backbone
-        self._virtual = int(facts.virtual_tokens)  # in the cache before everything else
+        facts, model = bundle.manifest.facts_of(CoremlFacts), bundle.manifest.backbone
+        self._virtual = facts.virtual_tokens  # in the cache before everything else
+        assert facts.max_length, "the manifest is checked: a language model's facts have it"
         most = min(facts.max_length, model.context) - self._virtual
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
@@ -168,7 +170,7 @@ def load_package(bundle: Bundle, provider: str) -> Model:
     Raises:
         LimeEdgeError: a damaged package, or one that Core ML refuses.
     """
-    facts = bundle.manifest.targets["coreml"]
+    facts = bundle.manifest.facts_of(CoremlFacts)
     if provider.startswith(COREML):  # pragma: no cover - needs a Mac
         units = provider.partition(":")[2] or facts.compute_units
         return MacModel(bundle.path / facts.file, units, bool(facts.routed))
@@ -179,7 +181,7 @@ class InterpretedModel:
     """The interpreter over all functions of a package; they share state and weights."""
 
     def __init__(self, bundle: Bundle, exact: bool):
-        self._package, self._exact = read_package(bundle.path / bundle.manifest.targets["coreml"].file), exact
+        self._package, self._exact = read_package(bundle.path / bundle.manifest.facts_of(CoremlFacts).file), exact
         self._shared: Values = {}
         self._ready: dict[str, Interpreter] = {}
         self.state = self._load("main").make_state()

@@ -11,6 +11,7 @@ import numpy as np
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.coreml.decoder import SwitchedPackage
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import CoremlFacts
 
 EXPERT, IDS = "expert", "input_ids"
 
@@ -24,7 +25,7 @@ class CoremlEncoderEngine(SwitchedPackage):
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
         super().__init__(bundle, options)
-        facts = bundle.manifest.targets["coreml"]
+        facts = bundle.manifest.facts_of(CoremlFacts)
         self._outputs, self._lengths = facts.outputs, facts.lengths
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

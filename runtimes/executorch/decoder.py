@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import ExecutorchFacts
 
 
 class SwitchedProgram:
@@ -32,7 +33,7 @@ class SwitchedProgram:
     subtract: Subtract | None = None  # numpy's
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts = bundle.manifest.targets["executorch"]
+        facts = bundle.manifest.facts_of(ExecutorchFacts)
         self.provider = check_provider(facts.providers, options.providers)
         self._program = load_program(bundle, options.threads)
         self._file = bundle.path / facts.file
@@ -75,8 +76,9 @@ class ExecutorchEngine(SwitchedProgram):
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts = bundle.manifest.targets["executorch"]
-        most = int(facts.max_length)
+        facts = bundle.manifest.facts_of(ExecutorchFacts)
+        most, rows, prompt = facts.max_length, facts.rows, facts.prompt_length
+        assert most and rows and prompt, "the manifest is checked: a language model's facts have them"
         self.capacity = options.max_length or most
         if not 1 <= self.capacity <= most:
             raise LimeEdgeError(
@@ -85,7 +87,7 @@ class ExecutorchEngine(SwitchedProgram):
             )
         self.length = 0
         self._vocab = bundle.manifest.backbone.vocab
-        self._virtual, self._rows, self._prompt = facts.virtual_tokens, facts.rows, facts.prompt_length
+        self._virtual, self._rows, self._prompt = facts.virtual_tokens, rows, prompt
         self._takes_expert: bool = facts.expert_input
         super().__init__(bundle, options)
 
@@ -170,7 +172,7 @@ def load_runtime() -> Any:
         return Runtime.get()
 
 
-def check_provider(made_for: list[str], wanted: tuple[str, ...]) -> str:
+def check_provider(made_for: Sequence[str], wanted: tuple[str, ...]) -> str:
     """The backend a program was lowered to, when it is there and not excluded by the caller.
 
     Raises:
@@ -201,7 +203,7 @@ def load_program(bundle: Bundle, threads: int | None) -> Any:
     Raises:
         LimeEdgeError: ExecuTorch refuses the file.
     """
-    runtime, facts = load_runtime(), bundle.manifest.targets["executorch"]
+    runtime, facts = load_runtime(), bundle.manifest.facts_of(ExecutorchFacts)
     file = bundle.path / facts.file
     size_pool(threads, facts.threads)
     with collect_errors() as errors:

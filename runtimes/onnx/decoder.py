@@ -13,6 +13,7 @@ from lime_edge.runtimes.onnx.operators import find_subtract
 from lime_edge.runtimes.onnx.places import choose_place
 from lime_edge.runtimes.onnx.rows import OnnxRows
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import OnnxFacts
 
 DEFAULT_LENGTH = 2048
 # Functions that operators replace; the same names as in operators.c
@@ -29,7 +30,7 @@ class OnnxEngine:
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts, model = bundle.manifest.targets["onnx"], bundle.manifest.model
+        facts, model = bundle.manifest.facts_of(OnnxFacts), bundle.manifest.model
         self.capacity = options.max_length or min(model["context"], DEFAULT_LENGTH)
         if not 1 <= self.capacity <= model["context"]:
             raise LimeEdgeError(f"max_length: expected 1..{model['context']}, found {self.capacity}")

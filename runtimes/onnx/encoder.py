@@ -11,6 +11,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.onnx.loading import load_graph
 from lime_edge.runtimes.onnx.operators import find_subtract
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import OnnxFacts
 
 EXPERT = "expert"
 
@@ -23,9 +24,9 @@ class OnnxEncoderEngine:
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        self._facts = bundle.manifest.targets["onnx"]
+        self._facts = bundle.manifest.facts_of(OnnxFacts)
         self._load = partial(load_graph, bundle, options=options)
-        self._pinned = self._load(self._facts["file"])
+        self._pinned = self._load(self._facts.file)
         self._routed: Any = None
         self._routing = False
         self.provider = self._pinned.get_providers()[0]
@@ -40,12 +41,13 @@ class OnnxEncoderEngine:
     def set_routed(self) -> None:
         """Weigh the checkpoint's experts per token from the next call on."""
         if self._routed is None:
-            self._routed = self._load(self._facts["routed"])
+            assert self._facts.routed is not None, "the session asks for it only where there is one"
+            self._routed = self._load(self._facts.routed)
         self._routing = True
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name, float32."""
-        session, names = (self._routed if self._routing else self._pinned), self._facts["outputs"]
-        if not self._routing and self._facts["expert_input"]:
+        session, names = (self._routed if self._routing else self._pinned), self._facts.outputs
+        if not self._routing and self._facts.expert_input:
             inputs = inputs | {EXPERT: self._residual}
         return dict(zip(names, session.run(names, inputs), strict=True))

@@ -11,6 +11,7 @@ from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.runtimes.onnx.operators import find_library
 from lime_edge.runtimes.onnx.places import CUDA
 from lime_edge.session.engines import SessionOptions
+from lime_edge.targets.entries import OnnxFacts
 
 try:
     import onnxruntime as ort
@@ -25,7 +26,7 @@ class Graphs:
     """A bundle's loaded graphs: the pinned one, and from its first use on the routed one over the same weight file."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts = bundle.manifest.targets["onnx"]
+        facts = bundle.manifest.facts_of(OnnxFacts)
         self._load = partial(load_graph, bundle, options=options)
         self._routed_file = facts.routed
         self._routed_graph: ort.InferenceSession | None = None
@@ -60,7 +61,7 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
 
 def plan_providers(bundle: Bundle, options: SessionOptions) -> list[str]:
     """The execution providers that the bundle's graphs are loaded with."""
-    return choose_providers(options.providers or tuple(bundle.manifest.targets["onnx"].providers))
+    return choose_providers(options.providers or tuple(bundle.manifest.facts_of(OnnxFacts).providers))
 
 
 def choose_operators(providers: list[str]) -> Path | None:
@@ -82,7 +83,7 @@ def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.Infere
     Raises:
         LimeEdgeError: no execution provider, or ONNX Runtime refuses the file.
     """
-    facts, settings = bundle.manifest.targets["onnx"], ort.SessionOptions()
+    facts, settings = bundle.manifest.facts_of(OnnxFacts), ort.SessionOptions()
     settings.log_severity_level = 3
     if threads := options.threads or facts.threads:
         settings.intra_op_num_threads = threads

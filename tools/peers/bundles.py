@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec import structs
 from transformers import LlamaConfig
 
 from lime_edge import __version__
@@ -25,7 +26,6 @@ from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.export.describe import (
     choose_default,
-    describe_companions,
     describe_sites,
     describe_targets,
     describe_weights,
@@ -94,12 +94,11 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
     decoder = model.decoder
     with stage_directory(output) as stage:
         (stage / "onnx").mkdir()
-        exporter = load_exporters(["onnx"], {}, model.quant, model.group, "decoder")["onnx"]
+        exporter = load_exporters(["onnx"], {}, model.quant, model.group, "decoder", ["genai"])["onnx"]
         facts = exporter.write(model, stage / "onnx", lambda *_: None)
         weights = describe_weights(model.weights, model.quant, model.group)
         weights |= {"rounding": "nearest", "weight_hash": model.weight_hash()}
         providers = {"providers": ["CPUExecutionProvider"], "threads": None}
-        described = describe_targets({"onnx": providers | facts}, model.quant)
         manifest = Manifest(
             kind="decoder",
             adapter_id="0" * 64,  # nobody's: these experts fit no other bundle
@@ -126,11 +125,11 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
             ),
             quantization=convert_facts(Quantization, weights),
             default=choose_default(model.experts, None, model.single, model.variant.name),
-            target_list=described,
-            companions=describe_companions(described),
+            target_list=describe_targets({"onnx": providers | facts}, model.quant),
             versions={"lime_edge": __version__},
             site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(model.sites)),
         )
+        manifest = structs.replace(manifest, companions=exporter.write_companions(model, stage, manifest))
         complete_bundle(stage, manifest, model.experts, model.reference)
 
 
