@@ -89,7 +89,10 @@ class Fit(Strict, frozen=True, kw_only=True):
 class Sketch(Strict, frozen=True, kw_only=True):
     """A few of the backbone's own values, by which another copy of it is recognised (docs/adapter-format.md)."""
 
-    names: Annotated[Sha256, Meta(description="over names and shapes of all tensors")]
+    names: Annotated[Sha256, Meta(description="over names and shapes of all tensors, family and heads")]
+    vocabulary: Annotated[Sha256 | None, Meta(description="over the tokenizer's tokens and ids; null without one")] = (
+        None
+    )
     vectors: Annotated[str, Meta(max_length=1 << 17, description="base64 of float32: values of 1-D tensors")]
     matrices: Annotated[str, Meta(max_length=1 << 17, description="base64 of float32: values of the others")]
 
@@ -104,9 +107,6 @@ class Backbone(Strict, frozen=True, kw_only=True):
     vocab: Annotated[int, Meta(ge=0, le=1 << 24, description="token ids are below it; 0 where pixels come in")]
     hidden: Width
     layers: Layers
-    vocabulary: Annotated[Sha256 | None, Meta(description="over the tokenizer's tokens and ids; null without one")] = (
-        None
-    )
     sketch: Sketch | None = None
     fit: Fit = Fit(verdict="not recorded")
 

@@ -87,6 +87,13 @@ def export(
             autocompletion=complete_from("cpu", "raspberry-pi", "jetson", "android"),
         ),
     ] = "cpu",
+    any_backbone: Annotated[
+        bool, typer.Option("--any-backbone", help="Take a model that the adapter was not trained on; inspect shows it.")
+    ] = False,
+    default: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|routed|none", help="What the bundle opens with; the first expert otherwise."),
+    ] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the bundle.")] = True,
     companion: Annotated[
         list[str] | None,
@@ -121,7 +128,14 @@ def export(
     target_options = read_told(told, targets, chosen)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
         options = ExportOptions(
-            tuple(targets), tokenizer, force, prompts, target_options, tuple(split_names(companion))
+            tuple(targets),
+            tokenizer,
+            force,
+            prompts,
+            target_options,
+            tuple(split_names(companion)),
+            any_backbone,
+            default,
         )
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
     show_result(output, as_json, sites, time.perf_counter() - begin)

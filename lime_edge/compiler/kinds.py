@@ -73,16 +73,16 @@ def kind_of(backbone: B) -> ModelKind[B, Any]:
     return next(kind for kind in KINDS if isinstance(backbone, kind.backbone))
 
 
-def read_checkpoint(model: Path, adapter: Path) -> Checkpoint[Any]:
+def read_checkpoint(model: Path, adapter: Path, any_backbone: bool = False) -> Checkpoint[Any]:
     """Read both halves and check that they belong together.
 
     Args:
-        model: Hugging Face directory or GGUF file. adapter: LiME adapter directory.
+        model: Hugging Face directory or GGUF file. adapter: LiME adapter directory. any_backbone: see `pair`.
     Raises:
         LimeEdgeError: faults of either half, or of the pair, all at once.
     """
     read = read_adapter(adapter)
-    return pair(find_kind(model).read(model), read)
+    return pair(find_kind(model).read(model), read, any_backbone)
 
 
 def pad_decoder(checkpoint: Checkpoint[DecoderBackbone], single: bool) -> Padding:

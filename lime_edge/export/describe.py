@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 import torch
 
 from lime_edge import __version__
-from lime_edge.bundle.fields import AdapterFacts
+from lime_edge.bundle.fields import AdapterFacts, Prompts
 from lime_edge.bundle.identity import hash_adapter, hash_shared
 from lime_edge.bundle.manifest import ALWAYS_ON, convert_facts
+from lime_edge.bundle.prompts import TextCodec
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.formats.adapter import Adapter
 from lime_edge.compiler.formats.adapter_checks import WEIGHTS
+from lime_edge.compiler.formats.chat import reduce_or_explain
+from lime_edge.compiler.formats.tokenizer import describe_tokenizer
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.targets.entries import TARGETS
 from lime_edge.targets.facts import TargetFacts
@@ -61,6 +65,7 @@ def describe_adapter(
         routing=adapter.routing,
         sha256=hashlib.sha256((Path(adapter.path) / WEIGHTS).read_bytes()).hexdigest(),
         shared_id=hash_shared(sites, list_tensors(adapter)),
+        license=adapter.license,
     )
 
 
@@ -98,3 +103,23 @@ def describe_sites(sites: SiteTable) -> list[dict[str, Any]]:
 def choose_default(names: Iterable[str], wanted: str | None, single: str | None, variant: str) -> str:
     """What the bundle opens with: what was asked for, else its single expert, else the first."""
     return wanted or single or next(iter(names), "none" if variant not in ALWAYS_ON else "")
+
+
+def describe_tokens(tokenizer: Path, chats: bool) -> dict[str, Any]:
+    """The manifest's `tokenizer` and `prompts`; nothing for a bundle without a tokenizer.
+
+    Args:
+        tokenizer: the staged bundle's folder; character classes are put beside the rest. chats: with prompts.
+    """
+    if not tokenizer.is_dir():
+        return {}
+    codec, prompts = TextCodec(tokenizer), None
+    if chats and codec.template is not None:
+        prompts = _reduce(codec.template, tuple(codec.special_names.items()))
+    return {"tokenizer": describe_tokenizer(tokenizer), "prompts": prompts}
+
+
+@cache
+def _reduce(template: str, names: tuple[tuple[str, str], ...]) -> Prompts:
+    """Some seconds of rendering: once for every template of a process."""
+    return reduce_or_explain(template, dict(names))

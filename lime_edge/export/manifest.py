@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from msgspec import structs
 
 from lime_edge.bundle.create import write_bundle
 from lime_edge.bundle.experts import Expert
@@ -15,13 +16,16 @@ from lime_edge.bundle.fields import DecoderFacts, EncoderFacts, Manifest, Quanti
 from lime_edge.bundle.manifest import convert_facts
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.formats.sketch import draw_sketch, hash_vocabulary
 from lime_edge.compiler.kinds import ModelKind
 from lime_edge.compiler.model.compiled import Compiled
+from lime_edge.export.beside import TOKENIZER
 from lime_edge.export.describe import (
     choose_default,
     describe_adapter,
     describe_sites,
     describe_targets,
+    describe_tokens,
     describe_versions,
     describe_weights,
     identify,
@@ -39,25 +43,32 @@ def describe(
     targets: dict[str, dict[str, Any]],
     device: str,
     rounding: dict[str, Any],
+    default: str | None = None,
 ) -> Manifest:
     """The manifest of a compiled model, experts and files still missing.
 
     Args:
         targets: what every exporter says of its artifact. rounding: how the weights were rounded, and what survived.
+        default: what the bundle opens with; None leaves the choice here.
     """
     adapter, facts = checkpoint.adapter, kind.describe(checkpoint.backbone, compiled)
     shared = {key: value for key, value in facts.items() if key in BackboneFacts.__struct_fields__}
     own = {key: value for key, value in facts.items() if key not in shared}
+    shared |= {
+        "fingerprint": compiled.fingerprint,
+        "sketch": structs.asdict(draw_sketch(checkpoint.backbone)),
+        "fit": structs.asdict(checkpoint.fit),
+    }
     weights = describe_weights(compiled.weights, compiled.quant, compiled.group)
     return Manifest(
         kind=kind.name,  # type: ignore[arg-type]
         adapter_id=identify(adapter, compiled.sites),
         device=device,
-        backbone=convert_facts(BackboneFacts, shared | {"fingerprint": compiled.fingerprint}),
+        backbone=convert_facts(BackboneFacts, shared),
         **{kind.name: convert_facts(OWN_FACTS[kind.name], own)},
         adapter=describe_adapter(adapter, compiled.sites, compiled.fold, compiled.single, compiled.experts),
         quantization=convert_facts(Quantization, weights | rounding | {"weight_hash": compiled.weight_hash()}),
-        default=choose_default(compiled.experts, None, compiled.single, adapter.variant.name),
+        default=choose_default(compiled.experts, default, compiled.single, adapter.variant.name),
         target_list=describe_targets(targets, compiled.quant),
         versions=describe_versions(),
         site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(compiled.sites)),
@@ -67,11 +78,16 @@ def describe(
 def complete_bundle(
     stage: Path, manifest: Manifest, experts: Mapping[str, torch.Tensor], reference: torch.Tensor
 ) -> Manifest:
-    """Write a staged bundle's experts, reference vector and lime.json.
+    """Write a staged bundle's last files: character classes, companions, experts, reference vector and lime.json.
 
     Args:
-        manifest: without its experts and files. experts: full vectors (sum_H,) as they are stored.
-        reference: p_ref (sum_H,) float32.
+        manifest: without its experts, files and what is known of the tokenizer.
+        experts: full vectors p (sum_H,) as they are stored. reference: p_ref (sum_H,) float32.
     """
+    tokenizer = stage / TOKENIZER
+    manifest = structs.replace(manifest, **describe_tokens(tokenizer, manifest.decoder is not None))
+    if (sketch := manifest.backbone.sketch) is not None:
+        sketch = structs.replace(sketch, vocabulary=hash_vocabulary(tokenizer))
+        manifest = structs.replace(manifest, backbone=structs.replace(manifest.backbone, sketch=sketch))
     files = [Expert(name, vector.numpy(), manifest.adapter_id) for name, vector in experts.items()]
     return write_bundle(stage, manifest, files, reference.numpy())

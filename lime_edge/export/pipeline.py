@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec import structs
 
+from lime_edge.bundle.experts import NONE, ROUTED
 from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.staging import stage_directory
@@ -18,9 +19,11 @@ from lime_edge.compiler.formats.adapter_checks import CONFIG
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
+from lime_edge.compiler.formats.sketch import judge_vocabulary
 from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
 from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
+from lime_edge.errors import LimeEdgeError
 from lime_edge.export.beside import PREPROCESSOR, TOKENIZER, copy_preprocessor, copy_tokenizer, read_tokenizer
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
@@ -38,6 +41,8 @@ class ExportOptions:
     targets: keys of lime_edge.targets.registry. tokenizer: put it into the bundle. force: replace a bundle.
     calibration: JSONL of prompts for gptq; the built-in text otherwise. target_options: by target, for its exporter;
     its defaults otherwise. companions: names of what other engines want beside an artifact; nothing otherwise.
+    any_backbone: take a backbone that the adapter was not trained on. default: what the bundle opens with, an expert,
+    "none" or "routed"; the first expert otherwise.
     """
 
     targets: tuple[str, ...] = ("onnx",)
@@ -46,6 +51,8 @@ class ExportOptions:
     calibration: Path | None = None
     target_options: Mapping[str, Any] = field(default_factory=dict)
     companions: tuple[str, ...] = ()
+    any_backbone: bool = False
+    default: str | None = None
 
 
 def export_bundle(
@@ -67,16 +74,24 @@ def export_bundle(
     """
     refuse_prequantized(model)
     exporters = find_exporters(find_kind(model), compiling, options)
-    check_fold_early(adapter, compiling.fold)
+    check_names_early(adapter, compiling.fold, options.default)
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
-        checkpoint = read_checkpoint(model, adapter)
+        checkpoint = read_checkpoint(model, adapter, options.any_backbone)
         if not checkpoint.backbone.reads_text:
             copy_preprocessor(model, stage / PREPROCESSOR)
         elif options.tokenizer:
             copy_tokenizer(model, stage / TOKENIZER)
+            checkpoint = check_tokenizer(checkpoint, stage / TOKENIZER, options.any_backbone)
         progress("read", 1, 1)
         return fill_bundle(checkpoint, stage, compiling, device, options, progress, exporters)
+
+
+def check_tokenizer(checkpoint: Checkpoint[B], tokenizer: Path, any_backbone: bool) -> Checkpoint[B]:
+    """Refuse, or note, a tokenizer that the adapter was not trained with."""
+    adapter, where = checkpoint.adapter, f"{checkpoint.adapter.path} does not fit {checkpoint.backbone.path}"
+    fit = judge_vocabulary(checkpoint.fit, adapter.base_sketch, tokenizer, any_backbone, where)
+    return replace(checkpoint, fit=fit)
 
 
 def find_exporters(kind: ModelKind[Any, Any], compiling: CompileOptions, options: ExportOptions) -> dict[str, Exporter]:
@@ -86,8 +101,8 @@ def find_exporters(kind: ModelKind[Any, Any], compiling: CompileOptions, options
     )
 
 
-def check_fold_early(adapter: Path, fold: str) -> None:
-    """Refuse an unknown expert to fold before anything large is read.
+def check_names_early(adapter: Path, fold: str, default: str | None) -> None:
+    """Refuse an unknown expert to fold or to open with before anything large is read.
 
     Raises:
         LimeEdgeError: neither a policy nor one of the experts that the adapter's config names.
@@ -97,6 +112,8 @@ def check_fold_early(adapter: Path, fold: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return  # reading the adapter will say what is wrong with it
     check_fold(fold, names)
+    if default not in (None, NONE, ROUTED, *names):
+        raise LimeEdgeError(f"`default`: expected {NONE}, {ROUTED} or an expert, found {default!r}", ", ".join(names))
 
 
 def fill_bundle(
@@ -123,7 +140,7 @@ def fill_bundle(
         targets[target] = {"providers": list(device.providers), "threads": device.threads} | facts
     write_golden(stage, kind.ask(compiled, read_tokenizer(stage / TOKENIZER), progress))
     progress("hash", 0, 1)
-    manifest = describe(kind, checkpoint, compiled, targets, device.name, rounding)
+    manifest = describe(kind, checkpoint, compiled, targets, device.name, rounding, options.default)
     beside = [exporter.write_companions(compiled, stage, manifest) for exporter in exporters.values()]
     manifest = structs.replace(manifest, companions=dict(item for found in beside for item in found.items()))
     manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)

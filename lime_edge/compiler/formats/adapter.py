@@ -104,6 +104,8 @@ class Adapter:
     target_modules: tuple[str, ...]
     base_name: str | None
     base_fingerprint: str | None
+    base_sketch: Mapping[str, Any] | None
+    license: str | None
     routing: str
     sites: dict[str, AdapterSite] = field(repr=False)
     routing_config: RoutingConfig = field(default_factory=RoutingConfig)
@@ -153,6 +155,8 @@ def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], w
         target_modules=tuple(config["target_modules"]),
         base_name=config.get("base_model_name_or_path"),
         base_fingerprint=config.get("base_fingerprint"),
+        base_sketch=config.get("base_sketch"),
+        license=config.get("license"),
         routing=config.get("routing", "pinned"),
         sites=sites,
         routing_config=variant.read_routing(config),

@@ -25,6 +25,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "variant": ((str,), True),
     "base_model_name_or_path": ((str, type(None)), False),
     "base_fingerprint": ((str, type(None)), False),
+    "base_sketch": ((dict, type(None)), False),
     "target_modules": ((list,), True),
     "embedding_modules": ((list,), False),
     "pad_token_id": ((int, type(None)), False),

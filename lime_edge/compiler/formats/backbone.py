@@ -62,6 +62,11 @@ class Backbone:
         """Constants that the model multiplies its modules' outputs with, by module name; they are folded."""
         return {}
 
+    @property
+    def traits(self) -> Mapping[str, str | int]:
+        """What makes the model another one although names and shapes of its tensors are the same."""
+        return {}
+
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """The tensors that identify the model."""
         raise NotImplementedError

@@ -39,16 +39,19 @@ class Irreducible(Exception):
 
 def reduce_template(codec: TextCodec) -> Prompts | None:
     """A model's chat template as text around each turn, or the reason why that cannot be; None where it has none."""
-    if codec.template is None:
-        return None
+    return None if codec.template is None else reduce_or_explain(codec.template, codec.special_names)
+
+
+def reduce_or_explain(template: str, names: dict[str, str]) -> Prompts:
+    """The same for a template's text and the names of its special tokens."""
     try:
-        return reduce_text(codec.template, codec.special_names)
+        return reduce_text(template, names)
     except Irreducible as why:
         return Prompts(reason=plain(str(why)))
 
 
 def reduce_text(template: str, names: dict[str, str]) -> Prompts:
-    """The same for a template's text.
+    """A template's text as text around each turn.
 
     Raises:
         Irreducible: with the reason.

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from lime_edge.bundle.fields import Fit
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.formats.adapter import Adapter, AdapterSite
 from lime_edge.compiler.formats.adapter_checks import PROMPT, is_named
 from lime_edge.compiler.formats.backbone import Backbone, Layer
+from lime_edge.compiler.formats.sketch import judge
 from lime_edge.compiler.maths.variants import LAYER_VARIANTS
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -23,14 +25,18 @@ class Checkpoint(Generic[B]):
     backbone: B
     adapter: Adapter
     sites: SiteTable
+    fit: Fit = Fit(verdict="not recorded")
 
 
-def pair(backbone: B, adapter: Adapter) -> Checkpoint[B]:
+def pair(backbone: B, adapter: Adapter, any_backbone: bool = False) -> Checkpoint[B]:
     """Put an adapter on a backbone; sites get the order in which the model computes them.
+
+    Args:
+        any_backbone: take one that the adapter was not trained on, if only its layers fit.
 
     Raises:
         LimeEdgeError: the adapter was made for another model, all faults at once: a site that the model lacks, a
-            target without tensors, other widths, another base fingerprint; or the model takes no such adapter.
+            target without tensors, other widths, other values; or the model takes no such adapter.
     """
     layers = list_candidates(backbone, adapter)
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
@@ -46,11 +52,9 @@ def pair(backbone: B, adapter: Adapter) -> Checkpoint[B]:
             if name not in targeted:
                 faults.add(f"site {name} has tensors but target_modules leaves it out")
             _check_site(name, site, layers[name], faults)
-    with Faults(where, hint) as faults:
-        if adapter.base_fingerprint and adapter.base_fingerprint != backbone.fingerprint:
-            faults.add("base_fingerprint", adapter.base_fingerprint, backbone.fingerprint)
+    fit = judge(backbone, adapter.base_fingerprint, adapter.base_sketch, any_backbone, where)
     table = SiteTable.from_widths((name, adapter.sites[name].width) for name in layers if name in adapter.sites)
-    return Checkpoint(backbone, adapter, table)
+    return Checkpoint(backbone, adapter, table, fit)
 
 
 def list_candidates(backbone: Backbone, adapter: Adapter) -> Mapping[str, Layer]:

@@ -44,6 +44,12 @@ class DecoderBackbone(Backbone):
         """Width of an embedding; None where the family scales embeddings, which prompt tuning's routing would see."""
         return self.decoder.hidden if self.decoder.scales.embedding == 1.0 else None
 
+    @property
+    def traits(self) -> dict[str, str | int]:
+        """Family, heads, and the slowest rotation, to four digits: a GGUF file rounds numbers of the configuration."""
+        d = self.decoder
+        return {"family": d.family, "heads": d.heads, "kv_heads": d.kv_heads, "rope": f"{d.rope_frequencies[-1]:.3e}"}
+
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """All tensors; a tied head is not among them."""
         return self.tensors

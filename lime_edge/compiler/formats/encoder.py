@@ -86,6 +86,11 @@ class EncoderBackbone(Backbone):
         """Tokens of the longest text, as its own tables say; 0 for pixels."""
         return find_text_context(self.model) if self.reads_text else 0
 
+    @property
+    def traits(self) -> dict[str, str | int]:
+        """Family and heads."""
+        return {"family": self.config.model_type, "heads": getattr(self.config, "num_attention_heads", 0)}
+
     def read_state(self) -> Mapping[str, Tensor]:
         """What the directory's weight files hold, integer buffers left out.
 

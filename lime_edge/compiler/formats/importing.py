@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from safetensors.torch import save_file
 
 from lime_edge.bundle.staging import stage_directory
@@ -24,6 +25,7 @@ from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_bac
 from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.hyper import Imported, ImportOptions
 from lime_edge.compiler.formats.peft import read_peft
+from lime_edge.compiler.formats.sketch import draw_sketch
 from lime_edge.errors import LimeEdgeError
 
 BESIDE = (
@@ -63,6 +65,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> dic
             base = _write_backbone(stage / "backbone", imported)
         if base is not None:
             imported.config["base_fingerprint"] = base.fingerprint
+            imported.config["base_sketch"] = structs.asdict(draw_sketch(base, Path(base.path)))
         (stage / "adapter").mkdir()
         adapter = write_adapter(stage / "adapter", imported.config, imported.tensors)
         if base is not None:
