@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
+.PHONY: fuzz demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,9 @@ test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (unde
 check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations
 	$(PYTEST) -m 'check and not small'
 	$(BIN)/python tools/sanitize_operators.py
+
+fuzz: $(VENV)/.dev  ## mutated files through the readers of bundles and experts, an hour in all
+	LIME_EDGE_FUZZ_SECONDS=720 $(BIN)/python -m pytest tests/fuzz
 
 sanitize: $(VENV)/.dev  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (part of check)
 	$(BIN)/python tools/sanitize_operators.py
