@@ -376,13 +376,14 @@ class Session(ExpertSwitch):
     @property
     def eos(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return tuple(self.bundle.manifest.model.get("eos", ()))
+        facts = self.bundle.manifest.decoder
+        return () if facts is None else facts.eos
 
     @property
     def codec(self) -> TextCodec:
         """Tokenizer and chat template, read when first needed."""
         if self._codec is None:
-            self._codec = TextCodec(self.bundle.path / "tokenizer")
+            self._codec = TextCodec(self.bundle.path / "tokenizer", self.bundle.manifest.prompts)
         return self._codec
 
     def __enter__(self) -> Session:

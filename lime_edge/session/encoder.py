@@ -102,7 +102,7 @@ def _fits(name: str, array: np.ndarray, entry: Input, axes: dict[str, int], faul
     """Check shape and ids; notes the size of every dynamic axis in `axes`."""
     wanted = tuple(axes.get(size, size) if isinstance(size, str) else size for size in entry.shape)
     shown = "(" + ", ".join(map(str, wanted)) + ")"
-    sizes = list(zip(wanted, array.shape, strict=False))
+    sizes: list[tuple[int | str, int]] = list(zip(wanted, array.shape, strict=False))
     if len(wanted) != array.ndim or any(isinstance(size, int) and size != found for size, found in sizes):
         faults.add(f"{name}: shape", shown, array.shape)
         return False

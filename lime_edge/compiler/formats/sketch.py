@@ -146,5 +146,9 @@ def _settle(vectors: float | None, matrices: float | None, misfits: list[str], a
             "take the model it was trained on, or pass `any_backbone` where you know better",
         )
     known = [None if value is None or not math.isfinite(value) else round(value, 6) for value in (vectors, matrices)]
-    verdict = "any backbone" if misfits else "within tolerance"
-    return Fit(verdict=verdict, vectors=known[0], matrices=known[1], misfits=tuple(text[:500] for text in misfits))
+    return Fit(
+        verdict="any backbone" if misfits else "within tolerance",
+        vectors=known[0],
+        matrices=known[1],
+        misfits=tuple(text[:500] for text in misfits),
+    )
