@@ -11,6 +11,18 @@ EXIT_MISSING = 4  # an extra, an engine or a device is not there
 EXIT_STORAGE = 5  # nothing could be written: read-only, full
 
 
+LONGEST = 2000  # characters of one fault
+
+
+def show_plain(text: str) -> str:
+    r"""Text that a terminal may print: what is not printable (control characters, marks that turn the direction of
+    writing, half characters of a path that is no UTF-8) is spelled out, as \x1b.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class LimeEdgeError(Exception):
     """A fault the user can mend.
 
@@ -21,8 +33,8 @@ class LimeEdgeError(Exception):
     """
 
     def __init__(self, problem: str, hint: str = "", exit_code: int = EXIT_INPUT):
-        self.problem = problem
-        self.hint = hint
+        self.problem = problem = show_plain(problem)
+        self.hint = hint = show_plain(hint)
         self.exit_code = exit_code
         super().__init__(f"{problem}\n  hint: {hint}" if hint else problem)
 
@@ -47,7 +59,7 @@ class Faults:
             line += f": expected {expected}"
         if found is not None:
             line += f"{',' if expected is not None else ':'} found {found}"
-        self.lines.append(line)
+        self.lines.append(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
     def __bool__(self) -> bool:
         return bool(self.lines)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lime_edge.errors import show_plain
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 _quiet = False
@@ -30,7 +32,12 @@ def is_quiet() -> bool:
 def note(text: str) -> None:
     """One remark on standard error, plain text; nothing when quiet."""
     if not _quiet:
-        err.print(text, markup=False, soft_wrap=True)
+        err.print(show_plain(text), markup=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """One result on standard output: plain text, whatever names and paths in it hold."""
+    out.print(show_plain(text), markup=False, soft_wrap=True)
 
 
 def warn(text: str, hint: str = "") -> None:
@@ -54,12 +61,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: dict[str, str], rows: list[list[str]]) -> None:
-    """A table. columns: header -> "left" or "right"."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table. Everything in it is plain text. columns: header -> "left" or "right"."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     for header, justify in columns.items():
         table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
 
 
@@ -108,7 +115,7 @@ def _progress() -> Progress:
 
 
 def escape(text: str) -> str:
-    """Keep square brackets of a message from being read as markup."""
+    """Text to put between markup: its own square brackets are none, and what is not printable is spelled out."""
     from rich.markup import escape as escape_markup
 
-    return escape_markup(text)
+    return escape_markup(show_plain(text))

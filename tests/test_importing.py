@@ -12,6 +12,8 @@ import torch
 import transformers
 import typer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -111,7 +113,7 @@ def test_hyper_parameters_from_the_command_line_and_tokenizer_files(tmp_path: Pa
     state = copy_fixture("llama-dora-ngram", source)
     torch.save(state, source / "pytorch_model.bin")
     (source / "lime.json").unlink()
-    (source / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(source / "tokenizer.json"))
     app = typer.Typer()
     cli_import.register(app)
     settings = [

@@ -27,7 +27,7 @@ def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) ->
         return
     print_bundle(opened, sites)
     if verify:
-        terminal.out.print(f"all {len(opened.manifest.files)} files are as they were written (sha256)")
+        terminal.tell(f"all {len(opened.manifest.files)} files are as they were written (sha256)")
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -112,9 +112,8 @@ def show_report(report: Report) -> None:
         limit = TOLERANCES[compute]
         own = [check for check in report.checks if check.target == target]
         engine = f" on {report.providers[target]}" if report.providers[target] else ""
-        terminal.out.print(
-            f"{target}{engine}: {count_results(own)} ({compute}: error at most {limit.mean:g}, worst {limit.worst:g})",
-            soft_wrap=True,
+        terminal.tell(
+            f"{target}{engine}: {count_results(own)} ({compute}: error at most {limit.mean:g}, worst {limit.worst:g})"
         )
 
 

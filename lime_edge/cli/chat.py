@@ -219,4 +219,4 @@ class Chat:
         self._say(MULTILINE)
 
     def _say(self, text: str) -> None:
-        terminal.err.print(text, markup=False, soft_wrap=True)
+        terminal.err.print(terminal.show_plain(text), markup=False, soft_wrap=True)

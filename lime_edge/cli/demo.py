@@ -211,13 +211,12 @@ def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[D
         return
     size = terminal.show_size
     for new in deliveries:
-        terminal.out.print(
+        terminal.tell(
             f"{new.expert}: trained later, {size(new.file_bytes)}, installed into the running session "
-            f"in {new.install_ms:.1f} ms (marked + below)",
-            soft_wrap=True,
+            f"in {new.install_ms:.1f} ms (marked + below)"
         )
-        terminal.out.print(f"to keep it: lime-edge experts add {bundle.path} {new.folder}", soft_wrap=True)
-    terminal.out.print(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)", soft_wrap=True)
+        terminal.tell(f"to keep it: lime-edge experts add {bundle.path} {new.folder}")
+    terminal.tell(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)")
     columns = {"expert": "left", "answer": "left", "tokens/s": "right", "switch time": "right"}
     for prompt, members in group_rows(rows).items():
         cells = [
@@ -225,10 +224,9 @@ def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[D
             for r in members
         ]
         terminal.print_table(f"input: {question(prompt)}", columns, cells)
-    terminal.out.print(
+    terminal.tell(
         f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "
-        f"{len(sizes)} experts of {size(max(sizes.values()))} each",
-        soft_wrap=True,
+        f"{len(sizes)} experts of {size(max(sizes.values()))} each"
     )
 
 

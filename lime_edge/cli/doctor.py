@@ -46,7 +46,7 @@ def doctor(
     else:
         for finding in diagnosis.findings:
             show_finding(finding)
-        terminal.out.print(f"works here: {'; '.join(diagnosis.works)}", soft_wrap=True)
+        terminal.tell(f"works here: {'; '.join(diagnosis.works)}")
     raise typer.Exit(diagnosis.exit_code)
 
 
@@ -55,4 +55,4 @@ def show_finding(finding: Finding) -> None:
     text = terminal.escape(f"{finding.topic}, {finding.what}: {finding.found}")
     terminal.out.print(f"{MARKS[finding.state]}  {text}", soft_wrap=True)
     if finding.hint:
-        terminal.out.print(f"      {terminal.escape(finding.hint)}", soft_wrap=True)
+        terminal.tell(f"      {finding.hint}")

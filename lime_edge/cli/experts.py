@@ -84,7 +84,7 @@ def add(
         terminal.print_json({"bundle": str(bundle), "added": names, "experts": list(opened.manifest.experts)})
         return
     added = ", ".join(map(repr, names))
-    terminal.out.print(f"added {added}: {len(opened.manifest.experts)} experts in {bundle}", soft_wrap=True)
+    terminal.tell(f"added {added}: {len(opened.manifest.experts)} experts in {bundle}")
 
 
 @experts_app.command("pack")
@@ -109,7 +109,7 @@ def pack(
     if as_json:
         terminal.print_json({"file": str(output), "expert": chosen.name, "bytes": len(data)})
         return
-    terminal.out.print(f"{output}: expert {chosen.name!r}, {terminal.show_size(len(data))}", soft_wrap=True)
+    terminal.tell(f"{output}: expert {chosen.name!r}, {terminal.show_size(len(data))}")
 
 
 def _only(experts: list[Expert], name: str | None, where: Path) -> Expert:
@@ -133,7 +133,7 @@ def remove(
     if as_json:
         terminal.print_json({"bundle": str(bundle), "removed": [name], "experts": list(changed.manifest.experts)})
         return
-    terminal.out.print(f"removed {name!r}: {len(changed.manifest.experts)} experts in {bundle}", soft_wrap=True)
+    terminal.tell(f"removed {name!r}: {len(changed.manifest.experts)} experts in {bundle}")
 
 
 @experts_app.command(
@@ -155,4 +155,4 @@ def blend(
     if as_json:
         terminal.print_json({"bundle": str(bundle), "added": [name], "experts": list(changed.manifest.experts)})
         return
-    terminal.out.print(f"added {name!r}, a blend of {describe_selection(selection)}", soft_wrap=True)
+    terminal.tell(f"added {name!r}, a blend of {describe_selection(selection)}")

@@ -156,7 +156,7 @@ def show_result(path: Path, as_json: bool, sites: bool, seconds: float) -> None:
     elif not terminal.is_quiet():
         print_bundle(bundle, sites)
         memory = f", {terminal.show_size(peak)} of memory at the peak" if peak else ""
-        terminal.out.print(f"exported in {seconds:.0f} s{memory}", soft_wrap=True)
+        terminal.tell(f"exported in {seconds:.0f} s{memory}")
 
 
 def measure_peak() -> int | None:
@@ -216,7 +216,7 @@ def report_delegation(path: Path, as_json: bool) -> None:
     for name, count in facts.report.get("delegation", {}).items():
         if not as_json and not terminal.is_quiet():
             took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts.providers[0]}"
-            terminal.out.print(f"executorch {name}: {took}, {count['undelegated']} outside", soft_wrap=True)
+            terminal.tell(f"executorch {name}: {took}, {count['undelegated']} outside")
         if count["fallen"]:
             fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
             terminal.warn(

@@ -64,4 +64,4 @@ def export(
         terminal.print_json(report)
     else:
         text = f"wrote {lora.name!r} as {form} to {output}: {len(lora.sites)} sites, {terminal.show_size(size)}"
-        terminal.out.print(text)
+        terminal.tell(text)

@@ -34,4 +34,4 @@ def pack(
     if as_json:
         terminal.print_json({"path": str(file), "bytes": size})
     else:
-        terminal.out.print(f"{file}: {size / 1e6:.1f} MB", soft_wrap=True)
+        terminal.tell(f"{file}: {size / 1e6:.1f} MB")
