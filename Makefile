@@ -36,11 +36,12 @@ test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (unde
 	$(PYTEST) -m 'small or not check'
 
 check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations
-	$(PYTEST) -m 'check and not small'
+	$(PYTEST) -m 'check and not small' --ignore tests/fuzz
+	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
 
-fuzz: $(VENV)/.dev  ## mutated files through the readers of bundles and experts, an hour in all
-	LIME_EDGE_FUZZ_SECONDS=720 $(BIN)/python -m pytest tests/fuzz
+fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads one, an hour in all
+	$(BIN)/python tests/fuzz/campaign.py --seconds 3600
 
 sanitize: $(VENV)/.dev  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (part of check)
 	$(BIN)/python tools/sanitize_operators.py

@@ -9,6 +9,7 @@ from pathlib import Path
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.compiler.formats.backbone import quiet
 from lime_edge.compiler.formats.decoder import find_gguf
+from lime_edge.compiler.formats.files import reading
 from lime_edge.compiler.model.oracle import Encode
 from lime_edge.errors import LimeEdgeError
 
@@ -50,14 +51,9 @@ def copy_tokenizer(model: Path, directory: Path) -> None:
     if gguf is None and not (model / "tokenizer.model").is_file():
         raise LimeEdgeError(f"{model}: tokenizer.json is missing", hint)
     source = gguf.parent if gguf else model
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, gguf_file=gguf.name if gguf else None, local_files_only=True
-            )
-            tokenizer.save_pretrained(directory)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise LimeEdgeError(f"{source}: no readable tokenizer: {error}", hint) from None
+    with reading(f"{source}: no readable tokenizer", hint), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name if gguf else None, local_files_only=True)
+        tokenizer.save_pretrained(directory)
     if not (directory / "tokenizer.json").is_file():
         raise LimeEdgeError(f"{source}: the tokenizer has no fast (tokenizer.json) form", hint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_f
 from lime_edge.compiler.formats.adapter_checks import CONFIG
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
+from lime_edge.compiler.formats.files import read_json
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.compiler.formats.sketch import judge_vocabulary
 from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
@@ -108,8 +108,8 @@ def check_names_early(adapter: Path, fold: str, default: str | None) -> None:
         LimeEdgeError: neither a policy nor one of the experts that the adapter's config names.
     """
     try:
-        names = tuple(map(str, json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["expert_names"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        names = tuple(map(str, read_json(adapter / CONFIG)["expert_names"]))
+    except (LimeEdgeError, KeyError, TypeError):
         return  # reading the adapter will say what is wrong with it
     check_fold(fold, names)
     if default not in (None, NONE, ROUTED, *names):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lime_edge.compiler.formats.adapter_checks import CONFIG, IMPORT, WEIGHTS, check_adapter, is_named
+from lime_edge.compiler.formats.files import read_json, read_safetensors
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.maths.variants import Variant, find_variant
 from lime_edge.errors import Faults, LimeEdgeError
@@ -190,26 +190,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         if whole := [name for name in CHECKPOINT if (path / name).is_file()]:
             raise LimeEdgeError(f"{path}: holds {', '.join(whole)}, a whole checkpoint and not an adapter", IMPORT)
         raise LimeEdgeError(f"{path}: adapter_config.json is missing", "is this a LiME adapter directory?")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LimeEdgeError(f"{file}: not JSON: {error}", "copy the adapter again, or mend the file by hand") from None
-    if not isinstance(config, dict):
-        raise LimeEdgeError(
-            f"{file}: expected a JSON object, found {type(config).__name__}", "docs/adapter-format.md lists its fields"
-        )
-    return config
+    return read_json(file)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise LimeEdgeError(f"{file}: missing", "an adapter directory holds adapter_model.safetensors")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(
-            f"{file}: not a readable safetensors file: {error}", "copy it again: it may be truncated"
-        ) from None
+    return read_safetensors(file)
 
 
 def _build_site(parts: Mapping[str, torch.Tensor], embedding: bool) -> AdapterSite:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from lime_edge.bundle.experts import check_name
+from lime_edge.bundle.names import PLAIN_TEXT, check_name
 from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.maths.variants import VARIANTS, find_variant
@@ -19,6 +19,7 @@ VECTORS = ("LiMEs", "LiME_shared", "gamma")  # what an expert delivered later co
 IMPORT = "lime-edge import CHECKPOINT -o imported/, then export imported/backbone --adapter imported/adapter"
 PROMPT = "prompt"  # the one site of prompt tuning: the virtual tokens before the model
 SELECTIONS = ("soft_topk", "hard_topk", "auto_topk", "sparse_topk", "sparse_auto_topk")
+MOST_EXPERTS, MOST_RANK, MOST_ALPHA, MOST_TEXT = 65536, 1 << 20, 1e9, 512  # what the manifest takes
 # field -> (types, required); documented one by one in docs/adapter-format.md
 FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "peft_type": ((str,), True),
@@ -150,10 +151,16 @@ def _check_values(config: dict[str, Any], faults: Faults) -> None:
         faults.add(f"{CONFIG}: peft_type", "LIME", config["peft_type"])
     if config["variant"] not in VARIANTS:
         faults.add(f"{CONFIG}: variant", " or ".join(VARIANTS), config["variant"])
-    if config["r"] < 1:
-        faults.add(f"{CONFIG}: r", "at least 1", config["r"])
-    if not math.isfinite(config["lora_alpha"]) or config["lora_alpha"] <= 0:
-        faults.add(f"{CONFIG}: lora_alpha", "a number above 0", config["lora_alpha"])
+    if not 1 <= config["r"] <= MOST_RANK:
+        faults.add(f"{CONFIG}: r", f"at least 1 and at most {MOST_RANK}", config["r"])
+    if not 0 < config["lora_alpha"] <= MOST_ALPHA:
+        faults.add(f"{CONFIG}: lora_alpha", f"a number above 0, at most {MOST_ALPHA:g}", config["lora_alpha"])
+    if not 1 <= config["num_experts"] <= MOST_EXPERTS:
+        faults.add(f"{CONFIG}: num_experts", f"at least 1 and at most {MOST_EXPERTS}", config["num_experts"])
+    for name in ("base_model_name_or_path", "license"):
+        text = config.get(name) or ""
+        if len(text) > MOST_TEXT or not re.search(PLAIN_TEXT, text):
+            faults.add(f"{CONFIG}: {name}: at most {MOST_TEXT} characters, none of control")
     for name in ("target_modules", "embedding_modules"):
         for module in config.get(name, []):
             if not isinstance(module, str):
@@ -208,7 +215,7 @@ def _check_tensors(
         faults.add(f"{WEIGHTS} holds no adapter tensors")
     for name, found in grouped.items():
         _check_site(name, found, parts, config, faults)
-        vectors = found.get("LiMEs", torch.zeros(1, config["num_experts"]))
+        vectors = found.get("LiMEs", torch.zeros(1, 1))
         if config.get("routing", "pinned") != "pinned" and vectors.ndim == 2 and vectors.shape[1] < len(vectors):
             faults.add(
                 f"{WEIGHTS}: {name}: width (routing reads an output per expert)",

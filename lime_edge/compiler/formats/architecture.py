@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, scale = _rope_frequencies(config, rope_type, rope, head_dim)
     facts = FAMILIES[family](config)
-    return Decoder(
+    decoder = Decoder(
         family=family,
         vocab=config.vocab_size,
         hidden=config.hidden_size,
@@ -178,6 +179,36 @@ def read_decoder(config: PreTrainedConfig, where: str) -> Decoder:
         scales=facts.scales,
         gguf=facts.gguf,
     )
+    check_numbers(decoder, where)
+    return decoder
+
+
+def check_numbers(decoder: Decoder, where: str) -> None:
+    """Refuse a decoder that computes nothing: widths are looked at where config.json is read (configs.SIZES).
+
+    Raises:
+        LimeEdgeError: all such numbers at once.
+    """
+    scales = decoder.scales
+    numbers = {
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_scaling": decoder.rope_scale,
+        "embedding_multiplier": scales.embedding,
+        "logits_scaling": scales.logits,
+        "attention_multiplier": scales.query,
+        "residual_multiplier": scales.residual,
+    }
+    with Faults(where, "is this what save_pretrained writes?") as faults:
+        for name, number in numbers.items():
+            if not isinstance(number, (int, float)) or not (math.isfinite(number) and 0 < number <= 1e9):
+                faults.add(f"config.json: {name}", "a number above 0", f"{number!r:.40}")
+        if decoder.head_dim % 2 or decoder.head_dim < 2:
+            faults.add("config.json: head_dim", "an even number", decoder.head_dim)
+        if not all(math.isfinite(one) and one > 0 for one in decoder.rope_frequencies):
+            faults.add("config.json: rope_parameters: frequencies that are none")
+        windows = {layer.window for layer in decoder.layers} - {None}
+        if any(not isinstance(window, int) or window < 1 for window in windows):
+            faults.add("config.json: sliding_window", "at least 1", f"{windows!r:.40}")
 
 
 def _rope_frequencies(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.compiler.formats.configs import plain_name, read_config
+from lime_edge.compiler.formats.files import AGAIN, INDEX, SINGLE, list_shards, read_json, read_shards, reading
+from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -78,27 +79,25 @@ def read_decoder_backbone(path: Path) -> DecoderBackbone:
         config, tensors = _read_gguf(gguf)
     else:
         config, tensors = _read_directory(path)
-    decoder = read_decoder(config, str(path))
+    with reading(f"{path}: not a model that can be built", "is this what save_pretrained writes?"):
+        decoder = read_decoder(config, str(path))
     tensors = _check_tensors(decoder, tensors, str(path))
-    name = gguf.stem if gguf else path.resolve().name
-    return DecoderBackbone(str(path), name, decoder, tensors, _read_eos(path, config))
+    name = plain_name(gguf.stem if gguf else path.resolve().name)
+    return DecoderBackbone(str(path), name, decoder, tensors, _read_eos(path, config, decoder.vocab))
 
 
-def _read_eos(path: Path, config: Any) -> tuple[int, ...]:
+def _read_eos(path: Path, config: Any, vocab: int) -> tuple[int, ...]:
     """End-of-text ids: of generation_config.json where there is one, else of the model's config."""
     file = path / "generation_config.json"
-    ids = None
-    if file.is_file():
-        try:
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise LimeEdgeError(
-                f"{file}: not a readable generation config: {error}", "mend it, or remove it: config.json has eos too"
-            ) from None
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = config.eos_token_id if ids is None else ids
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+    found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < vocab for one in found):
+        raise LimeEdgeError(
+            f"{path}: eos_token_id: expected token ids below {vocab}, found {ids!r:.80}",
+            "mend generation_config.json, or remove it: config.json has eos too",
+        )
+    return tuple(found)
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -123,59 +122,27 @@ def find_gguf(path: Path) -> Path | None:
     raise LimeEdgeError(f"{path}: neither config.json nor a .gguf file is in it", "is this a model directory?")
 
 
-def _read_directory(path: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise LimeEdgeError(
-            f"{path / 'config.json'}: not a readable model config: {error}", "is this what save_pretrained writes?"
-        ) from None
-    tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    tensors[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LimeEdgeError(
-                f"{file}: not a readable safetensors file: {error}", "copy it again: it may be truncated"
-            ) from None
-    return config, tensors
+def _read_directory(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    file = path / "config.json"
+    facts = read_config(file)
+    index = path / INDEX
+    if not index.is_file() and not (path / SINGLE).is_file():
+        hint = "save it with save_pretrained(..., safe_serialization=True)"
+        raise LimeEdgeError(f"{path}: {SINGLE} is missing", hint)
+    tensors = read_shards(list_shards(index) if index.is_file() else [path / SINGLE])
+    layers = facts.get("num_hidden_layers") or 0
+    if layers > len(tensors):
+        raise LimeEdgeError(f"{file}: num_hidden_layers: {layers}, but there are {len(tensors)} tensors", AGAIN)
+    with reading(f"{file}: not a readable model config", "is this what save_pretrained writes?"):
+        return AutoConfig.from_pretrained(path, local_files_only=True), tensors
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise LimeEdgeError(f"{index}: not a readable weight index: {error!r}", "copy the model again") from None
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise LimeEdgeError(f"{path}: shards are missing: {', '.join(missing)}", "copy every shard")
-        return [path / name for name in names]
-    single = path / "model.safetensors"
-    if single.is_file():
-        return [single]
-    hint = "save it with save_pretrained(..., safe_serialization=True)"
-    raise LimeEdgeError(f"{path}: model.safetensors is missing", hint)
-
-
-def _read_gguf(file: Path) -> tuple[AutoConfig, dict[str, torch.Tensor]]:
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise LimeEdgeError(
-                f"{file}: not a GGUF file (no GGUF magic)", "copy it again, or pass a Hugging Face directory"
-            )
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
-            )
-    except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
-        raise LimeEdgeError(
-            f"{file}: not a readable GGUF model: {error}", "pass the Hugging Face directory instead"
-        ) from None
+def _read_gguf(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    check_gguf(file)
+    with reading(f"{file}: not a readable GGUF model", "pass the Hugging Face directory instead"), quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        )
     return model.config, model.state_dict()
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
+from lime_edge.compiler.formats.configs import plain_name, read_config
 from lime_edge.compiler.formats.families import FAMILIES
-from lime_edge.compiler.formats.files import read_json, read_weights
+from lime_edge.compiler.formats.files import AGAIN, read_json, read_weights, reading
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError, need
 
@@ -112,9 +114,14 @@ def is_encoder(model_dir: Path) -> bool:
     if not file.is_file():
         return False
     config = read_json(file)
-    names = config.get("architectures") or [""]
-    kept_apart = config.get("is_encoder_decoder") or config.get("is_decoder") or config.get("model_type") in FAMILIES
-    return not kept_apart and str(names[0]).endswith(tuple(TASKS))
+    kept_apart = config.get("is_encoder_decoder") or config.get("is_decoder") or config.get("model_type") in [*FAMILIES]
+    return not kept_apart and find_architecture(config).endswith(tuple(TASKS))
+
+
+def find_architecture(config: Mapping[str, Any]) -> str:
+    """The first class that a config.json names, or empty."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def find_text_context(model: nn.Module) -> int:
@@ -139,13 +146,34 @@ def read_encoder_backbone(path: Path) -> EncoderBackbone:
         LimeEdgeError: quantized already, unknown task, weights missing, not finite, or a model that does not run.
     """
     refuse_prequantized(path)
-    config = read_json(path / "config.json")
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = find_architecture(read_config(path / "config.json"))
     task = infer_task(architecture, path)
+    check_size(path, architecture)
     model = load_model(path, task, architecture)
     inputs = list_inputs(model, path)
-    called = watch_layers(model, make_sample(inputs))
-    return EncoderBackbone(str(path), path.resolve().name, task, model, inputs, read_pooling(path), called)
+    with reading(f"{path}: the model does not run", "do its config.json and its weights belong together?"):
+        called = watch_layers(model, make_sample(inputs))
+    name = plain_name(path.resolve().name)
+    return EncoderBackbone(str(path), name, task, model, inputs, read_pooling(path), called)
+
+
+def check_size(path: Path, architecture: str) -> None:
+    """Refuse a config.json that describes a far larger model than the weights beside it: it would be built first.
+
+    Raises:
+        LimeEdgeError: more numbers than the files hold.
+    """
+    import transformers
+
+    held = read_weights(path)
+    layers = read_json(path / "config.json").get("num_hidden_layers") or 0
+    with reading(f"{path / 'config.json'}: not a readable model config", "is this what save_pretrained writes?"):
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            model = getattr(transformers, architecture)(config) if layers <= len(held) else None
+    wanted = sum(one.numel() for one in model.parameters()) if model is not None else math.inf
+    if wanted > 2 * sum(tensor.numel() for tensor in held.values()) + (1 << 24):
+        raise LimeEdgeError(f"{path}: config.json describes a far larger model than its weights are", AGAIN)
 
 
 def infer_task(architecture: str, path: Path) -> str:
@@ -157,8 +185,8 @@ def infer_task(architecture: str, path: Path) -> str:
     import transformers
 
     tasks = _tasks_manager()
-    known = getattr(transformers, architecture, None) if architecture else None
-    if known is None:
+    known = getattr(transformers, architecture, None) if architecture.isidentifier() else None
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
         raise LimeEdgeError(
             f"{path / 'config.json'}: architectures: {architecture!r} is no class of transformers",
             "upgrade transformers, or mend architectures in config.json",
@@ -182,20 +210,17 @@ def load_model(path: Path, task: str, architecture: str) -> nn.Module:
         LimeEdgeError: unreadable, another class than the config names, or weights missing.
     """
     tasks = _tasks_manager()
-    try:
-        with quiet():
-            model, info = tasks.get_model_from_task(
-                task,
-                path,
-                framework="pt",
-                library_name="transformers",
-                attn_implementation="eager",
-                local_files_only=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
-    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-        raise LimeEdgeError(f"{path}: not a readable model: {error}", "copy it again: it may be truncated") from None
+    with reading(f"{path}: not a readable model"), quiet():
+        model, info = tasks.get_model_from_task(
+            task,
+            path,
+            framework="pt",
+            library_name="transformers",
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
     if type(model).__name__ != architecture:
         raise LimeEdgeError(
             f"{path}: task {task}: expected {architecture}, loaded {type(model).__name__}",
@@ -268,12 +293,14 @@ def read_pooling(path: Path) -> Pooling | None:
     hint = "remove modules.json to export token vectors alone"
     try:
         modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-        steps = [(str(module["type"]).rsplit(".", 1)[-1], module["path"]) for module in modules]
-    except (ValueError, KeyError, TypeError) as error:
+        steps = [(str(module["type"]).rsplit(".", 1)[-1], str(module["path"])) for module in modules]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise LimeEdgeError(f"{path / 'modules.json'}: not readable: {error!r}", hint) from None
     if [kind for kind, _ in steps] not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         found = ", ".join(kind for kind, _ in steps)
         raise LimeEdgeError(f"{path / 'modules.json'}: expected Transformer, Pooling, Normalize, found {found}", hint)
+    if PurePath(steps[1][1]).name != steps[1][1]:
+        raise LimeEdgeError(f"{path / 'modules.json'}: {steps[1][1]!r:.80} is no folder beside it", hint)
     file = path / steps[1][1] / "config.json"
     config = read_json(file)
     chosen = [mode for mode, key in POOLINGS.items() if config.get(key) or config.get("pooling_mode") == mode]

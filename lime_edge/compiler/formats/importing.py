@@ -23,6 +23,7 @@ from lime_edge.compiler.formats.authors import read_state
 from lime_edge.compiler.formats.checkpoint import pair
 from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
 from lime_edge.compiler.formats.families import FAMILIES
+from lime_edge.compiler.formats.files import reading
 from lime_edge.compiler.formats.hyper import Imported, ImportOptions
 from lime_edge.compiler.formats.peft import read_peft
 from lime_edge.compiler.formats.sketch import draw_sketch
@@ -58,7 +59,8 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> dic
     if not source.exists():
         raise LimeEdgeError(f"{source}: no such file or directory", "pass a checkpoint's directory or its weights")
     peft = source.is_dir() and (source / "adapter_config.json").is_file()
-    imported = read_peft(source, options) if peft else read_state(source, options)
+    with reading(f"{source}: not a readable checkpoint", "docs/adapter-format.md says what an import takes over"):
+        imported = read_peft(source, options) if peft else read_state(source, options)
     with stage_directory(output, replace=options.force) as stage, _naming(source, stage):
         base = imported.base
         if imported.backbone is not None:

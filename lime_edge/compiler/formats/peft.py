@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from lime_edge.bundle.experts import FORMAT, read_expert
 from lime_edge.bundle.identity import hash_adapter
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
-from lime_edge.compiler.formats.files import read_json
+from lime_edge.compiler.formats.files import read_json, read_safetensors, reading
 from lime_edge.compiler.formats.hyper import (
     Imported,
     ImportOptions,
@@ -123,10 +122,7 @@ def _check_options(config: Mapping[str, Any], faults: Faults) -> None:
 def _read_sites(file: Path, dora: bool, faults: Faults) -> dict[str, dict[str, torch.Tensor]]:
     if not file.is_file():
         raise LimeEdgeError(f"{file}: missing", "save the PEFT adapter with safe_serialization=True")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
+    tensors = read_safetensors(file)
     wanted = ("A", "B", "m") if dora else ("A", "B")
     sites: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -204,17 +200,14 @@ def _read_vectors(
 def _read_vector_file(file: Path) -> dict[str, torch.Tensor]:
     """One file's tensors; an expert file of ours gives one flat vector."""
     if not _is_expert(file):
-        return load_file(file)
+        return read_safetensors(file)
     expert = read_expert(file)
     return {expert.name: torch.from_numpy(expert.vector.copy())}
 
 
 def _is_expert(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError) as error:
-        raise LimeEdgeError(f"{file}: not a readable safetensors file: {error}", "copy it again") from None
+    with reading(f"{file}: not a readable safetensors file"), safe_open(file, framework="pt") as opened:
+        return (opened.metadata() or {}).get("format") == FORMAT
 
 
 def _check_origin(

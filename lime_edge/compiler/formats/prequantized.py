@@ -63,7 +63,7 @@ def _look_at_tensors(path: Path) -> str:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing, or damaged: reading the model will say so
+    except (OSError, ValueError, RecursionError):  # missing, or damaged: reading the model will say so
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -74,6 +74,6 @@ def _read_header(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
             body = json.loads(opened.read(min(size, 100_000_000)))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, RecursionError, struct.error):
         return {}
     return body if isinstance(body, dict) else {}

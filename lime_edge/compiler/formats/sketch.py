@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import ValidationError, convert
 
 from lime_edge.bundle.fields import Fit, Sketch
-from lime_edge.bundle.manifest import convert_facts
 from lime_edge.bundle.prompts import TextCodec
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.errors import LimeEdgeError
@@ -128,7 +128,12 @@ def judge(
     if kept is None:
         misfits = [f"base_fingerprint: expected {fingerprint}, found {backbone.fingerprint}"]
         return _settle(None, None, misfits, any_backbone, where)
-    sketch = convert_facts(Sketch, dict(kept))
+    try:
+        sketch = convert(dict(kept), Sketch)
+    except ValidationError as error:
+        raise LimeEdgeError(
+            f"{where}: base_sketch of the adapter's configuration: {error}", "copy the adapter again"
+        ) from None
     if sketch.names != hash_names(backbone):
         return _settle(None, None, ["other tensors, shapes or heads"], any_backbone, where)
     vectors, matrices = measure(sketch, backbone)

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from lime_edge.bundle.fields import TokenizerFacts
 from lime_edge.bundle.prompts import read_tokenizer
+from lime_edge.compiler.formats.files import read_json, reading
 
 FOLDER, FILE, CLASSES = "tokenizer", "tokenizer.json", "classes.json"
 FORMAT, SCHEMA = "lime-edge-classes", 1
@@ -53,14 +54,15 @@ def describe_tokenizer(directory: Path) -> TokenizerFacts:
         LimeEdgeError: a damaged tokenizer.
     """
     tokenizer = read_tokenizer(directory / FILE)
-    document = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    document = read_json(directory / FILE)
     kind = document["model"].get("type") or "bpe"
     levels = (document.get("decoder") or {}).get("type") == "ByteLevel"
     kind = "byte-bpe" if kind == "BPE" and levels else KINDS.get(kind, kind.lower())
     split = name_split(document.get("pre_tokenizer")) if kind == "byte-bpe" else None
     if split is not None:
         write_classes(directory / CLASSES, with_digits=split == "smollm2")
-    begin, end = find_special(tokenizer)
+    with reading(f"{directory / FILE}: the tokenizer does not run"):
+        begin, end = find_special(tokenizer)
     classes = f"{FOLDER}/{CLASSES}" if split is not None else None
     return TokenizerFacts(file=f"{FOLDER}/{FILE}", kind=kind, split=split, classes=classes, begin=begin, end=end)
 
