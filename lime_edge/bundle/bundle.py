@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from lime_edge.bundle.companions import GENAI_CONFIG, find_code
 from lime_edge.bundle.experts import Expert, ExpertBank, check_values, parse_expert
 from lime_edge.bundle.fields import ExpertEntry, FileEntry, Manifest
 from lime_edge.bundle.inside import Inside, explain
@@ -65,6 +66,8 @@ class Bundle:
                 small = entry.size <= SMALL and name not in late
                 if (mark := _check_file(inside, name, entry, verify or small, faults)) is not None and not small:
                     marks[name] = mark
+                if name.rpartition("/")[2] == GENAI_CONFIG:
+                    _check_companion(inside, name, faults)
         if verify:
             write_marks(self.path, marks)
 
@@ -228,6 +231,17 @@ def read_manifest(path: Path) -> bytes:
     except OSError as error:
         hint = "check its permissions, or copy the bundle again"
         raise LimeEdgeError(f"{path}: {MANIFEST} {explain(error)}", hint) from None
+
+
+def _check_companion(inside: Inside, name: str, faults: Faults) -> None:
+    """Note a configuration by which stock GenAI would run more than the bundle's graph (docs/security.md)."""
+    try:
+        data = inside.read(name, SMALL)
+    except OSError as error:
+        faults.add(f"{name} {explain(error)}")
+        return
+    for found in ["larger than any"] if len(data) > SMALL else find_code(data):
+        faults.add(f"{name}: {found}: stock GenAI would load it")
 
 
 def _check_file(inside: Inside, name: str, entry: FileEntry, hashed: bool, faults: Faults) -> Mark | None:

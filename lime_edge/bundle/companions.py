@@ -4,12 +4,17 @@ so a device that adds an expert writes its companions' files too. numpy only.
 
 from __future__ import annotations
 
+import json
+import re
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
 ORIGINAL = "none"  # the companion's expert that gives the original model back; no expert can have this name
 ONNX_ADAPTER = "onnx_adapter"
+GENAI_CONFIG = "genai_config.json"  # wherever it lies: who opens its folder with GenAI follows it
+CODE = re.compile(r"\.(so|dll|dylib|framework)(\.|$)", re.IGNORECASE)
 
 
 def encode_expert(form: str, residual: np.ndarray) -> bytes:
@@ -38,3 +43,35 @@ def encode_onnx_adapter(residual: np.ndarray) -> bytes:
     # Parameter: vtable 12 bytes back; where name and shape are, from here; float32; where the data is, its length
     head += struct.pack("<i5I", 12, 44 + size, 16 + size, 1, 4, size)
     return head + data + struct.pack("<I2qI", 2, 1, residual.size, 0) + struct.pack("<I8s", 6, b"expert")
+
+
+def find_code(data: bytes) -> list[str]:
+    """What a genai_config.json would make stock GenAI do besides running the bundle's graph: one line each.
+
+    A `custom_ops_library` or another library that it names is loaded, that is, run; a file outside the bundle is read.
+    Every pair of a doubled key is looked at, since parsers differ about which one counts.
+    """
+    pairs: list[tuple[str, object]] = []
+    try:
+        json.loads(data, object_pairs_hook=lambda found: pairs.extend(found) or dict(found))
+    except (ValueError, RecursionError):
+        return ["not readable JSON"]
+    return [f"names {key[:80]!r}: {str(value)[:80]!r}" for key, value in pairs if _leads_out(key, value)]
+
+
+def _leads_out(key: str, value: object) -> bool:
+    if "library" in key.lower():
+        return True
+    texts = list(_texts(value))
+    if any(CODE.search(text) for text in texts):
+        return True
+    paths = [text.replace("\\", "/") for text in texts] if key in ("filename", "adapter_filename") else []
+    return any(path.startswith(("/", "~")) or ".." in path.split("/") or ":" in path for path in paths)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)

@@ -35,6 +35,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         find_contradictions(manifest, faults)
     blank = msgspec.structs.replace(manifest, manifest_sha256="0" * 64)
     text = msgspec.json.format(msgspec.json.encode(blank), indent=1) + b"\n"
+    try:
+        msgspec.json.decode(text, type=Manifest)  # what is made in memory is not checked by the types
+    except ValueError as error:
+        raise LimeEdgeError(f"{MANIFEST}: {error}", "a bug in what wrote it: please report it") from None
     return SEAL.sub(lambda found: found[1] + hashlib.sha256(text).hexdigest().encode() + found[3], text, count=1)
 
 

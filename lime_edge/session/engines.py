@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
 
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import Faults, LimeEdgeError
+
+MOST = {"threads": 1024, "max_length": 1 << 24}  # as lime.json has them
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class SessionOptions:
     for the model's context or 2048, whichever is less. providers: execution providers to try, in
     order, instead of the bundle's.
     Raises:
-        LimeEdgeError: threads or max_length below 1.
+        LimeEdgeError: threads or max_length that no engine takes.
     """
 
     threads: int | None = None
@@ -31,8 +34,9 @@ class SessionOptions:
         with Faults("session", "leave it out for the bundle's own default") as faults:
             for name in ("threads", "max_length"):
                 value = getattr(self, name)
-                if value is not None and value < 1:
-                    faults.add(name, "at least 1", value)
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                if value is not None and not (whole and 1 <= value <= MOST[name]):
+                    faults.add(name, f"a whole number, at least 1 and at most {MOST[name]}", f"{value!r:.40}")
 
 
 class SwitchableEngine(Protocol):

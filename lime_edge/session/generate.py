@@ -55,7 +55,11 @@ def _check_number(
 ) -> None:
     """Note a fault where `value` is no number of that kind, or out of its range; infinity and NaN are in none."""
     fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not fits or not (math.isfinite(value) and least <= value <= most):  # type: ignore[arg-type, operator]
+    try:
+        finite = kind is Integral or (fits and math.isfinite(value))  # type: ignore[arg-type]
+    except OverflowError:  # a whole number that no float holds
+        finite = False
+    if not (fits and finite and least <= value <= most):  # type: ignore[operator]
         faults.add(name, wanted, value)
 
 
