@@ -11,7 +11,7 @@ EXIT_MISSING = 4  # an extra, an engine or a device is not there
 EXIT_STORAGE = 5  # nothing could be written: read-only, full
 
 
-LONGEST = 2000  # characters of one fault
+LONGEST = 2000  # characters of a line: what is wrong may be a text of any length
 
 
 def show_plain(text: str) -> str:
@@ -21,6 +21,10 @@ def show_plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 class LimeEdgeError(Exception):
@@ -33,7 +37,7 @@ class LimeEdgeError(Exception):
     """
 
     def __init__(self, problem: str, hint: str = "", exit_code: int = EXIT_INPUT):
-        self.problem = problem = show_plain(problem)
+        self.problem = problem = "\n".join(map(_shorten, show_plain(problem).split("\n")))
         self.hint = hint = show_plain(hint)
         self.exit_code = exit_code
         super().__init__(f"{problem}\n  hint: {hint}" if hint else problem)
@@ -59,7 +63,7 @@ class Faults:
             line += f": expected {expected}"
         if found is not None:
             line += f"{',' if expected is not None else ':'} found {found}"
-        self.lines.append(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
+        self.lines.append(_shorten(line))
 
     def __bool__(self) -> bool:
         return bool(self.lines)

@@ -384,6 +384,7 @@ SMALL_FILES = (
     "x.lime/reference.safetensors",
     "x.lime/lime.json",
 )
+MODEL_FILES = ("model/config.json", "model/generation_config.json", "model/*.safetensors")
 READERS: dict[str, Reader] = {
     reader.name: reader
     for reader in (
@@ -393,7 +394,7 @@ READERS: dict[str, Reader] = {
         Reader("sealed-bundle", make_plain, ("x.lime/experts/*", "x.lime/*.safetensors"), answer_bank, sealed=True),
         Reader("expert", make_expert_file, ("*",), answer_expert, may_differ=True),
         Reader("adapter", make_checkpoint, ("adapter/*",), answer_adapter, may_differ=True),
-        Reader("model", make_checkpoint, ("model/*.json", "model/*.safetensors"), answer_model, may_differ=True),
+        Reader("model", make_checkpoint, MODEL_FILES, answer_model, may_differ=True),
         Reader("gguf", make_gguf, ("*.gguf",), answer_gguf, may_differ=True),
         Reader("encoder", make_encoder, ("model/*",), answer_encoder, may_differ=True),
         Reader("authors", make_authors, ("source/*.json", "source/*.safetensors"), answer_import, may_differ=True),

@@ -33,6 +33,8 @@ KEYS = {
     "vocab_size": "vocab_size",
 }
 
+NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
+
 
 @dataclass(frozen=True)
 class Header:
@@ -60,6 +62,8 @@ def check_gguf(file: Path) -> Header:
         for key, name in KEYS.items():
             value = header.values.get(f"{family}.{key}")
             least, most = SIZES[name]
+            if value is None and key in NEEDED and f"{family}.{key}" not in header.values:
+                faults.add(f"{family}.{key} is missing")
             if value is not None and not (isinstance(value, int) and least <= value <= most):
                 faults.add(f"{family}.{key}", f"a whole number in {least}..{most}", f"{value!r:.40}")
         _check_sizes(header, family, faults)
@@ -102,6 +106,8 @@ class _Walk:
         header = Header()
         for _ in range(fields):
             key = self._text(LONGEST_NAME)
+            if key in header.values:
+                self._refuse(f"{key!r:.80} twice")
             header.values[key] = self._value(key, self._take("<I")[0])
         places = [self._tensor(header) for _ in range(tensors)]
         alignment = header.values.get("general.alignment", 32)
