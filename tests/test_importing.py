@@ -227,7 +227,7 @@ def test_a_damaged_state_dict_is_refused_and_nothing_is_left(fault: str, tmp_pat
     if fault == "truncated":
         data = (source / "model.safetensors").read_bytes()
         (source / "model.safetensors").write_bytes(data[: len(data) // 2])
-        wanted = "not a readable state dict"
+        wanted = "not a readable safetensors file"
     elif fault == "no-config":
         (source / "config.json").unlink()
         wanted = "config.json is missing"
