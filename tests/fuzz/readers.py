@@ -141,7 +141,8 @@ def make_checkpoint(folder: Path) -> None:
     from lime_edge.compiler.formats.decoder import read_decoder_backbone
     from lime_edge.compiler.formats.sketch import draw_sketch
 
-    sizes = {"vocab_size": 272, "num_hidden_layers": 1, "hidden_size": 16, "head_dim": 8}
+    sizes = {"vocab_size": 272, "num_hidden_layers": 1, "hidden_size": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = make_model(folder / "model", "llama", **sizes)
     adapter = make_adapter(folder / "adapter", model, experts=2, shared=True)
     config = json.loads((adapter / "adapter_config.json").read_text())

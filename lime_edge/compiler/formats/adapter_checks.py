@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from lime_edge.bundle.names import PLAIN_TEXT, check_name
+from lime_edge.bundle.names import check_name
 from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.maths.variants import VARIANTS, find_variant
 from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.targets.values import PLAIN_TEXT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VECTORS = ("LiMEs", "LiME_shared", "gamma")  # what an expert delivered later consists of

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lime_edge.bundle.names import PLAIN_TEXT
 from lime_edge.compiler.formats.files import read_json
 from lime_edge.errors import Faults
+from lime_edge.targets.values import PLAIN_TEXT
 
 # name -> least and most; by what the largest models have, with room above
 SIZES = {
@@ -77,7 +78,5 @@ def _check_value(name: str, value: Any, faults: Faults) -> None:
 
 def plain_name(name: str) -> str:
     """A name for the manifest: without what it refuses, at most 200 characters."""
-    import re
-
     kept = "".join(letter for letter in name if letter.isprintable())[:200]
     return kept if kept and re.search(PLAIN_TEXT, kept) else "model"
