@@ -52,8 +52,13 @@ def find_code(data: bytes) -> list[str]:
     Every pair of a doubled key is looked at, since parsers differ about which one counts.
     """
     pairs: list[tuple[str, object]] = []
+
+    def keep(found: list[tuple[str, object]]) -> dict[str, object]:
+        pairs.extend(found)
+        return dict(found)
+
     try:
-        json.loads(data, object_pairs_hook=lambda found: pairs.extend(found) or dict(found))
+        json.loads(data, object_pairs_hook=keep)
     except (ValueError, RecursionError):
         return ["not readable JSON"]
     return [f"names {key[:80]!r}: {str(value)[:80]!r}" for key, value in pairs if _leads_out(key, value)]
