@@ -125,7 +125,14 @@ def test_json_that_is_none(model: Path, name: str, text: str) -> None:
 
 def test_an_index_names_files_beside_it_only(model: Path, tmp_path: Path) -> None:
     shutil.move(model / "model.safetensors", tmp_path / "outside.safetensors")
-    for names in ({"a": "../outside.safetensors"}, {"a": str(tmp_path / "outside.safetensors")}, {"a": 3}, [], None):
+    cases: tuple[Any, ...] = (
+        {"a": "../outside.safetensors"},
+        {"a": str(tmp_path / "outside.safetensors")},
+        {"a": 3},
+        [],
+        None,
+    )
+    for names in cases:
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
         refuse(read_decoder_backbone, model, "is no file beside it|no weight_map")
 
