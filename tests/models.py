@@ -193,6 +193,7 @@ def make_adapter(
     variant: str = "lora",
     routing: Mapping[str, Any] | None = None,
     rounded: bool = False,
+    activation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a random LiME adapter for a model: its experts are N(1, spread) and its branch is loud.
 
@@ -200,7 +201,7 @@ def make_adapter(
         directory: made. model_dir: a directory of `make_model`. targets: module names or their last parts.
         shared: add a shared vector and its gamma. variant: lora, lora_fa, dora or slicefine.
         routing: hyper-parameters of routing; None makes an adapter whose experts are pinned only.
-        rounded: to what float16 can hold.
+        rounded: to what float16 can hold. activation: on which tokens it acts, as the format has it.
     Returns:
         The directory.
     """
@@ -241,6 +242,8 @@ def make_adapter(
         "use_shared_lime": shared,
         "routing": "pinned" if routing is None else name_selection(RoutingConfig(**routing)),
     } | dict(routing or {})
+    if activation:
+        config["activation"] = dict(activation)
     if "embed_tokens" in targets:
         config["embedding_modules"] = ["embed_tokens"]
     directory.mkdir(parents=True, exist_ok=True)

@@ -38,17 +38,22 @@ def write_task(folder: Path, name: str) -> None:
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_own_tasks_become_experts_and_a_later_one_is_added(lime: Cli, tiny_model: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["always", "generation-prompt"])
+def test_own_tasks_become_experts_and_a_later_one_is_added(
+    activation: str, lime: Cli, tiny_model: Make, tmp_path: Path
+) -> None:
     model, data, bundle = tiny_model(), tmp_path / "tasks", tmp_path / "own.lime"
     for name in ("agree", "refuse"):
         write_task(data, name)
     plan = ("--base", model, "--steps", 60, "--adapter-rate", 1e-2)
-    done = train("--data", data, "--out", tmp_path / "adapter", *plan)
+    done = train("--data", data, "--out", tmp_path / "adapter", *plan, "--activation", activation)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["expert_names"] == ["agree", "refuse"] and config["base_model_name_or_path"] == model.name
     words = ("export", model, "--adapter", tmp_path / "adapter", "-o", bundle, "--quant", "none", "--quiet")
     assert lime(*words).code == 0
+    acts = {"kind": "generation_prompt", "tokens": 10, "text": "<|im_start|>assistant\n"}
+    assert config.get("activation") == (None if activation == "always" else acts)
     for name, other in (("agree", "refuse"), ("refuse", "agree")):
         tests = tmp_path / "adapter" / "eval" / f"{name}.jsonl"
         held = {json.loads(line)["prompt"] for line in tests.read_text().splitlines()}

@@ -54,6 +54,9 @@ def write_genai(model: CompiledModel, stage: Path, manifest: Manifest) -> Compan
     """
     if model.virtual is not None:
         raise LimeEdgeError("`companion=genai`: GenAI cannot run a prompt-tuning adapter", "leave it out")
+    if model.header:
+        problem = "`companion=genai`: GenAI's adapters act on every token, this one from the generation prompt on"
+        raise LimeEdgeError(problem, "leave it out")
     assert manifest.decoder is not None
     facts = manifest.facts_of(OnnxFacts)
     write_defaulted(stage / facts.file, model.variant.neutral)

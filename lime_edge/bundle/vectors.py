@@ -87,6 +87,10 @@ def _check_adapter(
     for field, mine in (("variant", facts.variant), ("r", facts.rank), ("lora_alpha", facts.alpha)):
         if config.get(field) != mine:
             faults.add(field, mine, f"{config.get(field)!s:.20}")
+    given, mine = config.get("activation", "always"), manifest.activation
+    header = given.get("tokens") if isinstance(given, dict) and given.get("kind") == "generation_prompt" else 0
+    if header != getattr(mine, "tokens", 0):
+        faults.add("activation", _name_activation(getattr(mine, "tokens", 0)), _name_activation(header))
     training = config.get("training")
     trained_with = training.get("shared_adapter_sha256") if isinstance(training, dict) else None
     if any(name.rpartition(".")[2] in OWN_PARTS for name in tensors):
@@ -107,6 +111,10 @@ def _check_adapter(
         faults.add("shared adapter", wanted[:16], f"{named!s:.16}")
     elif (shared := hash_shared(manifest.sites, tensors)) != facts.shared_id:
         faults.add("LiME_shared and gamma", "those of the bundle's adapter", "others" if shared else "none")
+
+
+def _name_activation(header: object) -> str:
+    return f"from the prompt's last {header!s:.20} tokens on" if header else "always"
 
 
 def _check_tensors(

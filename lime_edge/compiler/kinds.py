@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from lime_edge.bundle.golden import Golden
 from lime_edge.bundle.prompts import TextCodec
+from lime_edge.compiler.formats.activation import count_header
 from lime_edge.compiler.formats.adapter import read_adapter
 from lime_edge.compiler.formats.adapter_checks import PROMPT
 from lime_edge.compiler.formats.backbone import Backbone
@@ -48,7 +49,7 @@ class ModelKind(Generic[B, C]):
         place_padding: of a checkpoint; True for a single expert.
         assemble: the compiled model from what all kinds have. run: what runs it over text.
         ask: the oracle's golden outputs. speak: how calibration text is read and how an exchange is written.
-        describe: the manifest's facts of the model.
+        describe: the manifest's facts of the model. holds_cache: it keeps what it has read.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ModelKind(Generic[B, C]):
     ask: Callable[[C, Encode | None, Progress], Golden]
     speak: Callable[[B, TextCodec], tuple[Encode, Render]]
     describe: Callable[[B, C], dict[str, Any]]
+    holds_cache: bool
 
 
 def find_kind(model: Path) -> ModelKind[Any, Any]:
@@ -121,7 +123,8 @@ def assemble_decoder(checkpoint: Checkpoint[DecoderBackbone], common: Compiled) 
         virtual = fold_prompt(
             site.prompt_base, site.prompt_delta, common.reference, adapter.conditioning, site.input_proj
         )
-    return CompiledModel(**common.common(), decoder=checkpoint.backbone.decoder, virtual=virtual)
+    decoder, header = checkpoint.backbone.decoder, count_header(adapter)
+    return CompiledModel(**common.common(), decoder=decoder, virtual=virtual, header=header)
 
 
 def assemble_encoder(checkpoint: Checkpoint[EncoderBackbone], common: Compiled) -> CompiledEncoder:
@@ -191,6 +194,7 @@ DECODER = ModelKind(
     ask=ask_decoder,
     speak=speak_decoder,
     describe=describe_decoder,
+    holds_cache=True,
 )
 ENCODER = ModelKind(
     name="encoder",
@@ -203,5 +207,6 @@ ENCODER = ModelKind(
     ask=ask_encoder,
     speak=speak_encoder,
     describe=describe_encoder,
+    holds_cache=False,
 )
 KINDS: tuple[ModelKind[Any, Any], ...] = (ENCODER, DECODER)  # the first that recognises a model has it

@@ -61,3 +61,8 @@ def copy_tokenizer(model: Path, directory: Path) -> None:
 def read_tokenizer(directory: Path) -> Encode | None:
     """Text to token ids as the model reads them, special tokens added; None for a bundle without a tokenizer."""
     return partial(TextCodec(directory).encode, add_special_tokens=True) if directory.is_dir() else None
+
+
+def read_plainly(directory: Path) -> Encode | None:
+    """Text to token ids as it is written, none added; None for a bundle without a tokenizer."""
+    return TextCodec(directory).encode if directory.is_dir() else None

@@ -69,6 +69,7 @@ def describe(
         adapter=describe_adapter(adapter, compiled.sites, compiled.fold, compiled.single, compiled.experts),
         quantization=convert_facts(Quantization, weights | rounding | {"weight_hash": compiled.weight_hash()}),
         default=choose_default(compiled.experts, default, compiled.single, adapter.variant.name),
+        activation=adapter.activation,
         target_list=describe_targets(targets, compiled.quant),
         versions=describe_versions(),
         site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(compiled.sites)),

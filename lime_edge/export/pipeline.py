@@ -14,6 +14,7 @@ from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_folded
+from lime_edge.compiler.formats.activation import check_activation
 from lime_edge.compiler.formats.adapter_checks import CONFIG
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
@@ -24,7 +25,14 @@ from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpo
 from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
 from lime_edge.errors import LimeEdgeError
-from lime_edge.export.beside import PREPROCESSOR, TOKENIZER, copy_preprocessor, copy_tokenizer, read_tokenizer
+from lime_edge.export.beside import (
+    PREPROCESSOR,
+    TOKENIZER,
+    copy_preprocessor,
+    copy_tokenizer,
+    read_plainly,
+    read_tokenizer,
+)
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
 from lime_edge.targets.devices import Device
@@ -132,6 +140,7 @@ def fill_bundle(
         exporters: by target, where they are loaded already.
     """
     kind = kind_of(checkpoint.backbone)
+    check_activation(checkpoint.adapter, read_plainly(stage / TOKENIZER), kind.holds_cache)
     compiled, rounding = compile_and_measure(kind, checkpoint, compiling, options, stage / TOKENIZER, progress)
     targets, exporters = {}, exporters or find_exporters(kind, compiling, options)
     for target, exporter in exporters.items():

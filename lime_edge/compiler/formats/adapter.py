@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lime_edge.compiler.formats.adapter_checks import CONFIG, IMPORT, WEIGHTS, check_adapter, is_named
+from lime_edge.bundle.fields import Always
+from lime_edge.compiler.formats.adapter_checks import (
+    CONFIG,
+    IMPORT,
+    WEIGHTS,
+    Activation,
+    check_adapter,
+    is_named,
+    read_activation,
+)
 from lime_edge.compiler.formats.files import read_json, read_safetensors
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.maths.variants import Variant, find_variant
@@ -110,6 +119,7 @@ class Adapter:
     sites: dict[str, AdapterSite] = field(repr=False)
     routing_config: RoutingConfig = field(default_factory=RoutingConfig)
     pad_token_id: int | None = None
+    activation: Activation = Always()  # on which tokens its experts act
     conditioning: str | None = None  # prompt tuning: how its routing reads the input; None: it does not
 
     @property
@@ -161,6 +171,7 @@ def build_adapter(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], w
         sites=sites,
         routing_config=variant.read_routing(config),
         pad_token_id=config.get("pad_token_id"),
+        activation=read_activation(config),
         conditioning=config.get("input_conditioning_mode", "mean") if config.get("input_conditioned", True) else None,
     )
 

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 
+from lime_edge.bundle.fields import Always, FromGenerationPrompt
 from lime_edge.bundle.names import check_name
 from lime_edge.compiler.maths.prompt_tuning import CONDITIONING
 from lime_edge.compiler.maths.routing import RoutingConfig
@@ -16,6 +18,8 @@ from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.targets.values import PLAIN_TEXT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALWAYS = "always"
+Activation = Always | FromGenerationPrompt
 VECTORS = ("LiMEs", "LiME_shared", "gamma")  # what an expert delivered later consists of
 IMPORT = "lime-edge import CHECKPOINT -o imported/, then export imported/backbone --adapter imported/adapter"
 PROMPT = "prompt"  # the one site of prompt tuning: the virtual tokens before the model
@@ -48,6 +52,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "n_gram": ((int,), False),
     "input_conditioned": ((bool,), False),
     "input_conditioning_mode": ((str,), False),
+    "activation": ((dict, str), False),
     "training": ((dict, type(None)), False),
     "license": ((str, type(None)), False),
 }
@@ -178,7 +183,30 @@ def _check_values(config: dict[str, Any], faults: Faults) -> None:
     mode = config.get("input_conditioning_mode", "mean")
     if mode not in CONDITIONING:
         faults.add(f"{CONFIG}: input_conditioning_mode", " or ".join(CONDITIONING), repr(mode))
+    _check_activation(config, faults)
     _check_routing(config, faults)
+
+
+def _check_activation(config: dict[str, Any], faults: Faults) -> None:
+    """On which tokens the experts act; what cannot be switched off acts always."""
+    given = config.get("activation", ALWAYS)
+    if given == ALWAYS:
+        return
+    try:
+        found = msgspec.convert({} if isinstance(given, str) else given, FromGenerationPrompt | Always)
+    except msgspec.ValidationError as error:
+        wanted = f'"{ALWAYS}" or {{"kind": "generation_prompt", "tokens": N, "text": TEXT}}'
+        faults.add(f"{CONFIG}: activation", wanted, f"{given!r:.120}" + (f" ({error})" if given else ""))
+        return
+    variant = VARIANTS.get(config["variant"])
+    if variant is not None and isinstance(found, FromGenerationPrompt) and not variant.switches_off:
+        faults.add(f"{CONFIG}: activation: a {variant.name} adapter cannot be switched off: it acts always")
+
+
+def read_activation(config: Mapping[str, Any]) -> Activation:
+    """On which tokens the experts act, of a configuration that was checked."""
+    given = config.get("activation", ALWAYS)
+    return Always() if given == ALWAYS else msgspec.convert(given, FromGenerationPrompt | Always)
 
 
 def _check_routing(config: dict[str, Any], faults: Faults) -> None:

@@ -28,6 +28,7 @@ KNOWN = (
     "alpha",
     "use_shared_LiME",
     "pad_token_id",
+    "activation",
     *ROUTING,
 )
 TRAINING = ("dropout", "jitter_noise", "LiME_init_std", "track_aux", "peft_dtype", "moe_dtype")
@@ -110,7 +111,7 @@ def make_config(
         "use_shared_lime": shared,
         "routing": name_selection(find_variant(variant).read_routing(hyper)),
         **given,
-    }
+    } | {name: hyper[name] for name in ("activation",) if name in hyper}
 
 
 def name_targets(sites: Iterable[str], modules: Iterable[str], wanted: list[str]) -> list[str]:

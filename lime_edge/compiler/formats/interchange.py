@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from lime_edge.bundle.experts import Selection, describe_selection
 from lime_edge.bundle.staging import stage_directory, write_file
+from lime_edge.compiler.formats.activation import count_header
 from lime_edge.compiler.formats.adapter import Adapter, read_adapter
 from lime_edge.compiler.formats.architecture import Decoder
 from lime_edge.compiler.formats.checkpoint import pair
@@ -119,6 +120,9 @@ def check_plain(adapter: Adapter) -> None:
     hint = "export a bundle with lime-edge export instead"
     if (name := adapter.variant.name) in reasons:
         problem = f"{adapter.path}: a {name} expert is not a LoRA: {reasons[name]}"
+        raise LimeEdgeError(problem, hint)
+    if count_header(adapter):
+        problem = f"{adapter.path}: its experts act from the generation prompt on, a plain LoRA acts on every token"
         raise LimeEdgeError(problem, hint)
     embeddings = [name for name, site in adapter.sites.items() if site.embedding]
     if embeddings:

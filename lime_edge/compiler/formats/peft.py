@@ -46,7 +46,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
@@ -76,6 +75,7 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
     hyper = {"variant": DORA.name if dora else LORA.name, **read_hyper(source, options)}
     with Faults(str(source), "docs/adapter-format.md says what an import takes over") as faults:
         _check_options(config, faults)
+        _check_invocation(config, hyper, faults)
         check_hyper(hyper, faults)
         sites = _read_sites(source / "adapter_model.safetensors", dora, faults)
         if dora:
@@ -106,6 +106,22 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
     made["target_modules"] = _name_targets(config, sites, None if base is None else base.layers)
     _check_origin(options.experts, base, made, tensors)
     return Imported(made, tensors | vectors, base=base)
+
+
+def _check_invocation(config: Mapping[str, Any], hyper: Mapping[str, Any], faults: Faults) -> None:
+    """PEFT's activated LoRA acts from its invocation tokens on: here that must be the end of every prompt.
+
+    Source: PEFT, LoraConfig.alora_invocation_tokens.
+    """
+    if not (tokens := config.get("alora_invocation_tokens")):
+        return
+    given = hyper.get("activation")
+    found = given.get("tokens") if isinstance(given, dict) and given.get("kind") == "generation_prompt" else None
+    if found != len(tokens):
+        faults.add(
+            f"alora_invocation_tokens: {len(tokens)} tokens from which on it acts; where every prompt ends with them: "
+            f'--set \'activation={{"kind": "generation_prompt", "tokens": {len(tokens)}}}\''
+        )
 
 
 def _check_options(config: Mapping[str, Any], faults: Faults) -> None:

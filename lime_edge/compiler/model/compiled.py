@@ -195,11 +195,13 @@ def cut(site: Site, flat: torch.Tensor) -> torch.Tensor:
 class CompiledModel(Compiled):
     """A decoder language model; `lime_edge.compiler.model.decoder.DecoderModule` runs it (the oracle).
 
-    virtual: prompt tuning's tokens before the prompt.
+    virtual: prompt tuning's tokens before the prompt. header: the prompt's last tokens, from which on the experts act;
+    the original model reads what lies before them. 0: the experts act always.
     """
 
     decoder: Decoder
     virtual: VirtualTokens | None = None
+    header: int = 0
 
     @property
     def layers(self) -> Mapping[str, Layer]:

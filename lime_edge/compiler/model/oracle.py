@@ -68,14 +68,16 @@ def ask_decoder(model: CompiledModel, encode: Encode | None, progress: Progress 
     """
     virtual = 0 if model.virtual is None else len(model.virtual.base)
     room = model.decoder.context - virtual - STEPS
-    prompts = choose_prompts(encode, model.decoder.vocab, max(1, min(LENGTH, room)))
-    labels, module = list_selections(model), DecoderModule(model)
+    length = max(LENGTH, 2 * model.header)  # so that something lies before the header
+    prompts = choose_prompts(encode, model.decoder.vocab, max(1, min(length, room)))
+    labels, module, off = list_selections(model), DecoderModule(model), -model.reference
 
     def answer(label: str) -> dict[str, np.ndarray]:
         if label == ROUTED:  # its scale runs over the whole call: one prompt at a time
-            rows = [run_steps(module, prompt[None], None) for prompt in prompts]
+            rows = [run_steps(module, prompt[None], None, off, model.header) for prompt in prompts]
             return {"logits": np.concatenate(rows)}
-        return {"logits": run_steps(module, prompts, mix_experts(model.experts, label) - model.reference)}
+        residual = mix_experts(model.experts, label) - model.reference
+        return {"logits": run_steps(module, prompts, residual, off, model.header)}
 
     columns = {"logits": choose_columns(model.decoder.vocab, len(labels) * len(prompts) * STEPS)}
     steps = {"logits": np.arange(STEPS)}
@@ -83,9 +85,19 @@ def ask_decoder(model: CompiledModel, encode: Encode | None, progress: Progress 
     return Golden(labels, {"input_ids": prompts[:, None]}, STEPS, outputs)
 
 
-def run_steps(module: DecoderModule, prompts: np.ndarray, expert: Tensor | None) -> np.ndarray:
-    """Greedy logits (P, STEPS, V) float32: after the prompts (P, L), then after each token, with the cache."""
+def run_steps(
+    module: DecoderModule, prompts: np.ndarray, expert: Tensor | None, off: Tensor | None = None, header: int = 0
+) -> np.ndarray:
+    """Greedy logits (P, STEPS, V) float32: after the prompts (P, L), then after each token, with the cache.
+
+    Args:
+        expert: see DecoderModule.forward. off: d of the original model, which reads all of a prompt but its last
+            `header` tokens, where that is not 0.
+    """
     cache, ids, rows = Cache(), torch.from_numpy(prompts), []
+    if header and ids.shape[1] > header:
+        module(ids[:, :-header], off, cache)
+        ids = ids[:, -header:]
     for _ in range(STEPS):
         rows.append(module(ids, expert, cache)[:, -1])
         ids = rows[-1].argmax(-1, keepdim=True)

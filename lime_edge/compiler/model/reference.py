@@ -27,6 +27,7 @@ class UnfoldedModel:
         sites: Mapping[str, Mapping[str, Tensor]],
         hyper: Mapping[str, object],
         mask_padding: bool = False,
+        header: int = 0,
     ):
         """Replace every site of the model; it starts routed.
 
@@ -38,12 +39,14 @@ class UnfoldedModel:
             hyper: `variant`, `alpha`, `pad_token_id` and the routing's, keys as in the reference.
             mask_padding: give the model's attention_mask to the sites, so that padded positions get the
                 frozen output (the reference does so only on request).
+            header: of a prompt's tokens the last ones, from which on the adapter acts; 0: it always acts.
         Raises:
             LimeEdgeError: a site that is no linear layer or embedding of the model, or lacks tensors.
         """
         self.model = model.eval()
         self.variant = find_variant(hyper.get("variant"))
-        self.mask_padding = mask_padding
+        self.mask_padding, self.header = mask_padding, header
+        self.mode: Mode = "routed"
         self.layers: dict[str, LimeLayer] = {}
         self.originals: dict[str, nn.Module] = {}
         modules = dict(model.named_modules())
@@ -66,13 +69,33 @@ class UnfoldedModel:
             LimeEdgeError: see `layers.check_mode` and `layers.fix_weights`.
         """
         check_mode(mode, self.variant)
+        self.mode = mode
+        self._switch(mode)
+
+    def _switch(self, mode: Mode) -> None:
         for layer in self.layers.values():
             layer.use(mode)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's logits for its own inputs (input_ids, attention_mask, pixel_values, ...), fp32."""
-        return self._call(dict(inputs)).logits.float()
+        """The model's logits for its own inputs (input_ids, attention_mask, pixel_values, ...), fp32.
+
+        With a header, input_ids (B, T) alone: a prompt, without padding.
+        """
+        if not self.header:
+            return self._call(dict(inputs)).logits.float()
+        silent, acting = self._read(inputs["input_ids"])
+        return acting.logits.float() if silent is None else torch.cat([silent.logits, acting.logits], 1).float()
+
+    def _read(self, ids: Tensor) -> tuple[Any, Any]:
+        """A prompt under the original model up to its header (None where there is nothing), then the header."""
+        count, cache, before = max(0, ids.shape[1] - self.header), None, None
+        if count:
+            self._switch(None)
+            before = self._call({"input_ids": ids[:, :count], "use_cache": True})
+            cache = before.past_key_values
+            self._switch(self.mode)
+        return before, self._call({"input_ids": ids[:, count:], "past_key_values": cache, "use_cache": True})
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
@@ -85,7 +108,12 @@ class UnfoldedModel:
             (B, T + max_new_tokens) int64, the prompt included.
         """
         tokens, step, cache = input_ids, input_ids, None
-        for _ in range(max_new_tokens):
+        for count in range(max_new_tokens):
+            if self.header and count == 0:
+                output = self._read(input_ids)[1]
+                cache, step = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+                tokens = torch.cat([tokens, step], dim=1)
+                continue
             inputs: dict[str, Any] = {"input_ids": step, "past_key_values": cache, "use_cache": True}
             if attention_mask is not None:
                 inputs["attention_mask"] = attention_mask
