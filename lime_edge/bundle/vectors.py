@@ -87,10 +87,10 @@ def _check_adapter(
     for field, mine in (("variant", facts.variant), ("r", facts.rank), ("lora_alpha", facts.alpha)):
         if config.get(field) != mine:
             faults.add(field, mine, f"{config.get(field)!s:.20}")
-    given, mine = config.get("activation", "always"), manifest.activation
+    given, wanted_header = config.get("activation", "always"), getattr(manifest.activation, "tokens", 0)
     header = given.get("tokens") if isinstance(given, dict) and given.get("kind") == "generation_prompt" else 0
-    if header != getattr(mine, "tokens", 0):
-        faults.add("activation", _name_activation(getattr(mine, "tokens", 0)), _name_activation(header))
+    if header != wanted_header:
+        faults.add("activation", _name_activation(wanted_header), _name_activation(header))
     training = config.get("training")
     trained_with = training.get("shared_adapter_sha256") if isinstance(training, dict) else None
     if any(name.rpartition(".")[2] in OWN_PARTS for name in tensors):
