@@ -111,9 +111,9 @@ def test_a_bundle_answers_as_the_unfolded_model(fold: str, model: Path, adapter:
     rows: dict[int, list[int]] = {}
     for row, token in session.generate_many_ids(requests, options):
         rows.setdefault(row, []).append(token)
-    for row, ((ids, _), (_, mode)) in enumerate(zip(requests, SELECTIONS.values(), strict=True)):
+    for row, (prompt, (_, mode)) in enumerate(zip(prompts, SELECTIONS.values(), strict=True)):
         unfolded.use(mode)
-        assert rows[row] == unfolded.generate(torch.tensor([ids]), 8)[0, len(ids) :].tolist()
+        assert rows[row] == unfolded.generate(torch.tensor([prompt]), 8)[0, len(prompt) :].tolist()
 
 
 def test_a_routed_header(model: Path, tiny_adapter: Make, tiny_bundle: Make) -> None:
