@@ -105,9 +105,8 @@ def test_a_bundle_answers_as_the_unfolded_model(fold: str, model: Path, adapter:
             assert (differs > 0.1) == acts, (name, length, differs)
             tokens = unfolded.generate(ids, 8)[0, length:].tolist()
             assert list(session.generate_ids(ids[0].tolist(), options)) == tokens, name
-    requests = [
-        (draw(5 + 3 * n, seed=n)[0].tolist(), selection) for n, (selection, _) in enumerate(SELECTIONS.values())
-    ]
+    prompts = [draw(5 + 3 * number, seed=number)[0].tolist() for number in range(len(SELECTIONS))]
+    requests = [(prompt, selection) for prompt, (selection, _) in zip(prompts, SELECTIONS.values(), strict=True)]
     rows: dict[int, list[int]] = {}
     for row, token in session.generate_many_ids(requests, options):
         rows.setdefault(row, []).append(token)
