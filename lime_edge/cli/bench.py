@@ -21,6 +21,8 @@ BENCH_EXAMPLES = """
 
  lime-edge bench smollm2.lime --baseline single.lime --json > after.json
 
+ lime-edge bench smollm2.lime --batch 1,2,4,8,16
+
  lime-edge bench --compare before.json after.json
 """
 
@@ -51,6 +53,10 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option(help="A --single bundle of the same backbone: what the expert costs beside it.")
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Decode N sequences at once instead, each with an expert of its own."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write one HTML page with plots, PNGs and the JSON there.")
     ] = None,
@@ -74,9 +80,17 @@ def bench(
         return
     if bundle is None:
         raise LimeEdgeError("bench: a BUNDLE is missing", "or compare two files: bench --compare A.json B.json")
+    if batch is not None:
+        if expert or depth or baseline or report:
+            raise LimeEdgeError("--batch goes without --expert, --depth, --baseline and --report")
+        lengths, sizes = _read_numbers("--prompt-tokens", prompt_tokens), _read_numbers("--batch", batch)
+        found = _measure_batch(bundle, split_names(target), threads, sizes, lengths, gen_tokens, repeat)
+        _print_batch(found, as_json, as_csv, as_markdown)
+        return
     if report is not None:
         check_report(report)
-    facts = _measure(bundle, expert, target, threads, _read_lengths(prompt_tokens), gen_tokens, repeat, depth, baseline)
+    lengths = _read_numbers("--prompt-tokens", prompt_tokens)
+    facts = _measure(bundle, expert, target, threads, lengths, gen_tokens, repeat, depth, baseline)
     _print_document(facts, as_json, as_csv, as_markdown)
     if report is not None:
         write_report(report, facts)
@@ -103,16 +117,49 @@ def _measure(
         return bench_bundle(bundle, split_names(targets) or None, selection, threads, options, progress)
 
 
-def _read_lengths(text: str) -> tuple[int, ...]:
+def _read_numbers(option: str, text: str) -> tuple[int, ...]:
     """128,512 as numbers."""
-    lengths = []
-    with Faults("--prompt-tokens", "write one length or several: 128,512") as faults:
+    numbers = []
+    with Faults(option, "write one number or several: 128,512") as faults:
         for part in text.split(","):
             if part.strip().isdecimal() and int(part) > 0:
-                lengths.append(int(part))
+                numbers.append(int(part))
             else:
-                faults.add("length", "1 or more", repr(part))
-    return tuple(lengths)
+                faults.add("number", "1 or more", repr(part))
+    return tuple(numbers)
+
+
+def _measure_batch(
+    bundle: Path,
+    targets: tuple[str, ...],
+    threads: int | None,
+    sizes: tuple[int, ...],
+    lengths: tuple[int, ...],
+    gen_tokens: int,
+    repeat: int,
+) -> dict[str, Any]:
+    from lime_edge.bench.batch import BatchOptions, bench_batch
+
+    if len(targets) > 1 or len(lengths) > 1:
+        raise LimeEdgeError("--batch takes one --target and one length of --prompt-tokens")
+    options = BatchOptions(sizes, lengths[0], gen_tokens, repeat)
+    with terminal.show_steps() as progress:
+        return bench_batch(bundle, targets[0] if targets else None, threads, options, progress)
+
+
+def _print_batch(facts: dict[str, Any], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
+    from lime_edge.bench.batch import tabulate_batch, write_batch_csv
+    from lime_edge.bench.tables import write_markdown
+
+    table = tabulate_batch(facts)
+    if as_json:
+        terminal.print_json(facts)
+    elif as_csv:
+        print(write_batch_csv(facts), end="")
+    elif as_markdown:
+        print(write_markdown(table))
+    else:
+        terminal.print_table(table.title, {header: "right" for header in table.headers}, table.rows)
 
 
 def _print_document(facts: dict[str, Any], as_json: bool, as_csv: bool, as_markdown: bool) -> None:

@@ -38,6 +38,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._saved)
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._saved.clear()
+
     def find(self, filler: bytes, ids: Sequence[int], capacity: int) -> tuple[int, Prefix | None]:
         """The saved prefix with most tokens in common, and how many; 0 and None where it is not worth a copy.
 
