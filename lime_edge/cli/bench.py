@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,7 @@ def _read_numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _measure_batch(
     bundle: Path,
-    targets: tuple[str, ...],
+    targets: Sequence[str],
     threads: int | None,
     sizes: tuple[int, ...],
     lengths: tuple[int, ...],
