@@ -88,13 +88,6 @@ def test_files_named_in_the_docs_exist() -> None:
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
 
 
-def test_the_map_names_every_room() -> None:
-    """README's map names every package, so that a reader finds the room by its name."""
-    text = (ROOT / "README.md").read_text().split("## Map")[1]
-    for name in PROJECT["tool"]["setuptools"]["packages"]:
-        assert f"{name.split('.')[-1]}/" in text, f"README's map leaves out {name}"
-
-
 def command_options() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
 
