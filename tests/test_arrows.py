@@ -29,13 +29,18 @@ TURNED = {
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with lime_edge as it is installed: exporters/ and runtimes/ inside the package, Python files only."""
+    """A folder with lime_edge as it is installed."""
+    copy_package(tmp_path)
+    return tmp_path
+
+
+def copy_package(folder: Path) -> None:
+    """Put lime_edge there as it is installed: exporters/ and runtimes/ inside the package, Python files only."""
     for package in PROJECT["tool"]["setuptools"]["packages"]:
-        target = tmp_path / package.replace(".", "/")
+        target = folder / package.replace(".", "/")
         target.mkdir(parents=True)
         for file in source_of(package).glob("*.py"):
             shutil.copy(file, target)
-    return tmp_path
 
 
 def source_of(package: str) -> Path:

@@ -368,9 +368,9 @@ def test_a_single_bundle_takes_no_experts_and_keeps_its_own(tmp_path: Path) -> N
     adapter = msgspec.structs.replace(make_manifest().adapter, single="one")
     target = msgspec.structs.replace(make_manifest().target_list[0], expert_input=False)
     path = make_bundle(tmp_path / "x.lime", ("one",), adapter=adapter, target_list=(target,))
-    with pytest.raises(LimeEdgeError, match="--single one"):
+    with pytest.raises(LimeEdgeError, match="exported with `single`: it holds 'one' only"):
         add_experts(path, [make_expert("three")])
-    with pytest.raises(LimeEdgeError, match="--single"):
+    with pytest.raises(LimeEdgeError, match="`single`"):
         remove_expert(path, "one")
 
 

@@ -78,6 +78,22 @@ def test_public_functions_say_what_they_do() -> None:
                 assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
 
 
+def test_the_library_speaks_of_parameters() -> None:
+    """The command line makes options of them (cli/flags.py): who calls the library has typed none."""
+    for name, file in modules().items():
+        if name.startswith(("lime_edge.cli", "lime_edge.__main__")):
+            continue
+        tree = ast.parse(file.read_text())
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        inner = {id(part) for node in whole for part in ast.walk(node) if part is not node}
+        alone = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        for text in (ast.unparse(node) for node in [*whole, *alone] if id(node) not in docs | inner):
+            flag = re.search(r"(?<![\w-])--[a-z][\w-]*", text)
+            command = re.search(r"lime-edge \w+|pip install|export --target|bench --report", text)
+            assert not flag or command, f"{name}: {flag[0]} in {text}"  # a whole command may be quoted
+
+
 def documents() -> list[Path]:
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

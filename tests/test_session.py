@@ -330,7 +330,7 @@ def test_a_single_bundle_runs_its_expert_only(make_bundle: Make, bundle: Path) -
     np.testing.assert_allclose(single.logits(PROMPTS[3]), expected, atol=error, rtol=error)
     assert single.experts == (name,) and single.selection == name
     for selection in (other, None, {name: 1.0}):
-        with pytest.raises(LimeEdgeError, match="--single"):
+        with pytest.raises(LimeEdgeError, match="`single`"):
             single.use(selection)
 
 

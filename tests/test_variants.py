@@ -144,7 +144,7 @@ def test_single_expert(variant: str, tiny_model: Make, tiny_adapter: Make, tiny_
     reference.use(2)
     wanted = reference.logits({"input_ids": torch.tensor([IDS])})[0].numpy()
     assert_close(session.logits(IDS), wanted, f"{variant}, single")
-    with pytest.raises(LimeEdgeError, match="--single"):
+    with pytest.raises(LimeEdgeError, match="`single`"):
         session.use("routed")
 
 

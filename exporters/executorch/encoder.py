@@ -19,7 +19,7 @@ from lime_edge.targets.entries import ExecutorchOptions
 
 try:
     from lime_edge.exporters.executorch.lower import Method, Progress, check_backend, lower
-    from lime_edge.exporters.executorch.weights import Product, Table
+    from lime_edge.exporters.executorch.weights import PackedTable, Product
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "executorch").split(".")[0], "executorch") from error
 
@@ -73,7 +73,9 @@ def choose_limits(compiled: CompiledEncoder) -> dict[str, int]:
 
 def pack_product(product: CompiledProduct | CompiledTable) -> nn.Module:
     """A layer's product as this target computes it."""
-    return Product([product.stored], product.bias) if isinstance(product, CompiledProduct) else Table(product.stored)
+    return (
+        Product([product.stored], product.bias) if isinstance(product, CompiledProduct) else PackedTable(product.stored)
+    )
 
 
 def make_method(module: EncoderModule, limits: dict[str, int], takes_expert: bool, routed: bool) -> Method:

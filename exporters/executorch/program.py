@@ -20,7 +20,7 @@ from lime_edge.compiler.model.compiled import CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import ACTIVATIONS
 from lime_edge.compiler.model.multiplier import Multiplier
 from lime_edge.exporters.executorch.prompt import VirtualPrompt
-from lime_edge.exporters.executorch.weights import Product, Table
+from lime_edge.exporters.executorch.weights import PackedTable, Product
 
 HIDDEN_SCORE = -1e30  # of a key outside the window: finite, so that a tile with no visible key makes no NaN
 
@@ -193,7 +193,7 @@ class Embedding(nn.Module):
     def __init__(self, model: CompiledModel, routed: bool):
         super().__init__()
         branch = model.group_branch(model.embedding_group) if model.swaps else None
-        self.table = Table(model.weights[f"{EMBEDDING}.weight"])
+        self.table = PackedTable(model.weights[f"{EMBEDDING}.weight"])
         self.branch = None if branch is None else Branch(model, branch, routed)
         self.a = nn.Buffer(branch.a) if branch is not None and branch.a is not None else None
         self.b = nn.Buffer(branch.b) if branch is not None and branch.b is not None else None

@@ -73,7 +73,7 @@ def round_activations(x: Tensor) -> Tensor:
     return ops.dequantize_affine(codes, block, scale, zero, torch.int8, low, high)
 
 
-class Table(nn.Module):
+class PackedTable(nn.Module):
     """Rows of a table by id: float32, int8 with a scale per row, or int4 with a scale per group.
 
     Args:

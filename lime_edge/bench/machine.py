@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import lime_edge
+from lime_edge.targets.entries import list_packages
 
 SYS = Path("/sys")
-ENGINES = ("numpy", "onnxruntime", "onnxruntime-gpu", "executorch", "coremltools")
 COPIED = 128 << 20  # bytes copied at once by all threads together: well beyond most last-level caches
 COPIES = 7
 
@@ -47,7 +47,7 @@ def describe_machine(root: Path = SYS) -> dict[str, Any]:
     Args:
         root: where the kernel shows its devices.
     """
-    installed = {dist: _find_version(dist) for dist in ENGINES}
+    installed = {dist: _find_version(dist) for dist in ("numpy", *list_packages())}
     return {
         "cpu": _name_processor(),
         "cores": count_cores(),

@@ -50,7 +50,7 @@ class BenchOptions:
 
     prompt_tokens: length of the prompt; several lengths make several runs. gen_tokens: decoded per round. repeat,
     warmup: rounds counted, rounds thrown away first. depth: tokens in the cache before decoding is timed, None: the
-    prompt's. baseline: a `--single` bundle of the same backbone. sysfs: where the kernel shows its sensors.
+    prompt's. baseline: a `single` bundle of the same backbone. sysfs: where the kernel shows its sensors.
     """
 
     prompt_tokens: int | tuple[int, ...] = 128
@@ -121,7 +121,7 @@ class Job:
         if session.provider.startswith(INTERPRETER):
             raise LimeEdgeError(
                 f"{self.target} runs in an interpreter here: its times say nothing about a device",
-                f"leave out --target {self.target}, or run lime-edge bench where the engine itself runs",
+                f"leave out `target={self.target}`, or run lime-edge bench where the engine itself runs",
                 EXIT_MISSING,
             )
         return session
@@ -179,7 +179,7 @@ def _check(bundle: Bundle, targets: list[str], options: BenchOptions) -> None:
     needed = find_work(bundle).count_tokens(options.load)
     with Faults(str(bundle.path)) as faults:
         if context and needed > context:
-            faults.add("tokens of the prompt (or --depth) and the answer", f"at most {context}", needed)
+            faults.add("tokens of the prompt (or `depth`) and the answer", f"at most {context}", needed)
         if len(set(targets)) < len(targets):
             faults.add("targets", "each once", ", ".join(targets))
     if options.baseline is not None:
@@ -190,13 +190,13 @@ def check_baseline(bundle: Bundle, baseline: Bundle, targets: list[str]) -> None
     """Refuse a baseline that overheads cannot be measured against.
 
     Raises:
-        LimeEdgeError: it has branches (no --single), another backbone, other weights, or lacks a target.
+        LimeEdgeError: it has branches (not `single`), another backbone, other weights, or lacks a target.
     """
     own, base = bundle.manifest, baseline.manifest
-    hint = "export the same checkpoint with --single, everything else as before"
+    hint = "export the same checkpoint with `single`, everything else as before"
     with Faults(f"{baseline.path} as baseline", hint) as faults:
         if not base.adapter.single:
-            faults.add("branches", "none (--single)", "a bundle with expert branches")
+            faults.add("branches", "none (`single`)", "a bundle with expert branches")
         mine, others = own.backbone.fingerprint, base.backbone.fingerprint
         if mine != others:
             faults.add("backbone fingerprint", mine[:16], others[:16])

@@ -31,7 +31,7 @@ def pack_bundle(path: Path, file: Path, force: bool = False) -> int:
         LimeEdgeError: a damaged bundle (nothing is written), an existing archive, a file of 8 GiB, a full disk.
     """
     if file.exists() and not force:
-        raise LimeEdgeError(f"{file}: already exists", "choose another name or pass --force")
+        raise LimeEdgeError(f"{file}: already exists", "choose another name or pass `force`")
     bundle = Bundle.open(path)
     stage = file.with_name(f".{file.name}.partial")
     try:

@@ -72,17 +72,17 @@ def check_experts(bundle: Bundle, experts: Iterable[Expert], replace: bool = Fal
     manifest = bundle.manifest
     if (single := manifest.adapter.single) is not None:
         raise LimeEdgeError(
-            f"{bundle.path} was exported with --single {single}: it holds one expert only",
-            "export it without --single",
+            f"{bundle.path} was exported with `single`: it holds {single!r} only",
+            "export it without `single`",
         )
     bank = ExpertBank(manifest.sites.total, manifest.adapter_id, bundle.read_reference())
     taken = {name.lower(): name for name in manifest.experts}
     for expert in experts:
         if problem := check_name(expert.name):
-            raise LimeEdgeError(problem, "pass --name with another one")
+            raise LimeEdgeError(problem, "pass another `name`")
         twin = taken.get(expert.name.lower())
         if twin is not None and not (replace and twin == expert.name):
-            hint = "pass --force or --name OTHER" if twin == expert.name else "letter case does not tell names apart"
+            hint = "pass `force` or another `name`" if twin == expert.name else "letter case does not tell names apart"
             raise LimeEdgeError(f"{bundle.path}: expert {twin!r} exists already", hint)
         bank.check(expert, f"expert {expert.name!r}")
 
@@ -140,7 +140,7 @@ class _Change:
             hint = f"{suggest(name, known)} experts: {', '.join(known)}".strip()
             raise LimeEdgeError(f"{self.bundle.path}: unknown expert {name!r}", hint)
         if name == self.bundle.manifest.adapter.single:
-            raise LimeEdgeError(f"{self.bundle.path} holds {name!r} alone (--single)", "export it without --single")
+            raise LimeEdgeError(f"{self.bundle.path} holds {name!r} alone (`single`)", "export it without `single`")
         self._drop(name)
         if name == self._default:
             self._default = self._experts[0].name if self._experts else NONE

@@ -275,7 +275,7 @@ class Manifest(Strict, frozen=True, dict=True, kw_only=True):
     schema: Annotated[Literal[2], Meta(description="readers refuse any other")] = 2
     kind: Literal["decoder", "encoder", "vision-language"]
     adapter_id: Annotated[Sha256, Meta(description="what an expert fits, see Identity")]
-    device: Annotated[Text, Meta(description="what --device was")] = "cpu"
+    device: Annotated[Text, Meta(description="the `device` of the export")] = "cpu"
     backbone: Backbone
     decoder: DecoderFacts | None = None
     encoder: EncoderFacts | None = None

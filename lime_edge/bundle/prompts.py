@@ -17,7 +17,7 @@ from lime_edge.errors import LimeEdgeError
 
 DAMAGED = "the bundle is damaged: copy or export it again"
 LARGEST = 1 << 27  # bytes of a tokenizer.json; the largest in use have 35 MB
-RAW = "pass a complete prompt instead (--raw)"
+RAW = "pass a complete prompt instead (`raw`)"
 T = TypeVar("T")
 
 
@@ -118,7 +118,7 @@ class TextCodec:
             LimeEdgeError: the model has no chat template, or the template refuses the messages, fails or hangs.
         """
         if not self.can_chat:
-            raise LimeEdgeError("this model has no chat template", "pass a complete prompt (--raw)")
+            raise LimeEdgeError("this model has no chat template", "pass a complete prompt (`raw`)")
         messages = list(messages)
         if not all(isinstance(message, Mapping) for message in messages):
             raise LimeEdgeError("messages: expected a list of {role, content}", RAW)

@@ -25,7 +25,7 @@ HINTS = {
     errno.EROFS: "the file system is read-only: write elsewhere",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
-    errno.ENOTEMPTY: "another process wrote it meanwhile: choose another name or pass --force",
+    errno.ENOTEMPTY: "another process wrote it meanwhile: choose another name or pass `force`",
 }
 
 
@@ -51,7 +51,7 @@ def stage_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         if os.path.lexists(path) and not replace:
-            raise LimeEdgeError(f"{path}: already exists", "choose another name or pass --force")
+            raise LimeEdgeError(f"{path}: already exists", "choose another name or pass `force`")
         stage, lock = _make_stage(path)
     except OSError as error:
         raise storage_error(path, error) from None

@@ -18,7 +18,7 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, EXIT_STORAGE, LimeEdgeError
 from lime_edge.session.open import examine_engine
-from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.entries import DEFAULT, TARGETS
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 LEAST_SPACE = 300_000_000  # bytes: a small bundle (90 MB) and its twin while it is written
@@ -26,8 +26,7 @@ LEAST_MEMORY = 400_000_000  # bytes: what the smallest real model takes
 LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 EXTRAS = {  # what an extra is for
     "export": "export, import and experts profile",
-    "executorch": "export --target executorch",
-    "coreml": "export --target coreml",
+    **{target.name: f"export --target {target.name}" for target in TARGETS.values() if target.name != DEFAULT},
     "report": "bench --report",
 }
 

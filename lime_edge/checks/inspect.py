@@ -16,7 +16,7 @@ from lime_edge.targets.facts import TargetFacts
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
 LOST = 0.75  # median share of the effect below which it counts as rounded away
-SURVIVAL_HINT = "measure with lime-edge eval; --keep-int8, --calibration, --fold none or --quant int8 hold more"
+SURVIVAL_HINT = "measure with lime-edge eval; `keep_int8`, `calibration`, `fold=none` or `quant=int8` hold more"
 
 
 def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:

@@ -74,11 +74,11 @@ def refuse_nothing(path: Path, checks: Sequence[Check], providers: Mapping[str, 
     if any(check.result != UNCHECKED for check in checks):
         return
     problem = "; ".join(dict.fromkeys(f"{check.target}, {check.selection}: {check.why}" for check in checks))
-    hint, code = "leave --expert out to check what the export knew", EXIT_INPUT
+    hint, code = "leave `expert` out to check what the export knew", EXIT_INPUT
     if not all(providers.values()):
         hint, code = "install one target's engine", EXIT_MISSING
     elif any(check.selection == EVERY for check in checks):
-        hint = f"export with --max-seq-len {needed} or more"
+        hint = f"export with `max_seq_len={needed}` or more"
     raise LimeEdgeError(f"{path}: nothing could be checked: {problem}", hint, code)
 
 
@@ -137,7 +137,7 @@ def refuse_misses(report: Report) -> None:
         lines = "\n".join(f"  - {check.target}, {check.selection}: {check.why}" for check in report.missed)
         raise LimeEdgeError(
             f"{report.path}: {len(report.missed)} of {len(report.checks)} checks missed\n{lines}",
-            "the artifact does not compute here what it should: try --target with another one, or export it again",
+            "the artifact does not compute here what it should: try another `target`, or export it again",
             EXIT_MISMATCH,
         )
 

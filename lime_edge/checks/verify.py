@@ -123,7 +123,7 @@ def find_obstacle(bundle: Bundle, golden: Golden, target: str, label: str) -> st
             return "this target has no routed graph"
         prompt, most = next(iter(golden.calls.values())).shape[-1], max(getattr(facts, "lengths", ()), default=0)
         if most and prompt + facts.virtual_tokens > most:  # a routed prompt is run in one call
-            return f"its prompt of {prompt} tokens is longer than --prompt-lengths at export, {most}"
+            return f"its prompt of {prompt} tokens is longer than `prompt_lengths` at export, {most}"
         return ""
     names = [selection] if isinstance(selection, str) else list(selection or ())
     if gone := [name for name in names if name not in manifest.experts]:

@@ -96,7 +96,7 @@ def stream_answer(
 def say_limits(session: Session, answer: Answer, options: GenerationOptions) -> None:
     """Say on standard error that a limit, or the user, cut the answer, and which."""
     if answer.ended == FULL:
-        room = "a larger --max-length, or for executorch and coreml an export with a larger --max-seq-len, makes room"
+        room = "a larger --max-length, or where the cache is static an export with a larger --max-seq-len, makes room"
         terminal.note(f"(cut short: the cache of {session.max_length} tokens is full; {room})")
     elif answer.ended == LENGTH:
         terminal.note(f"(cut short after {options.max_new_tokens} tokens; a larger --max-new-tokens gives more)")

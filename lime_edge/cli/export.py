@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.flags import translate
 from lime_edge.cli.options import TARGET_NAMES, Json, Quiet, complete_from, split_names
 from lime_edge.cli.streams import receive
 from lime_edge.cli.target_flags import Told, add_target_flags, read_told
 from lime_edge.errors import LimeEdgeError
-from lime_edge.targets.entries import TARGETS
+from lime_edge.targets.entries import DEFAULT, TARGETS
 
 EXPORT_EXAMPLES = """
 
@@ -114,7 +115,7 @@ def export(
     from lime_edge.targets.devices import find_device
 
     begin = time.perf_counter()
-    chosen, targets = find_device(device), split_names(target) or [next(iter(TARGETS))]
+    chosen, targets = find_device(device), split_names(target) or [DEFAULT]
     refuse_hub_name(model)
     try:
         from lime_edge.compiler.options import CompileOptions
@@ -190,7 +191,7 @@ def warn_of_losses(path: Path) -> None:
     from lime_edge.checks.inspect import SURVIVAL_HINT, find_losses
 
     for line in find_losses(Bundle.open(path).manifest.quantization.survival):
-        terminal.warn(line, SURVIVAL_HINT)
+        terminal.warn(line, translate(SURVIVAL_HINT))
 
 
 def warn_of_overflow(path: Path) -> None:
@@ -207,19 +208,18 @@ def warn_of_overflow(path: Path) -> None:
 
 
 def report_delegation(path: Path, as_json: bool) -> None:
-    """Say what ExecuTorch's backend took, and on standard error which hot operators it should have taken."""
+    """Say what a target's backend took, and on standard error which hot operators it should have taken."""
     from lime_edge.bundle.bundle import Bundle
 
-    facts = Bundle.open(path).manifest.targets.get("executorch")
-    if facts is None:
-        return
-    for name, count in facts.report.get("delegation", {}).items():
-        if not as_json and not terminal.is_quiet():
-            took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {facts.providers[0]}"
-            terminal.tell(f"executorch {name}: {took}, {count['undelegated']} outside")
-        if count["fallen"]:
-            fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
-            terminal.warn(
-                f"executorch {name}: not taken by {facts.providers[0]}: {fallen}",
-                "these run on the slow portable kernels; please report the model",
-            )
+    for target, facts in Bundle.open(path).manifest.targets.items():
+        backend = facts.providers[0]
+        for name, count in facts.report.get("delegation", {}).items():
+            if not as_json and not terminal.is_quiet():
+                took = f"{count['delegated']} operators in {count['subgraphs']} subgraphs of {backend}"
+                terminal.tell(f"{target} {name}: {took}, {count['undelegated']} outside")
+            if count["fallen"]:
+                fallen = ", ".join(f"{operator} ({times})" for operator, times in count["fallen"].items())
+                terminal.warn(
+                    f"{target} {name}: not taken by {backend}: {fallen}",
+                    "these run on the slow portable kernels; please report the model",
+                )

@@ -24,10 +24,10 @@ EXAMPLES = """
 
 def register(experts_app: typer.Typer) -> None:
     """Add the command `export`."""
-    experts_app.command("export", epilog=EXAMPLES)(export)
+    experts_app.command("export", epilog=EXAMPLES)(export_expert)
 
 
-def export(
+def export_expert(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LiME adapter directory.")],
     name: Annotated[str, typer.Argument(help="An expert, or a blend NAME=WEIGHT,NAME=WEIGHT.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory (peft) or file (gguf) to write.")],

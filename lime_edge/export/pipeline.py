@@ -36,6 +36,7 @@ from lime_edge.export.beside import (
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
 from lime_edge.targets.devices import Device
+from lime_edge.targets.entries import DEFAULT
 from lime_edge.targets.registry import Exporter, load_exporters
 
 B = TypeVar("B", bound=Backbone)
@@ -53,7 +54,7 @@ class ExportOptions:
     "none" or "routed"; the first expert otherwise.
     """
 
-    targets: tuple[str, ...] = ("onnx",)
+    targets: tuple[str, ...] = (DEFAULT,)
     tokenizer: bool = True
     force: bool = False
     calibration: Path | None = None

@@ -13,8 +13,8 @@ from lime_edge.session.engines import Engine, blame_engine
 from lime_edge.session.prefixes import count_common
 
 ROOM = (
-    "shorten the prompt, open the session with a larger max_length, or, where the cache is static (executorch, "
-    "coreml), export with a larger --max-seq-len"
+    "shorten the prompt, open the session with a larger `max_length`, or, where the cache is static, export with a "
+    "larger `max_seq_len`"
 )
 
 

@@ -132,7 +132,7 @@ def open_rows(session: Asked, count: int, capacity: int, memory: int | None) -> 
     if opening is None:
         raise LimeEdgeError(
             f"{session.target}: this engine runs one sequence at a time",
-            "export with --target onnx for rows, or ask one after another",
+            "export with `target=onnx` for rows, or ask one after another",
         )
     with Faults("generate_many") as faults:
         if count < 1:

@@ -125,8 +125,8 @@ class ExpertSwitch:
         if self._single is not None and selection != self._single:
             asked = describe_selection(selection)
             raise LimeEdgeError(
-                f"this bundle holds {self._single!r} alone (--single), asked for {asked!r}",
-                "export it without --single",
+                f"this bundle holds {self._single!r} alone (`single`), asked for {asked!r}",
+                "export it without `single`",
             )
         if selection == ROUTED and not self._facts.routed:
             hint = "pick an expert, a blend or none, or export an adapter that was trained with routing"
@@ -159,7 +159,7 @@ class ExpertSwitch:
         expert = read_expert(Path(path), self._bank.total)
         expert = replace(expert, name=name) if name is not None else expert
         if self._single is not None:
-            raise LimeEdgeError(f"this bundle holds {self._single!r} alone (--single)", "export it without --single")
+            raise LimeEdgeError(f"this bundle holds {self._single!r} alone (`single`)", "export it without `single`")
         self._bank.install(expert, str(path))
         if self._uses(expert.name):
             self.reset()

@@ -1,4 +1,4 @@
-"""Devices: the defaults that `--device` chooses."""
+"""Devices: the defaults that a device chooses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def find_device(name: str) -> Device:
     """
     if name not in DEVICES:
         raise LimeEdgeError(
-            f"--device: expected {', '.join(DEVICES)}, found {name!r}",
+            f"`device`: expected {', '.join(DEVICES)}, found {name!r}",
             "cpu suits any computer; the device only sets defaults",
         )
     return DEVICES[name]

@@ -132,8 +132,21 @@ class CoremlFacts(TargetFacts, frozen=True, tag_field="target", tag="coreml", kw
 TARGETS = {
     target.name: target
     for target in (
-        Target("ONNX", "onnx", OnnxOptions, OnnxFacts, companions={"genai": "ONNX Runtime GenAI"}),
-        Target("ExecuTorch", "executorch", ExecutorchOptions, ExecutorchFacts, panel=STATIC),
-        Target("Core ML", "coreml", CoremlOptions, CoremlFacts, panel=STATIC),
+        Target(
+            "ONNX",
+            "onnx",
+            OnnxOptions,
+            OnnxFacts,
+            companions={"genai": "ONNX Runtime GenAI"},
+            packages=("onnxruntime", "onnxruntime-gpu"),
+        ),
+        Target("ExecuTorch", "executorch", ExecutorchOptions, ExecutorchFacts, STATIC, packages=("executorch",)),
+        Target("Core ML", "coreml", CoremlOptions, CoremlFacts, STATIC, packages=("coremltools",)),
     )
 }
+DEFAULT = next(iter(TARGETS))  # where nobody says another
+
+
+def list_packages() -> list[str]:
+    """The packages of all engines."""
+    return [package for target in TARGETS.values() for package in target.packages]

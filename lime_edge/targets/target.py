@@ -13,7 +13,7 @@ METADATA = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a target's options, as people meet it; on the command line it has the field's name.
+    """One field of a target's options, as people meet it; the command line's option has the field's name.
 
     about: what it is, for --help. words: what it may be, where that is a list. least: of a number.
     read: its value from the text on a command line; None where its type says how.
@@ -41,7 +41,7 @@ class Target:
     title: as people write it. folder: its name in lime_edge.exporters and in lime_edge.runtimes, each with a module
     `entry`. options: a dataclass that its exporter takes, every field made by `option`. facts: what lime.json says of
     an artifact; its tag is the target's name. panel: of its options in --help. companions: what else may be written
-    beside its artifact, for other engines: name, and for whom.
+    beside its artifact, for other engines: name, and for whom. packages: that its engine is installed with.
     """
 
     title: str
@@ -50,6 +50,7 @@ class Target:
     facts: type[TargetFacts]
     panel: str = ""
     companions: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

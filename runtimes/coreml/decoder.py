@@ -112,7 +112,7 @@ class CoremlEngine(SwitchedPackage):
             raise LimeEdgeError(
                 f"routed: this package takes prompts of up to {longest} tokens in one call, "
                 f"found {count - self._virtual}",
-                "export it with a longer --prompt-lengths",
+                "export it with longer `prompt_lengths`",
             )
         return [fitting[0]]
 

@@ -156,7 +156,7 @@ def wrap(array: np.ndarray) -> Any:
     return sys.modules["torch"].from_numpy(np.ascontiguousarray(array))
 
 
-def load_runtime() -> Any:
+def start_runtime() -> Any:
     """ExecuTorch's runtime, its operators for language models and quantized tables registered.
 
     Raises:
@@ -185,7 +185,7 @@ def check_provider(made_for: Sequence[str], wanted: tuple[str, ...]) -> str:
             f"this program was lowered to {provider}",
             EXIT_MISSING,
         )
-    registry = load_runtime().backend_registry
+    registry = start_runtime().backend_registry
     with collect_errors():  # a backend whose library is missing says so when asked
         names = [name for name in registry.registered_backend_names if registry.is_available(name)]
     if provider not in names and provider != "portable":
@@ -203,7 +203,7 @@ def load_program(bundle: Bundle, threads: int | None) -> Any:
     Raises:
         LimeEdgeError: ExecuTorch refuses the file.
     """
-    runtime, facts = load_runtime(), bundle.manifest.facts_of(ExecutorchFacts)
+    runtime, facts = start_runtime(), bundle.manifest.facts_of(ExecutorchFacts)
     file = bundle.path / facts.file
     size_pool(threads, facts.threads)
     with collect_errors() as errors:
