@@ -45,6 +45,9 @@ def test_demo_switches_on_the_same_input(lime: Cli, examples: Path, tiny_model: 
     assert list(rows) == list(INPUTS) and rows["later"]["delivered"] and not rows["expert0"]["delivered"]
     bundle = Bundle.open(tmp_path / "demo.lime")
     assert facts["total_bytes"] == bundle.total_bytes and list(facts["expert_bytes"]) == list(bundle.manifest.experts)
+    together = facts["together"]
+    assert together["skills"] == len(INPUTS) and together["prompt"] == rows["expert0"]["prompt"]
+    assert together["tokens_per_s"] > 0 and together["alone_tokens_per_s"] > 0
     assert facts["delivered"][0]["expert"] == "later" and "later" not in facts["expert_bytes"]
     for row in rows.values():
         assert row["tokens_per_s"] > 0 and row["switch_us"] > 0 and row["expected"] == row["expert"]
@@ -66,6 +69,7 @@ def test_demo_ends_with_the_table(lime: Cli, examples: Path, tiny_model: Make, t
         assert column in lines[heads[0] + 2]
     first = "\n".join(lines[heads[0] : heads[1]])
     assert "expert0" in first and "expert1" in first and "later +" in first and "expert2" not in first
+    assert "all 5 skills at 'word' in one pass" in done.out and '"word" --expert all' in done.out
     assert "experts add" in done.out and "installed into the running session" in done.out
 
 

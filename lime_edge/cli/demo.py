@@ -42,6 +42,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Every skill at one input in one pass: how many, and tokens per second of all together and of one alone."""
+
+    prompt: str
+    skills: int
+    tokens_per_s: float
+    alone_tokens_per_s: float
+
+
+@dataclass(frozen=True)
 class Delivery:
     """A skill that came later: the folder of its vectors, the bytes of its file, and how long installing took."""
 
@@ -124,7 +134,7 @@ def run_demo(output: Path, model: Path | None, examples: Path, quant: str, threa
         for new in deliveries:
             row = try_expert(session, new.expert, first_example(folder, new.expert))
             rows.append(replace(row, delivered=True))
-    report(bundle, session, rows, deliveries, as_json)
+    report(bundle, session, rows, deliveries, try_together(session, rows), as_json)
 
 
 def deliver(session: Session, folder: Path) -> list[Delivery]:
@@ -163,6 +173,21 @@ def try_expert(session: Session, name: str, example: Example) -> Row:
     return Row(name, example.prompt, answer, example.answer, speed, time_switch(session, name))
 
 
+def try_together(session: Session, rows: list[Row]) -> Together:
+    """All skills at the first input at once: what decoding them together makes of the same session."""
+    from lime_edge.session.generate import GenerationOptions
+
+    desk = session.open_desk(rows=len(session.experts), capacity=session.max_length)
+    options = GenerationOptions(NEW_TOKENS, ignore_eos=True)
+    for name in session.experts:
+        desk.ask(rows[0].prompt, name, options)
+    while desk.busy:
+        desk.advance()
+    speed = len(session.experts) * (NEW_TOKENS - 1) / desk.steps_s  # the first token comes of the prompt
+    alone = sorted(row.tokens_per_s for row in rows)[len(rows) // 2]
+    return Together(rows[0].prompt, len(session.experts), speed, alone)
+
+
 def check_output(output: Path, examples: Path) -> None:
     """Refuse to replace anything but a demo bundle as the demo wrote it.
 
@@ -195,7 +220,9 @@ def time_switch(session: Session, name: str) -> float:
     return sorted(times)[len(times) // 2] if times else 0.0
 
 
-def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[Delivery], as_json: bool) -> None:
+def report(
+    bundle: Bundle, session: Session, rows: list[Row], deliveries: list[Delivery], together: Together, as_json: bool
+) -> None:
     """One section per input with every expert's answer to it, then sizes."""
     sizes = {name: bundle.manifest.find_expert(name).size for name in bundle.manifest.experts}
     if as_json:
@@ -205,6 +232,7 @@ def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[D
                 "total_bytes": bundle.total_bytes,
                 "expert_bytes": sizes,
                 "provider": session.provider,
+                "together": vars(together),
                 "delivered": [vars(new) | {"folder": str(new.folder)} for new in deliveries],
             }
         )
@@ -224,6 +252,11 @@ def report(bundle: Bundle, session: Session, rows: list[Row], deliveries: list[D
             for r in members
         ]
         terminal.print_table(f"input: {question(prompt)}", columns, cells)
+    asked = question(together.prompt)
+    terminal.tell(
+        f"all {together.skills} skills at {asked!r} in one pass: {together.tokens_per_s:.0f} tokens/s together, "
+        f'one alone {together.alone_tokens_per_s:.0f}; lime-edge run {bundle.path} "{asked}" --expert all'
+    )
     terminal.tell(
         f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "
         f"{len(sizes)} experts of {size(max(sizes.values()))} each"

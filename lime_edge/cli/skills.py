@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from rich.text import Text
 from lime_edge import terminal
 from lime_edge.bundle.experts import Selection, describe_selection, parse_selection
 from lime_edge.cli.answer import INTERRUPTED
-from lime_edge.errors import LimeEdgeError
+from lime_edge.errors import LimeEdgeError, show_plain
 from lime_edge.session.decoder import Session
 from lime_edge.session.desk import Piece
 from lime_edge.session.generate import GenerationOptions, TextStream
@@ -171,20 +170,20 @@ def run_one_by_one(session: Session, text: str, done: Pass, options: GenerationO
 
 def draw_table(title: str, done: Pass) -> Table:
     """Expert, answer, tokens and what ended it."""
-    table = Table(title=Text(f"input: {title}"), title_justify="left", title_style="bold")
+    table = Table(title=Text(show_plain(f"input: {title}")), title_justify="left", title_style="bold")
     for header in ("expert", "answer"):
         table.add_column(header, overflow="fold")
     table.add_column("tokens", justify="right")
     table.add_column("ended by")
     for skill in done.skills:
         ended = skill.reason or ("..." if skill.tokens else "")
-        table.add_row(Text(describe_selection(skill.selection)), Text(clean(skill.text)), str(skill.tokens), ended)
+        table.add_row(
+            Text(show_plain(describe_selection(skill.selection))),
+            Text(show_plain(skill.text)),
+            str(skill.tokens),
+            ended,
+        )
     return table
-
-
-def clean(text: str) -> str:
-    """Without what would move a terminal's cursor."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Zl", "Zp") else "\ufffd" for c in text)
 
 
 @contextmanager
