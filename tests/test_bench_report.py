@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from test_bench_compare import make_run
 
 from lime_edge.bench import measure as bench
@@ -22,7 +23,7 @@ from lime_edge.bench.lora import size_lora
 from lime_edge.bench.plots import PLOTS
 from lime_edge.bench.report import DATA, PAGE, check_report, write_report
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.sites import SiteTable
+from lime_edge.bundle.fields import SiteEntry
 from lime_edge.cli import app as cli
 from lime_edge.errors import LimeEdgeError
 
@@ -286,5 +287,6 @@ def test_the_bytes_of_a_lora_are_those_of_its_tensors(
         manifest = Bundle.open(tiny_bundle(tiny_model(), adapter)).manifest
         tensors = load_file(adapter / "adapter_model.safetensors")
         numbers = sum(t.size for name, t in tensors.items() if name.endswith((".A", ".B")))
-        assert numbers and size_lora(manifest.model, manifest.adapter["rank"], manifest.sites) == 2 * numbers, targets
-    assert size_lora(manifest.model, 8, SiteTable.from_widths([("encoder.query", 8)])) is None
+        assert numbers and size_lora(manifest) == 2 * numbers, targets
+    other = structs.replace(manifest, site_list=(SiteEntry(name="encoder.query", width=8, offset=0),))
+    assert size_lora(other) is None

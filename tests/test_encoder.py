@@ -379,13 +379,13 @@ def test_branches_of_a_quantized_encoder_are_numbers_that_float16_holds(imported
 def test_survival_of_an_encoder_is_that_of_the_definition(quant: str, exported: Exported) -> None:
     """Without a tokenizer all inputs count alike: ||(found - exact)|| / ||exact|| of the matrices themselves."""
     bundle = exported("bert-lora-cls", quant=quant, keep_int8=("head",), rounding="search")
-    found = Bundle.open(bundle).manifest.quantization["survival"]
+    found = Bundle.open(bundle).manifest.quantization.survival
     imported = bundle.parent / "imported"
     checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
     options = CompileOptions(quant=quant, keep_int8=("head",), rounding="search")
     exact, stored = (compile_checkpoint(checkpoint, how) for how in (CompileOptions(quant="none"), options))
     original, _ = checkpoint.backbone.split_state(())
-    assert found["sites"].keys() == {site.name for site in stored.sites}
+    assert found.sites.keys() == {site.name for site in stored.sites}
     for site in stored.sites:
         key, branch = f"{site.name}.weight", exact.branches[site.name]
         tensor = stored.weights[key]
@@ -395,8 +395,8 @@ def test_survival_of_an_encoder_is_that_of_the_definition(quant: str, exported: 
         vectors = [vector[site.offset : site.offset + site.width] for vector in exact.experts.values()]
         effects = [p[:, None] * (branch.b @ branch.a) for p in vectors]
         worst = max(float(noise.norm() / effect.norm()) for effect in effects)
-        assert found["sites"][site.name]["error"] == pytest.approx(worst, rel=0.02), site.name
-    assert found["kinds"]["query"]["bits"] == tuple([8 if quant == "int8" else 4])
+        assert found.sites[site.name].error == pytest.approx(worst, rel=0.02), site.name
+    assert found.kinds["query"].bits == tuple([8 if quant == "int8" else 4])
 
 
 @QUANTIZED

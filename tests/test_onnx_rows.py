@@ -308,7 +308,7 @@ def test_what_is_refused_changes_nothing(session: Session) -> None:
 
 def test_memory_is_said_and_bounded(session: Session) -> None:
     """By what a token takes: keys and values of every layer."""
-    model = session.bundle.manifest.model
-    token = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * 4
+    manifest = session.bundle.manifest
+    token = 2 * manifest.backbone.layers * manifest.decoder.kv_heads * manifest.decoder.head_dim * 4
     assert open_rows(session, 3).nbytes == 3 * CAPACITY * token
     assert open_rows(session, 2, 8).nbytes == 2 * 8 * token

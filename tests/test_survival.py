@@ -64,16 +64,16 @@ def test_exact_weights_lose_nothing_and_lost_ones_everything() -> None:
 
 
 def test_export_writes_it_down(tiny_bundle: Make) -> None:
-    def kinds(**options: object) -> dict[str, dict[str, float]]:
-        return Bundle.open(tiny_bundle(**options)).manifest.quantization.survival["kinds"]
+    def kinds(**options: object) -> dict[str, KindSurvival]:
+        return Bundle.open(tiny_bundle(**options)).manifest.quantization.survival.kinds
 
     coarse, fine = kinds(quant="int4", rounding="search", keep_int8=()), kinds(quant="int8")
     assert set(coarse) == set(fine) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for kind in coarse:
-        assert 0 < fine[kind]["error"] < coarse[kind]["error"] <= coarse[kind]["worst_error"], kind
-        assert fine[kind]["kept"] == pytest.approx(1, abs=0.02), kind
+        assert 0 < fine[kind].error < coarse[kind].error <= coarse[kind].worst_error, kind
+        assert fine[kind].kept == pytest.approx(1, abs=0.02), kind
     unfolded = kinds(quant="int4", rounding="search", fold="none")
-    assert all(facts["error"] == pytest.approx(0, abs=1e-3) for facts in unfolded.values())
+    assert all(facts.error == pytest.approx(0, abs=1e-3) for facts in unfolded.values())
     assert Bundle.open(tiny_bundle(quant="none")).manifest.quantization.survival is None
 
 
@@ -130,5 +130,5 @@ def test_a_table_is_measured_column_by_column(
         moved = exact.weight(table) - exact.weight("lm_head.weight") + (p - p_ref) * (branch.a @ branch.b.t())
         worst = max(worst, float(noise.norm() / moved.norm()))
     found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization.survival
-    assert found["sites"][EMBEDDING]["error"] == pytest.approx(worst, rel=0.02)
-    assert found["kinds"]["embed_tokens"]["sites"] == 1
+    assert found.sites[EMBEDDING].error == pytest.approx(worst, rel=0.02)
+    assert found.kinds["embed_tokens"].sites == 1

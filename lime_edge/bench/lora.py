@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from lime_edge.bundle.sites import SiteTable
+from lime_edge.bundle.fields import Manifest
 
 READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # layers whose input is the model's width
 
 
-def size_lora(model: Mapping[str, Any], rank: int, sites: SiteTable) -> int | None:
+def size_lora(manifest: Manifest) -> int | None:
     """Bytes of one float16 LoRA: r (D + H) numbers a layer; None where a layer's input width D is not known.
 
     Args:
-        model: the manifest's facts of a language model: hidden, heads, head_dim.
-        rank: r. sites: names and output widths H.
+        manifest: rank r, names and output widths H of the sites, and the widths of a language model.
     """
+    decoder, rank, sites = manifest.decoder, manifest.adapter.rank, manifest.sites
     inner = {site.name.rsplit(".", 1)[0]: site.width for site in sites if site.name.endswith(("gate_proj", "up_proj"))}
     numbers = 0
     for site in sites:
         parent, _, last = site.name.rpartition(".")
         if last in READS_HIDDEN:
-            width = model.get("hidden")
+            width = manifest.backbone.hidden
         elif last == "o_proj":
-            width = model["heads"] * model["head_dim"] if "heads" in model else None
+            width = decoder.heads * decoder.head_dim if decoder is not None else None
         else:
             width = inner.get(parent) if last == "down_proj" else None
         if width is None:

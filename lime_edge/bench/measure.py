@@ -307,7 +307,7 @@ def _size_experts(bundle: Bundle) -> dict[str, int | None] | None:
         "file": manifest.find_expert(manifest.experts[0]).size,
         "vector": total * (4 if wide else 2),
         "ready": total * 4,
-        "lora": size_lora(manifest.model, manifest.adapter.rank, manifest.sites),
+        "lora": size_lora(manifest),
     }
 
 

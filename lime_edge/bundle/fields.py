@@ -7,9 +7,9 @@ of the manifest in `lime_edge.bundle.manifest`. Engines see only numbers that pa
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
-from msgspec import Meta, field, structs
+from msgspec import Meta, field
 
 from lime_edge.bundle.sites import SiteTable
 from lime_edge.targets.entries import TARGETS
@@ -303,12 +303,6 @@ class Manifest(Strict, frozen=True, dict=True, kw_only=True):
         dict[FilePath, FileEntry],
         Meta(max_length=1 << 18, description="every other file of the bundle, lime.json left out"),
     ] = {}
-
-    @cached_property
-    def model(self) -> dict[str, Any]:
-        """Until every reader asks for backbone, decoder and encoder."""
-        parts = (self.backbone, self.decoder, self.encoder)
-        return {key: value for part in parts if part is not None for key, value in structs.asdict(part).items()}
 
     @cached_property
     def sites(self) -> SiteTable:

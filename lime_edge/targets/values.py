@@ -26,10 +26,3 @@ Facts = Annotated[dict[str, Any], Meta(description="for people: nothing reads it
 
 class Strict(Struct, frozen=True, forbid_unknown_fields=True):
     """What every part of the manifest is."""
-
-    def __getitem__(self, name: str) -> Any:  # until every reader asks for attributes
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The same."""
-        return getattr(self, name, default)

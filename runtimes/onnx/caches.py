@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from lime_edge.bundle.fields import Manifest
 from lime_edge.runtimes.onnx.places import Buffer, Device, Host
 
 
@@ -31,13 +31,14 @@ class Caches:
     """Buffers (rows, kv_heads, tokens, head_dim), float32 or float16; those of neighbouring rows are a view of each.
 
     Args:
-        model: the manifest's facts. tokens: that a row holds, virtual ones included. dtype: as the graph has them.
+        manifest: of a language model. tokens: that a row holds, virtual ones included. dtype: as the graph has them.
     """
 
-    def __init__(self, model: dict[str, Any], rows: int, tokens: int, place: Host | Device, dtype: type = np.float32):
+    def __init__(self, manifest: Manifest, rows: int, tokens: int, place: Host | Device, dtype: type = np.float32):
         self.tokens = tokens
-        shape = (rows, model["kv_heads"], tokens, model["head_dim"])
-        names = [f"{layer}.{kind}" for layer in range(model["layers"]) for kind in ("key", "value")]
+        assert manifest.decoder is not None
+        shape = (rows, manifest.decoder.kv_heads, tokens, manifest.decoder.head_dim)
+        names = [f"{layer}.{kind}" for layer in range(manifest.backbone.layers) for kind in ("key", "value")]
         self.buffers: dict[str, Buffer] = {name: place.zeros(shape, dtype) for name in names}
         self.nbytes = len(names) * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize  # when all are full
 

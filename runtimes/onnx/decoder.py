@@ -30,14 +30,15 @@ class OnnxEngine:
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions):
-        facts, model = bundle.manifest.facts_of(OnnxFacts), bundle.manifest.model
-        self.capacity = options.max_length or min(model["context"], DEFAULT_LENGTH)
-        if not 1 <= self.capacity <= model["context"]:
-            raise LimeEdgeError(f"max_length: expected 1..{model['context']}, found {self.capacity}")
+        self._manifest = manifest = bundle.manifest
+        facts, context = manifest.facts_of(OnnxFacts), manifest.backbone.context
+        self.capacity = options.max_length or min(context, DEFAULT_LENGTH)
+        if not 1 <= self.capacity <= context:
+            raise LimeEdgeError(f"max_length: expected 1..{context}, found {self.capacity}")
         self.length = 0
-        self._model, self._virtual = model, facts.virtual_tokens
-        self._total = bundle.manifest.sites.total
-        self.capacity = min(self.capacity, model["context"] - self._virtual)
+        self._virtual = facts.virtual_tokens
+        self._total = manifest.sites.total
+        self.capacity = min(self.capacity, context - self._virtual)
         self._graphs = Graphs(bundle, options)
         self._half = facts.compute == "float16"
         self.provider = self._graphs.pinned.get_providers()[0]
@@ -52,8 +53,8 @@ class OnnxEngine:
 
     def _share(self, rows: int, capacity: int) -> Shared:
         dtype = np.float16 if self._half else np.float32
-        caches = Caches(self._model, rows, capacity + self._virtual, self._place, dtype)
-        logits = self._place.zeros((rows, 1, self._model["vocab"]), np.float32)
+        caches = Caches(self._manifest, rows, capacity + self._virtual, self._place, dtype)
+        logits = self._place.zeros((rows, 1, self._manifest.backbone.vocab), np.float32)
         return Shared(self._place, caches, logits, self._virtual, starts=self._half)
 
     def set_expert(self, residual: np.ndarray) -> None:
@@ -100,7 +101,7 @@ class OnnxEngine:
         Raises:
             LimeEdgeError: no row, or a capacity outside 1 to the model's context.
         """
-        most = self._model["context"] - self._virtual
+        most = self._manifest.backbone.context - self._virtual
         capacity = self.capacity if capacity is None else capacity
         with Faults("rows") as faults:
             if count < 1:

@@ -86,9 +86,11 @@ def read_widths(bundle: Path) -> dict[str, int]:
     """Output widths of the attention's linears, the model's width and its layers."""
     from lime_edge.bundle.bundle import Bundle
 
-    model = Bundle.open(bundle).manifest.model
-    q, k = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
-    return {"q": q, "k": k, "v": k, "o": model["hidden"], "hidden": model["hidden"], "layers": model["layers"]}
+    manifest = Bundle.open(bundle).manifest
+    decoder, hidden, layers = manifest.decoder, manifest.backbone.hidden, manifest.backbone.layers
+    assert decoder is not None
+    q, k = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    return {"q": q, "k": k, "v": k, "o": hidden, "hidden": hidden, "layers": layers}
 
 
 def draw_experts(bundle: Path, method: str, folder: Path, count: int) -> list[Path]:
@@ -132,15 +134,17 @@ class Graph:
         from lime_edge.session.engines import SessionOptions
 
         bundle = Bundle.open(spec["path"])
-        model = bundle.manifest.model
         self.session = load_graph(bundle, self.file, SessionOptions(spec["threads"]))
         self.binding = self.session.io_binding()
         capacity = spec["capacity"] + self.virtual
-        self.caches = Caches(model, 1, capacity, Host()).buffers
+        self.caches = Caches(bundle.manifest, 1, capacity, Host()).buffers
         for name, buffer in self.caches.items():
             buffer.bind_input(self.binding, f"past_key_values.{name}")
             buffer.bind_output(self.binding, f"present.{name}")
-        self.mask, self.row = np.ones((1, capacity), np.int64), np.empty((1, 1, model["vocab"]), np.float32)
+        self.mask, self.row = (
+            np.ones((1, capacity), np.int64),
+            np.empty((1, 1, bundle.manifest.backbone.vocab), np.float32),
+        )
         self.keep = np.ones(1, np.int64)
         self.binding.bind_ortvalue_input("logits_to_keep", wrap(self.keep))
         self.binding.bind_ortvalue_output("logits", wrap(self.row))
