@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Make
+from manifests import reseal
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 from test_cli import Cli
+from test_interchange import write_gguf_model
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
@@ -24,7 +26,10 @@ from lime_edge.bundle.experts import read_expert
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.sketch import MATRICES, VECTORS, draw_sketch, judge, measure
 from lime_edge.compiler.kinds import find_kind, read_checkpoint
+from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
+from lime_edge.export.pipeline import ExportOptions, export_bundle
+from lime_edge.targets.devices import find_device
 
 
 @pytest.fixture
@@ -51,27 +56,63 @@ def record(adapter: Path, model: Path, directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def test_one_adapter_on_two_formats_and_their_skills(
-    tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path
-) -> None:
+def export_plainly(model: Path, adapter: Path, out: Path) -> Bundle:
+    """A float32 bundle without a tokenizer."""
+    export_bundle(model, adapter, out, CompileOptions(quant="none"), find_device("cpu"), ExportOptions(tokenizer=False))
+    return Bundle.open(out)
+
+
+def test_one_adapter_on_many_formats_and_their_skills(tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """float32, bfloat16, and GGUF at float32, Q8_0 and Q4_1: one adapter, and each takes the others' skills."""
     model = tiny_model()
     adapter = record(tiny_adapter(model), model, tmp_path / "adapter")
-    half = copy_model(model, tmp_path / "half", torch.bfloat16)
-    bundles = [Bundle.open(tiny_bundle(one, adapter)) for one in (model, half)]
-    fits = [bundle.manifest.backbone.fit for bundle in bundles]
-    assert [fit.verdict for fit in fits] == ["identical", "within tolerance"]
-    assert fits[1].matrices is not None and 0 < fits[1].matrices < 0.005
-    assert bundles[0].manifest.adapter_id == bundles[1].manifest.adapter_id
-    assert bundles[0].manifest.backbone.fingerprint != bundles[1].manifest.backbone.fingerprint
-    skill = bundles[0].path / bundles[0].manifest.expert_files["expert1"]
-    session = lime_edge.open_decoder(bundles[1].path, threads=1)
-    assert session.install(skill, "guest") == "guest"
-    session.use("guest")
-    found = session.logits([5, 9, 17]).copy()
-    session.use("expert1")
-    assert np.array_equal(found, session.logits([5, 9, 17]))
-    copy = Path(shutil.copytree(bundles[1].path, tmp_path / "copy.lime"))
-    add_experts(copy, [replace(read_expert(skill), name="guest")])
+    models = {"float32": model, "bfloat16": copy_model(model, tmp_path / "half", torch.bfloat16)}
+    for name, quant in (("gguf", None), ("q8", "Q8_0"), ("q4", "Q4_1")):
+        (tmp_path / name).mkdir()
+        write_gguf_model(tmp_path / name / "model.gguf", model, {}, 1.0, quant)
+        models[name] = tmp_path / name / "model.gguf"
+    bundles = {name: export_plainly(path, adapter, tmp_path / f"{name}.lime") for name, path in models.items()}
+    fits = {name: bundle.manifest.backbone.fit for name, bundle in bundles.items()}
+    assert fits["float32"].verdict == "identical"
+    assert {fits[name].verdict for name in ("bfloat16", "q8", "q4")} == {"within tolerance"}
+    assert fits["gguf"].verdict in ("identical", "within tolerance")
+    distances = [fits[name].matrices or 0.0 for name in ("bfloat16", "q8", "q4")]
+    assert 0 < distances[0] < 0.004 and 0.002 < distances[1] < 0.02 and 0.02 < distances[2] < 0.15, distances
+    assert len({bundle.manifest.adapter_id for bundle in bundles.values()}) == 1
+    assert len({bundles[name].manifest.backbone.fingerprint for name in ("float32", "bfloat16", "q8", "q4")}) == 4
+    for mine, bundle in bundles.items():
+        session = lime_edge.open_decoder(bundle.path, threads=1)
+        for other in bundles.values():
+            skill = other.path / other.manifest.expert_files["expert1"]
+            session.install(skill, "guest")
+            session.use("guest")
+            found = session.logits([5, 9, 17]).copy()
+            session.use("expert1")
+            assert np.array_equal(found, session.logits([5, 9, 17])), mine
+            session.remove("guest")
+        add_experts(bundle.path, [replace(read_expert(skill), name="guest")])
+
+
+def test_a_packed_skill_of_another_shared_adapter_is_refused_everywhere(
+    lime: Cli, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
+    """By the command line, by a session, and by the bundle that it was smuggled into; it would answer, and wrongly."""
+    model = tiny_model()
+    bundle = Path(shutil.copytree(tiny_bundle(model, tiny_adapter(model)), tmp_path / "x.lime"))
+    foreign = Bundle.open(tiny_bundle(model, tiny_adapter(model, seed=5)))
+    skill = tmp_path / "guest.safetensors"
+    skill.write_bytes(replace(foreign.read_expert("expert1"), name="guest").to_bytes())
+    assert "adapter_id: expected" in lime.refuse("experts", "add", bundle, skill)
+    session = lime_edge.open_decoder(bundle, threads=1)
+    with pytest.raises(LimeEdgeError, match="adapter_id: expected"):
+        session.install(skill)
+    assert "guest" not in session.experts
+    (bundle / Bundle.open(bundle).manifest.expert_files["expert1"]).write_bytes(
+        foreign.read_expert("expert1").to_bytes()
+    )
+    reseal(bundle)
+    with pytest.raises(LimeEdgeError, match="adapter_id: expected"):
+        lime_edge.open_decoder(bundle, threads=1).use("expert1")
 
 
 def test_another_backbone_is_refused_and_may_be_taken(

@@ -202,8 +202,14 @@ def test_gguf_holds_a_and_b_in_the_rows_of_its_architecture(
         assert np.allclose(tensors[f"{target}.lora_b"], expected, rtol=0, atol=1e-6), site
 
 
-def write_gguf_model(path: Path, base: Path, adapter: dict[str, np.ndarray], alpha: float) -> None:
-    """A GGUF llama, its rows ordered by `pair_rows`, with the adapter merged as llama.cpp applies it."""
+def write_gguf_model(
+    path: Path, base: Path, adapter: dict[str, np.ndarray], alpha: float, quant: str | None = None
+) -> None:
+    """A GGUF llama, its rows ordered by `pair_rows`, with the adapter merged as llama.cpp applies it.
+
+    Args:
+        quant: of matrices (Q8_0, Q4_0, ...); None leaves them float32.
+    """
     import gguf
 
     config = transformers.AutoConfig.from_pretrained(base)
@@ -230,7 +236,12 @@ def write_gguf_model(path: Path, base: Path, adapter: dict[str, np.ndarray], alp
         if f"{target}.lora_a" in adapter:
             a, b = adapter[f"{target}.lora_a"], adapter[f"{target}.lora_b"]
             weight = weight + alpha / a.shape[0] * (b @ a)
-        writer.add_tensor(target, np.ascontiguousarray(weight))
+        weight = np.ascontiguousarray(weight)
+        if quant is None or weight.ndim != 2:
+            writer.add_tensor(target, weight)
+            continue
+        kind = getattr(gguf.GGMLQuantizationType, quant)
+        writer.add_tensor(target, gguf.quants.quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
