@@ -81,6 +81,8 @@ def refuse(read: Callable[[Path], Any], path: Path, message: str) -> None:
         {"num_hidden_layers": 10**7},
         {"num_hidden_layers": 4000},
         {"num_hidden_layers": "2"},
+        {"num_hidden_layers": {"x": 1}},
+        {"vocab_size": [300]},
         {"hidden_size": 10**9},
         {"vocab_size": -1},
         {"max_position_embeddings": 10**9},

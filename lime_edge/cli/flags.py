@@ -9,11 +9,13 @@ from lime_edge.targets.target import list_by_name
 
 FLAGS = {  # parameter -> the option it is set with; what has no option keeps its name
     "adapter": "--adapter",
+    "any_backbone": "--any-backbone",
     "baseline": "--baseline",
     "bundle": "--bundle",
     "calibration": "--calibration",
     "companion": "--companion",
     "data": "--data",
+    "default": "--default",
     "depth": "--depth",
     "device": "--device",
     "expert": "--expert",

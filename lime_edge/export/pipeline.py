@@ -12,9 +12,11 @@ from msgspec import structs
 from lime_edge.bundle.experts import NONE, ROUTED
 from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
+from lime_edge.bundle.manifest import ALWAYS_ON
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_folded
 from lime_edge.compiler.formats.activation import check_activation
+from lime_edge.compiler.formats.adapter import Adapter
 from lime_edge.compiler.formats.adapter_checks import CONFIG
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
@@ -87,6 +89,7 @@ def export_bundle(
     with stage_directory(output, replace=options.force) as stage:
         progress("read", 0, 1)
         checkpoint = read_checkpoint(model, adapter, options.any_backbone)
+        check_default(checkpoint.adapter, compiling.single, options.default)
         if not checkpoint.backbone.reads_text:
             copy_preprocessor(model, stage / PREPROCESSOR)
         elif options.tokenizer:
@@ -123,6 +126,18 @@ def check_names_early(adapter: Path, fold: str, default: str | None) -> None:
     check_fold(fold, names)
     if default not in (None, NONE, ROUTED, *names):
         raise LimeEdgeError(f"`default`: expected {NONE}, {ROUTED} or an expert, found {default!r}", ", ".join(names))
+
+
+def check_default(adapter: Adapter, single: bool, default: str | None) -> None:
+    """Refuse to open with what the bundle will not have.
+
+    Raises:
+        LimeEdgeError: routing of an adapter without it, or the original model where it cannot be had.
+    """
+    if default == ROUTED and (single or adapter.routing == "pinned"):
+        raise LimeEdgeError("`default`: routed, but no graph will route", "name an expert, or none")
+    if default == NONE and (single or adapter.variant.name in ALWAYS_ON):
+        raise LimeEdgeError("`default`: none, but this adapter cannot be switched off", "name an expert")
 
 
 def fill_bundle(

@@ -29,7 +29,22 @@ SIZES = {
     "patch_size": (1, 1 << 12),
     "num_channels": (1, 64),
     "num_labels": (1, 1 << 17),
+    # the same under the names of some encoders
+    "n_layers": (1, 4096),
+    "n_layer": (1, 4096),
+    "num_layers": (1, 4096),
+    "depths": (1, 4096),
+    "depth": (1, 4096),
+    "n_heads": (1, 65536),
+    "num_heads": (1, 65536),
+    "dim": (1, 1 << 18),
+    "hidden_dim": (1, 1 << 20),
+    "embed_dim": (1, 1 << 18),
+    "embedding_size": (1, 1 << 18),
+    "hidden_sizes": (1, 1 << 18),
 }
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "depth")
+LISTS = ("image_size", "patch_size", "depths", "hidden_sizes", "num_heads")  # these may be a number per axis or stage
 LARGEST_INT, LARGEST_FLOAT = 1 << 53, 1e30
 MOST_VALUES, DEEPEST = 1 << 20, 24
 
@@ -56,12 +71,19 @@ def check_config(config: Mapping[str, Any], faults: Faults) -> None:
         if depth > DEEPEST or count > MOST_VALUES:
             faults.add("nested too deeply" if depth > DEEPEST else f"more than {MOST_VALUES} values")
             return
-        if isinstance(value, Mapping):
+        if name in SIZES and isinstance(value, (Mapping, list)) and not (name in LISTS and isinstance(value, list)):
+            faults.add(name, "a whole number", f"{value!r:.40}")
+        elif isinstance(value, Mapping):
             stack.extend((str(key), inner, depth + 1) for key, inner in value.items())
         elif isinstance(value, list):
             stack.extend((name, inner, depth + 1) for inner in value)
         else:
             _check_value(name, value, faults)
+
+
+def count_layers(config: Mapping[str, Any]) -> int:
+    """The most layers that a checked config asks for: a model has at least as many tensors."""
+    return max((config.get(name) or 0 for name in LAYERS), default=0)
 
 
 def _check_value(name: str, value: Any, faults: Faults) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
-from lime_edge.compiler.formats.configs import plain_name, read_config
+from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
 from lime_edge.compiler.formats.files import AGAIN, INDEX, SINGLE, list_shards, read_json, read_shards, reading
 from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
@@ -130,7 +130,7 @@ def _read_directory(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         hint = "save it with save_pretrained(..., safe_serialization=True)"
         raise LimeEdgeError(f"{path}: {SINGLE} is missing", hint)
     tensors = read_shards(list_shards(index) if index.is_file() else [path / SINGLE])
-    layers = facts.get("num_hidden_layers") or 0
+    layers = count_layers(facts)
     if layers > len(tensors):
         raise LimeEdgeError(f"{file}: num_hidden_layers: {layers}, but there are {len(tensors)} tensors", AGAIN)
     with reading(f"{file}: not a readable model config", "is this what save_pretrained writes?"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
-from lime_edge.compiler.formats.configs import plain_name, read_config
+from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
 from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.files import AGAIN, read_json, read_weights, reading
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
@@ -166,7 +166,7 @@ def check_size(path: Path, architecture: str) -> None:
     import transformers
 
     held = read_weights(path)
-    layers = read_json(path / "config.json").get("num_hidden_layers") or 0
+    layers = count_layers(read_config(path / "config.json"))
     with reading(f"{path / 'config.json'}: not a readable model config", "is this what save_pretrained writes?"):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
