@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lime_edge.compiler.formats.files import read_json, read_weights
+from lime_edge.compiler.formats.configs import read_config
+from lime_edge.compiler.formats.files import read_weights
 from lime_edge.compiler.formats.hyper import (
     Imported,
     ImportOptions,
@@ -155,7 +156,7 @@ def _read_model_config(directory: Path, model: Path | None, hyper: Mapping[str, 
     found = [place for place in places if place.is_file()]
     if not found:
         raise LimeEdgeError(f"{directory}: config.json is missing", "pass the base model's directory as `model`")
-    config = read_json(found[0])
+    config = read_config(found[0])
     if "architecture" in hyper:
         config["architectures"] = [hyper["architecture"]]
     return config

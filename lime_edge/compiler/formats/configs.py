@@ -73,6 +73,8 @@ def check_config(config: Mapping[str, Any], faults: Faults) -> None:
             return
         if name in SIZES and isinstance(value, (Mapping, list)) and not (name in LISTS and isinstance(value, list)):
             faults.add(name, "a whole number", f"{value!r:.40}")
+        elif name == "model_type" and not isinstance(value, str):
+            faults.add(name, "a name", f"{value!r:.40}")
         elif isinstance(value, Mapping):
             stack.extend((str(key), inner, depth + 1) for key, inner in value.items())
         elif isinstance(value, list):
