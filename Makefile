@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
+.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings
 
 fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads one, an hour in all
 	$(BIN)/python tests/fuzz/campaign.py --seconds 3600
+
+soak: $(VENV)/.dev  ## an hour of switching, installing, writing and opening at once: answers, files left, memory
+	$(BIN)/python tools/soak.py --seconds 3600
 
 sanitize: $(VENV)/.dev  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (part of check)
 	$(BIN)/python tools/sanitize_operators.py
