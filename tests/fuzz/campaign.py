@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -21,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,16 @@ def run_reader(reader: Reader, start: int, count: int | None, seconds: float | N
     return found | {"bugs": bugs}
 
 
-def _fork(reader: Reader, folder: Path, first: int, last: int) -> Any:
+def _fork(reader: Reader, folder: Path, first: int, last: int) -> Iterator[tuple[str, float]]:
     """Work in a child: yields (outcome, seconds) for each seed; ends early after what ended the child."""
     copy = Path(tempfile.mkdtemp(prefix="fuzz-copy-"))
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     mine, its = os.pipe()
+    said = Path(tempfile.mkstemp(prefix="fuzz-said-")[1])
     child = os.fork()
     if child == 0:
         try:
-            _serve(reader, copy, first, last, its)
+            _serve(reader, copy, first, last, its, said)
         except BaseException as error:
             _tell(its, f"sample: {_describe(error)}")
         os._exit(9)
@@ -95,7 +98,7 @@ def _fork(reader: Reader, folder: Path, first: int, last: int) -> Any:
                 _, status = os.waitpid(child, 0)
                 child = 0
                 name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {status >> 8}"
-                yield f"abort: {name}", time.monotonic() - begin
+                yield f"abort: {name} {read_cause(said)}", time.monotonic() - begin
                 return
             buffer += piece
             *lines, buffer = buffer.split(b"\n")
@@ -108,13 +111,22 @@ def _fork(reader: Reader, folder: Path, first: int, last: int) -> Any:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         shutil.rmtree(copy, ignore_errors=True)
+        said.unlink()
 
 
-def _serve(reader: Reader, folder: Path, first: int, last: int, pipe: int) -> None:
-    """The child: one line per file; engines' chatter goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def read_cause(said: Path) -> str:
+    """The last thing that was said on standard error before the end, numbers and addresses left out."""
+    with said.open("rb") as opened:
+        opened.seek(max(0, said.stat().st_size - 4000))
+        lines = opened.read().decode("utf-8", "replace").strip().splitlines()
+    return re.sub(r"0x[0-9a-f]+|[0-9]+", "#", lines[-1])[-160:] if lines else "in silence"
+
+
+def _serve(reader: Reader, folder: Path, first: int, last: int, pipe: int, said: Path) -> None:
+    """The child: one line per file; what an engine says goes to `said`."""
+    chatter = os.open(said, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    os.dup2(chatter, 1)
+    os.dup2(chatter, 2)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     wanted = reader.read(folder)  # in here, so that no thread of an engine has to survive the fork
