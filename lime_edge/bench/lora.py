@@ -19,7 +19,7 @@ def size_lora(manifest: Manifest) -> int | None:
     for site in sites:
         parent, _, last = site.name.rpartition(".")
         if last in READS_HIDDEN:
-            width = manifest.backbone.hidden
+            width: int | None = manifest.backbone.hidden
         elif last == "o_proj":
             width = decoder.heads * decoder.head_dim if decoder is not None else None
         else:
