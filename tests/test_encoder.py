@@ -380,6 +380,7 @@ def test_survival_of_an_encoder_is_that_of_the_definition(quant: str, exported: 
     """Without a tokenizer all inputs count alike: ||(found - exact)|| / ||exact|| of the matrices themselves."""
     bundle = exported("bert-lora-cls", quant=quant, keep_int8=("head",), rounding="search")
     found = Bundle.open(bundle).manifest.quantization.survival
+    assert found is not None
     imported = bundle.parent / "imported"
     checkpoint = read_checkpoint(imported / "backbone", imported / "adapter")
     options = CompileOptions(quant=quant, keep_int8=("head",), rounding="search")

@@ -75,9 +75,9 @@ def test_a_session_opens_with_the_default(lime: Cli, tiny_model: Make, tiny_adap
         answers[default] = shown[0]
     assert len(set(answers.values())) > 2, answers
     plain = tiny_adapter(model)
-    words = ("export", model, "--adapter", plain, "-o", tmp_path / "y.lime", "--quant", "none")
-    assert "--default: routed, but no graph will route" in lime.refuse(*words, "--default", "routed")
-    dora = ("export", model, "--adapter", tiny_adapter(model, variant="dora"), *words[4:])
+    fixed = ("export", model, "--adapter", plain, "-o", tmp_path / "y.lime", "--quant", "none")
+    assert "--default: routed, but no graph will route" in lime.refuse(*fixed, "--default", "routed")
+    dora = ("export", model, "--adapter", tiny_adapter(model, variant="dora"), *fixed[4:])
     assert "cannot be switched off" in lime.refuse(*dora, "--default", "none")
-    assert "--default: none" in lime.refuse(*words, "--default", "none", "--fold", "expert1", "--single")
+    assert "--default: none" in lime.refuse(*fixed, "--default", "none", "--fold", "expert1", "--single")
     assert not (tmp_path / "y.lime").exists()
