@@ -538,3 +538,40 @@ def test_manifest_says_what_it_is(exported: Exported) -> None:
     assert manifest.kind == "encoder" and manifest.decoder is None and manifest.encoder is not None
     assert manifest.encoder.task == "image-classification"
     assert manifest.encoder.labels == tuple(f"LABEL_{index}" for index in range(7))
+
+
+# a batch of experts
+
+
+@pytest.mark.parametrize("fixture", ["bert-lora-cls", "vit-lora-cls"])
+def test_every_row_of_a_batch_has_an_expert_of_its_own(fixture: str, exported: Exported) -> None:
+    """Against the unfolded model, row by row; experts, a blend, none and routed beside each other."""
+    session, unfolded = open_bundle(exported(fixture)), unfold(fixture)
+    first, second = session.experts[:2]
+    wanted: list[tuple[Any, Any]] = [
+        (second, 1),
+        (first, 0),
+        (None, None),
+        (second, 1),
+        ({first: 0.7, second: 0.3}, {0: 0.7, 1: 0.3}),
+    ]
+    wanted += [("routed", "routed")] * 2 if session.bundle.manifest.targets["onnx"].routed else []
+    inputs = draw_inputs(session, len(wanted), 9)
+    before = session.selection
+    found = session.run_many([selection for selection, _ in wanted], **{k: v.numpy() for k, v in inputs.items()})
+    assert session.selection == before and set(found) == set(session.outputs)
+    for row, (selection, mode) in enumerate(wanted):
+        unfolded.use(mode)
+        expected = unfolded.logits({name: value[row : row + 1] for name, value in inputs.items()})
+        assert worst(found["logits"][row : row + 1], expected) < 1e-4, f"row {row}, {selection}"
+
+
+def test_rows_and_selections_must_be_as_many(exported: Exported) -> None:
+    session = open_bundle(exported("bert-lora-cls"))
+    ids = np.ones((3, 4), np.int64)
+    with pytest.raises(LimeEdgeError, match="expected 3 selections, one for each row, found 2"):
+        session.run_many([None, None], input_ids=ids)
+    before = session.selection
+    with pytest.raises(LimeEdgeError, match="unknown expert 'nobody'"):
+        session.run_many([None, "nobody", None], input_ids=ids)
+    assert session.selection == before

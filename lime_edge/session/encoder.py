@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.bundle.experts import ExpertBank
+from lime_edge.bundle.experts import ROUTED, ExpertBank, Selection
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.engines import EncoderEngine, blame_engine
 from lime_edge.session.switching import ExpertSwitch
@@ -47,7 +47,41 @@ class EncoderSession(ExpertSwitch):
             LimeEdgeError: an input is missing, unknown, of the wrong shape, or holds ids out of range.
         """
         self._owner.check()
-        checked = self._check(inputs)
+        return self._run(self._check(inputs))
+
+    def run_many(self, selections: Sequence[Selection], **inputs: Any) -> dict[str, np.ndarray]:
+        """Run a batch in which every row has an expert of its own; the selection in use stays.
+
+        Rows of one expert share a call, so that B rows of E experts take E calls. A routed row is a call of its own:
+        routing weighs over everything it is given.
+
+        Args:
+            selections: one for each of the B rows, as for `use`. inputs: as for `run`.
+        Returns:
+            As `run`: row i is what `use(selections[i])` and a run would give.
+        Raises:
+            LimeEdgeError: see `run` and `use`; another number of selections than of rows. Nothing is computed then.
+        """
+        self._owner.check()
+        checked, before = self._check(inputs), self._selection
+        rows = len(next(iter(checked.values())))
+        if len(selections) != rows:
+            raise LimeEdgeError(f"run_many: expected {rows} selections, one for each row, found {len(selections)}")
+        groups: dict[Any, list[int]] = {}
+        for row, selection in enumerate(selections):
+            filler = self.identify(selection)[1]
+            groups.setdefault((filler, row if selection == ROUTED else None), []).append(row)
+        found: dict[str, np.ndarray] = {}
+        try:
+            for members in groups.values():
+                self._apply(selections[members[0]])
+                for name, array in self._run({key: value[members] for key, value in checked.items()}).items():
+                    found.setdefault(name, np.empty((rows, *array.shape[1:]), array.dtype))[members] = array
+        finally:
+            self._apply(before)
+        return found
+
+    def _run(self, checked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
             return self._engine.run(checked)
         except LimeEdgeError:
