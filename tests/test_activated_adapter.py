@@ -115,6 +115,23 @@ def test_a_bundle_answers_as_the_unfolded_model(fold: str, model: Path, adapter:
         assert rows[row] == unfolded.generate(torch.tensor([prompt]), 8)[0, len(prompt) :].tolist()
 
 
+@pytest.mark.check
+@pytest.mark.parametrize("target", ["executorch", "coreml"])
+def test_other_targets_follow_it(target: str, model: Path, tiny_adapter: Make, tiny_bundle: Make) -> None:
+    """The expert, and where there is routing the program, changes between two calls on one cache."""
+    adapter = tiny_adapter(model, activation=GIVEN, routing={"top_k": 2})
+    session = lime_edge.open_decoder(tiny_bundle(model, adapter, targets=(target,)), target=target, threads=1)
+    unfolded = reference(model, adapter)
+    for selection, mode in (("expert0", 0), ({"expert1": 0.7, "expert2": 0.3}, {1: 0.7, 2: 0.3}), ("routed", "routed")):
+        session.use(selection)  # type: ignore[arg-type]
+        unfolded.use(mode)  # type: ignore[arg-type]
+        for length in (3, 12):
+            ids = draw(length, seed=length)
+            wanted = unfolded.generate(ids, 6)[0, length:].tolist()
+            assert list(session.generate_ids(ids[0].tolist(), GenerationOptions(6, ignore_eos=True))) == wanted
+        assert session.cache[0].selection == "none"
+
+
 def test_a_routed_header(model: Path, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """Routing weighs the header, in one call of its own."""
     adapter = tiny_adapter(model, activation=GIVEN, routing={"top_k": 2, "gamma_routing": 0.3})

@@ -32,6 +32,7 @@ from lime_edge.session.generate import GenerationOptions
 PAGE = Path(__file__).parent.parent / "docs" / "many-skills.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 TEXT = "That queen sees my kettle in the morning."
+SIZES, STEPS = (1, 8), 24  # rows; steps of a round
 NEW, LONG = 32, 512  # tokens of an answer; of a conversation
 
 
@@ -109,7 +110,7 @@ def time_switch(session: Session, ids: Sequence[int], rounds: int) -> list[str]:
 
 def measure(arguments: argparse.Namespace) -> list[Table]:
     """All tables."""
-    tables, options = [], BatchOptions((1, 8), 128, 24, arguments.rounds)
+    tables, options = [], BatchOptions(SIZES, 128, STEPS, arguments.rounds)
     threads = [int(number) for number in arguments.threads.split(",")]
     for count in threads:
         tables.append(tabulate_batch(bench_batch(arguments.bundle, "onnx", count, options)))
