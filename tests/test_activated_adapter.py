@@ -123,8 +123,8 @@ def test_other_targets_follow_it(target: str, model: Path, tiny_adapter: Make, t
     session = lime_edge.open_decoder(tiny_bundle(model, adapter, targets=(target,)), target=target, threads=1)
     unfolded = reference(model, adapter)
     for selection, mode in (("expert0", 0), ({"expert1": 0.7, "expert2": 0.3}, {1: 0.7, 2: 0.3}), ("routed", "routed")):
-        session.use(selection)  # type: ignore[arg-type]
-        unfolded.use(mode)  # type: ignore[arg-type]
+        session.use(selection)
+        unfolded.use(mode)
         for length in (3, 12):
             ids = draw(length, seed=length)
             wanted = unfolded.generate(ids, 6)[0, length:].tolist()
