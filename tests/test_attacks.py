@@ -372,6 +372,41 @@ def test_names_and_paths_are_shown_as_they_are(lime: Cli, tmp_path: Path) -> Non
             assert not any(letter in text for letter in "\x1b\u202e\udce9"), repr(text)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xfe\x00",
+        DEEP.encode(),
+        b"null",
+        b"",
+        b"[]",
+        b"{}",
+        b'{"prompt": 3}',
+        b'{"prompt": "a", "answer": "b", "labels": [[]]}',
+    ]
+    + [b'{"schema": 3, "switch_us": 1, "runs": [1], "machine": {"a": 1}, "fingerprint": "x"}'],
+    ids=lambda data: f"{data!s:.30}",
+)
+def test_documents_that_a_user_hands_in(lime: Cli, tmp_path: Path, data: bytes) -> None:
+    from lime_edge.bench.compare import compare_files
+    from lime_edge.checks.evaluate import read_examples
+    from lime_edge.cli.conversation import load
+    from lime_edge.compiler.rounding.calibrate import read_calibration
+
+    file = tmp_path / "given.jsonl"
+    file.write_bytes(data)
+    readers: tuple[Callable[[Path], Any], ...] = (
+        read_examples,
+        load,
+        lambda path: compare_files(path, path),
+        lambda path: read_calibration(path, lambda text: [1], ["one"]),
+    )
+    for read in readers:
+        refuse(read, file, re.escape(str(file)))
+        refuse(read, tmp_path, re.escape(str(tmp_path)))
+        refuse(read, tmp_path / "none", "none")
+
+
 def test_a_path_leads_nowhere_else(lime: Cli, tmp_path: Path) -> None:
     path, victim = make_bundle(tmp_path / "x.lime"), tmp_path / "victim"
     victim.write_text("precious")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lime_edge.bench.measure import SCHEMA
 from lime_edge.bench.tables import Facts, Table, name_run, pick
+from lime_edge.bundle.documents import parse_json, read_text
 from lime_edge.errors import Faults, LimeEdgeError
 
 NOTICEABLE = 0.02  # a ratio nearer to 1 is called equal
@@ -51,10 +51,7 @@ def read_document(path: Path) -> Document:
         LimeEdgeError: not such a document, or of another schema.
     """
     hint = "write one with lime-edge bench BUNDLE --json > FILE"
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LimeEdgeError(f"{path}: not readable JSON: {error}", hint) from None
+    facts = parse_json(read_text(path, hint), str(path), hint)
     if not isinstance(facts, dict) or "schema" not in facts or "switch_us" not in facts:
         raise LimeEdgeError(f"{path}: not a document of lime-edge bench", hint)
     if facts["schema"] != SCHEMA:
@@ -64,8 +61,8 @@ def read_document(path: Path) -> Document:
         )
     with Faults(str(path), hint) as faults:
         for key in ("runs", "machine", "fingerprint"):
-            if not facts.get(key):
-                faults.add(f"{key} is missing")
+            if not isinstance(facts.get(key), {"runs": list, "machine": dict}.get(key, str)) or not facts[key]:
+                faults.add(f"{key} is missing, or of another kind")
     return Document(path, facts)
 
 
@@ -80,6 +77,15 @@ def compare_files(before: Path, after: Path) -> dict[str, Any]:
         LimeEdgeError: unreadable, of another schema, or without a run in common.
     """
     a, b = read_document(before), read_document(after)
+    try:
+        return _compare(a, b)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise LimeEdgeError(
+            f"{before} and {after}: one of them is damaged: {error!r}", "measure again with lime-edge bench --json"
+        ) from None
+
+
+def _compare(a: Document, b: Document) -> dict[str, Any]:
     pairs = _match(a, b)
     warnings = _warn(a, b)
     if alone := len(a.facts["runs"]) + len(b.facts["runs"]) - 2 * len(pairs):
@@ -92,7 +98,7 @@ def compare_files(before: Path, after: Path) -> dict[str, Any]:
                 warnings.append(f"{name}: different {key}: {mine.get(key)} and {other.get(key)}")
         found = [judge(metric, mine, other) for metric in METRICS]
         results.append({"run": name, "metrics": [entry for entry in found if entry]})
-    return {"schema": SCHEMA, "a": str(before), "b": str(after), "warnings": warnings, "runs": results}
+    return {"schema": SCHEMA, "a": str(a.path), "b": str(b.path), "warnings": warnings, "runs": results}
 
 
 def _match(a: Document, b: Document) -> list[tuple[Facts, Facts]]:

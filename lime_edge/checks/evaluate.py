@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lime_edge.bundle.documents import parse_json, read_lines
 from lime_edge.bundle.staging import write_file
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.decoder import Session
@@ -37,27 +38,29 @@ class Result:
         return sum(self.correct) / len(self.correct)
 
 
+HINT = 'one JSON object a line: {"prompt": ..., "answer": ..., "labels": [...]?}'
+
+
 def read_examples(path: Path) -> list[Example]:
     """Read a JSONL file of {"prompt", "answer", "labels"?}.
 
     Raises:
         LimeEdgeError: every bad line at once.
     """
-    if not path.is_file():
-        raise LimeEdgeError(f"{path}: no such file", 'one JSON object a line: {"prompt", "answer", "labels"?}')
     examples = []
-    with Faults(str(path), 'one JSON object a line: {"prompt": ..., "answer": ..., "labels": [...]?}') as faults:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
+    with Faults(str(path), HINT) as faults:
+        for number, line in read_lines(path, HINT):
             try:
-                record = json.loads(line)
-                prompt, answer, labels = record["prompt"], record["answer"], record.get("labels") or []
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                faults.add(f"line {number}: {error!r}")
+                record = parse_json(line, f"line {number}", HINT)
+            except LimeEdgeError as error:
+                faults.add(error.problem)
                 continue
+            record = record if isinstance(record, dict) else {}
+            prompt, answer, labels = record.get("prompt"), record.get("answer"), record.get("labels") or []
             if not isinstance(prompt, str) or not isinstance(answer, str) or not isinstance(labels, list):
                 faults.add(f"line {number}: prompt and answer must be strings, labels a list")
+            elif not all(isinstance(label, str) and label for label in labels):
+                faults.add(f"line {number}: labels must be texts")
             elif labels and answer not in labels:
                 faults.add(f"line {number}: answer", f"one of {labels}", repr(answer))
             else:

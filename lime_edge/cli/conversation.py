@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lime_edge.bundle.documents import parse_json, read_text
 from lime_edge.bundle.staging import write_file
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
@@ -89,10 +89,8 @@ def load(file: Path) -> tuple[Conversation, str]:
     Raises:
         LimeEdgeError: missing, or something else.
     """
-    try:
-        body: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LimeEdgeError(f"{file}: not readable: {error}", "/save FILE writes one") from None
+    hint = "/save FILE writes one"
+    body = parse_json(read_text(file, hint), str(file), hint)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise LimeEdgeError(f"{file}: not a conversation of this chat", "/save FILE writes one; choose another name")
     try:

@@ -40,7 +40,10 @@ def read_prompt(prompt: str) -> str:
     """A prompt as typed, or where it is "-" the text of standard input without the line end at its end."""
     if prompt != str(STDIN):
         return prompt
-    text = sys.stdin.read().removesuffix("\n")
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise LimeEdgeError(f"standard input (-) is no UTF-8: {error}", "pipe text into it") from None
     if not text:
         raise LimeEdgeError("standard input (-) is empty", "pipe a prompt into it, or write the prompt")
     return text

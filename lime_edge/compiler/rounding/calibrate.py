@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lime_edge.errors import Faults
+from lime_edge.bundle.documents import parse_json, read_lines
+from lime_edge.errors import Faults, LimeEdgeError
 
 Encode = Callable[[str], list[int]]
 Render = Callable[[str, str], str]
@@ -132,11 +132,11 @@ def read_calibration(path: Path, encode: Encode, experts: Iterable[str]) -> Cali
     """
     known, samples = set(experts), []
     with Faults(str(path), 'expected one {"prompt": ..., "answer": ..., "expert": ...} a line') as faults:
-        for number, line in _lines(path, faults):
+        for number, line in read_lines(path, faults.hint):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                faults.add(f"line {number}: not JSON ({error})")
+                row = parse_json(line, f"line {number}", faults.hint)
+            except LimeEdgeError as error:
+                faults.add(error.problem)
                 continue
             row = row if isinstance(row, dict) else {}
             prompt, answer, expert = row.get("prompt"), row.get("answer", ""), row.get("expert")
@@ -200,12 +200,3 @@ def _word_pairs(words: list[str], count: int, seed: int = 0) -> Iterator[tuple[s
         text, answer = " ".join(chosen), " ".join(draw.sample(chosen, len(chosen)))
         form = draw.choice(("{}", "{}", '"{}"', "{}."))
         yield draw.choice(INSTRUCTIONS) + form.format(text), answer
-
-
-def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        faults.add(f"cannot be read: {error}")
-        return
-    yield from ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
