@@ -375,16 +375,10 @@ def test_names_and_paths_are_shown_as_they_are(lime: Cli, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xff\xfe\x00",
-        DEEP.encode(),
-        b"null",
-        b"",
-        b"[]",
-        b"{}",
-        b'{"prompt": 3}',
-        b'{"prompt": "a", "answer": "b", "labels": [[]]}',
-    ]
-    + [b'{"schema": 3, "switch_us": 1, "runs": [1], "machine": {"a": 1}, "fingerprint": "x"}'],
+        *(b"\xff\xfe\x00", DEEP.encode(), b"null", b"", b"[]", b"{}", b'{"prompt": 3}'),
+        b'{"prompt": "a", "answer": 3, "labels": [[]]}',
+        b'{"schema": 2, "switch_us": 1, "runs": [1], "machine": {"a": 1}, "fingerprint": "x"}',
+    ],
     ids=lambda data: f"{data!s:.30}",
 )
 def test_documents_that_a_user_hands_in(lime: Cli, tmp_path: Path, data: bytes) -> None:
