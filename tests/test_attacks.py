@@ -98,7 +98,7 @@ def refuse(read: Callable[[Path], Any], path: Path, message: str) -> None:
         {"model_type": ["llama"]},
         {"model_type": "nothing"},
         {"architectures": {"a": 1}},
-        {"eos_token_id": 10**6},
+        {"eos_token_id": "</s>"},
         {"hidden_act": {"x": 1}},
         {"layer_types": ["full_attention"] * 3},
         {"more": 10**300},

@@ -196,6 +196,10 @@ def _check_target(manifest: Manifest, target: TargetFacts, faults: Faults) -> No
         given = manifest.encoder
         if given is not None and ([i.name for i in target.inputs], target.outputs) != ([*given.inputs], given.outputs):
             faults.add(f"{where}: inputs and outputs are not the encoder's")
+        told = {size for entry in target.inputs if not entry.default for size in entry.shape}
+        for entry in target.inputs:
+            if unknown := [size for size in entry.shape if isinstance(size, str) and size not in told]:
+                faults.add(f"{where}: input {entry.name}: no input that must be given says its {unknown[0]}")
     else:
         if target.virtual_tokens >= max(manifest.backbone.context, 1):
             faults.add(f"{where}: virtual_tokens", f"fewer than {manifest.backbone.context}", target.virtual_tokens)

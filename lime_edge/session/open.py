@@ -9,7 +9,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
 from lime_edge.session.encoder import EncoderSession
-from lime_edge.session.engines import SessionOptions
+from lime_edge.session.engines import SessionOptions, blame_engine
 from lime_edge.session.health import Health
 from lime_edge.session.kinds import DECODER, ENCODER, Kind, SessionT, find_kind, require_kind
 from lime_edge.session.switching import ExpertSwitch
@@ -49,7 +49,12 @@ def _open(kind: Kind[SessionT], bundle: Bundle, target: str | None, options: Ses
     require_kind(bundle, kind)
     target, load = load_engine(bundle, target)
     bundle.check_target(target)  # an engine sees no file that is not as it was written
-    engine = load(bundle, options or SessionOptions())
+    try:
+        engine = load(bundle, options or SessionOptions())
+    except LimeEdgeError:
+        raise
+    except Exception as error:  # of files that are whole: what an engine cannot load, or has no memory for
+        raise blame_engine(target, error) from error
     return kind.open(bundle, engine, bundle.open_bank(engine.subtract), target)
 
 

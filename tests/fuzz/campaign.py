@@ -36,7 +36,7 @@ from readers import READERS, Reader
 SLOWEST, MEMORY = 10.0, 4 << 30
 CHUNK = 400  # files of one process
 SHOWN = 40  # bugs of a reader that are printed; all are in the JSON
-ENGINES = ("onnx", "executorch", "coreml")
+ENGINES = ("onnx", "executorch", "coreml", "sealed-encoder")
 
 
 def run_reader(reader: Reader, start: int, count: int | None, seconds: float | None) -> dict[str, Any]:

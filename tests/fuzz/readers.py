@@ -33,6 +33,7 @@ from lime_edge.errors import LimeEdgeError
 
 SAME, REFUSED, OTHER, ODD = "same", "refused", "other", "odd"
 PROMPT = [5, 6, 7, 8]
+ROUTING = {"top_k": 1, "soft_topk": True}
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,53 @@ def make_checkpoint(folder: Path) -> None:
     sizes = {"vocab_size": 272, "num_hidden_layers": 1, "hidden_size": 16}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = make_model(folder / "model", "llama", **sizes)
-    adapter = make_adapter(folder / "adapter", model, experts=2, shared=True)
+    adapter = make_adapter(folder / "adapter", model, experts=2, shared=True, routing=ROUTING)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_sketch"] = structs.asdict(draw_sketch(read_decoder_backbone(model), model))
     config |= {"license": "MIT", "training": {"seed": 1}}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make_variant(variant: str) -> Callable[[Path], None]:
+    """The same with an adapter of another variant, on the token table too where it may be."""
+
+    def make(folder: Path) -> None:
+        from models import ATTENTION, make_adapter
+
+        make_checkpoint(folder)
+        shutil.rmtree(folder / "adapter")
+        targets = (*ATTENTION, "embed_tokens") if variant in ("lora", "dora") else ATTENTION
+        make_adapter(folder / "adapter", folder / "model", targets, experts=2, variant=variant, routing=ROUTING)
+
+    return make
+
+
+def make_peft(folder: Path) -> None:
+    """A LoRA as PEFT writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / "source").mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+    save_file(tensors, folder / "source/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    config |= {"use_dora": False, "use_rslora": True, "rank_pattern": {}, "base_model_name_or_path": "tiny"}
+    (folder / "source/adapter_config.json").write_text(json.dumps(config))
+
+
+def make_vectors(folder: Path) -> None:
+    """A bundle, and a folder of vectors trained for it."""
+    make_running(folder, "onnx", keep=True)
+
+
+def answer_vectors(folder: Path) -> Any:
+    """The experts in it."""
+    from lime_edge.bundle.vectors import read_vectors
+
+    experts = read_vectors(folder / "adapter", Bundle.open(folder / "x.lime"))
+    assert all(np.isfinite(expert.vector).all() for expert in experts)
+    return [(expert.name, expert.vector.tobytes(), expert.license) for expert in experts]
 
 
 def make_gguf(folder: Path) -> None:
@@ -214,8 +257,14 @@ def answer_model(folder: Path) -> Any:
 
 
 def answer_gguf(folder: Path) -> Any:
-    """Of a GGUF file."""
-    return answer_backbone(folder / "model.gguf")
+    """Of a GGUF file, and of the tokenizer in it."""
+    from lime_edge.bundle.prompts import TextCodec
+    from lime_edge.export.beside import copy_tokenizer
+
+    found = answer_backbone(folder / "model.gguf")
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    copy_tokenizer(folder / "model.gguf", folder / "tokenizer")
+    return found, TextCodec(folder / "tokenizer").encode("the nights")
 
 
 def answer_adapter(folder: Path) -> Any:
@@ -322,7 +371,7 @@ def answer_tokenizer(folder: Path) -> Any:
 # bundles that run
 
 
-def make_running(folder: Path, *targets: str) -> None:
+def make_running(folder: Path, *targets: str, keep: bool = False) -> None:
     """A tiny language model, exported with everything that a bundle may hold."""
     from lime_edge.compiler.options import CompileOptions
     from lime_edge.export.pipeline import ExportOptions, export_bundle
@@ -331,8 +380,9 @@ def make_running(folder: Path, *targets: str) -> None:
     make_checkpoint(folder)
     out, options = folder / "x.lime", ExportOptions(targets)
     export_bundle(folder / "model", folder / "adapter", out, CompileOptions(quant="int8"), find_device("cpu"), options)
-    shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "adapter")
+    if not keep:
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / "adapter")
 
 
 def flatten(golden: Golden | None) -> Any:
@@ -351,7 +401,7 @@ def answer_session(folder: Path) -> Any:
     bundle = Bundle.open(folder / "x.lime")
     session = open_decoder(bundle)
     answer: list[Any] = []
-    for name in session.experts:
+    for name in (*session.experts, *(["routed"] if bundle.manifest.targets[session.target].routed else [])):
         session.use(name)
         answer.append(session.logits(PROMPT, keep=1).tobytes())
     answer.append("".join(session.generate("the nights", max_new_tokens=3)))
@@ -370,6 +420,27 @@ def answer_facts(folder: Path) -> Any:
     described = describe_bundle(bundle)
     described.pop("path")
     return codec.encode("the nights"), flatten(golden), repr(described), answer_bank(folder)
+
+
+def make_running_encoder(folder: Path) -> None:
+    """One of the authors' classifiers, exported."""
+    from encoder_conformance import export_fixture
+
+    shutil.move(export_fixture(FIXTURES / "bert-lora-cls", folder / "made"), folder / "x.lime")
+    shutil.rmtree(folder / "made")
+
+
+def answer_encoding(folder: Path) -> Any:
+    """Its outputs under every expert."""
+    from lime_edge.session.open import open_encoder
+
+    session = open_encoder(Bundle.open(folder / "x.lime"))
+    answer = []
+    for name in session.experts:
+        session.use(name)
+        found = session.run(input_ids=np.array([PROMPT]))
+        answer.append({key: value.tobytes() for key, value in found.items()})
+    return answer
 
 
 def make_onnx(folder: Path) -> None:
@@ -408,6 +479,14 @@ READERS: dict[str, Reader] = {
         Reader("gguf", make_gguf, ("*.gguf",), answer_gguf, may_differ=True),
         Reader("encoder", make_encoder, ("model/*",), answer_encoder, may_differ=True),
         Reader("authors", make_authors, ("source/*.json", "source/*.safetensors"), answer_import, may_differ=True),
+        *(
+            Reader(f"adapter-{variant}", make_variant(variant), ("adapter/*",), answer_adapter, may_differ=True)
+            for variant in ("lora", "dora", "slicefine")
+        ),
+        Reader("peft", make_peft, ("source/*",), answer_import, may_differ=True),
+        Reader("vectors", make_vectors, ("adapter/*",), answer_vectors, may_differ=True),
+        Reader("encoder-bundle", make_running_encoder, ("x.lime/**/*",), answer_encoding),
+        Reader("sealed-encoder", make_running_encoder, ("x.lime/onnx/*", *SMALL_FILES), answer_encoding, sealed=True),
         Reader("pickle", make_pickle, ("source/*.bin",), answer_pickle, may_differ=True),
         Reader("tokenizer", make_tokenizer, ("*",), answer_tokenizer, may_differ=True),
         Reader("facts", make_onnx, ("x.lime/**/*",), answer_facts),
