@@ -52,6 +52,7 @@ from lime_edge.exporters.onnx.functions import (
     make_swiglu,
 )
 from lime_edge.exporters.onnx.graph import LIME
+from lime_edge.runtimes.onnx import decoder as onnx_decoder
 from lime_edge.runtimes.onnx import operators as onnx_operators
 from lime_edge.session.generate import GenerationOptions
 from lime_edge.targets.entries import OnnxFacts
@@ -309,6 +310,12 @@ def test_tensors_that_shrink_between_calls_are_refused(change: Arrays, file: Pat
 # what C and Python both say
 
 
+def read_entries(file: str) -> set[tuple[str, int, int]]:
+    """Names, numbers of inputs and of outputs that a library registers."""
+    found = re.findall(r'^    \{"(\w+)", (\d+), (\d+), ', (SOURCES / file).read_text(), re.M)
+    return {(name, int(inputs), int(outputs)) for name, inputs, outputs in found}
+
+
 def read_numbers() -> dict[str, int]:
     """NAME = number of every enum in operators.h."""
     return {name: int(value) for name, value in re.findall(r"([A-Z_]+) = (\d+)", (SOURCES / "operators.h").read_text())}
@@ -322,12 +329,13 @@ def test_names_and_limits_are_the_same_in_c() -> None:
         make_routed(RoutingConfig(n_gram=2), 4),
         make_swiglu(),
     ]
-    source = (SOURCES / "operators.c").read_text()
-    entries = re.findall(r'^    \{OPERATOR\(.*\), "(\w+)", (\d+), (\d+), \w+\},$', source, re.M)
     wanted = {(f.name, len(f.input), len(f.output)) for f in functions}
-    assert {(name, int(inputs), int(outputs)) for name, inputs, outputs in entries} == wanted
+    assert read_entries("operators.c") == wanted
+    half = {(f"Half{name}", inputs, outputs) for name, inputs, outputs in wanted if name != ROUTED_BRANCH}
+    assert read_entries("cuda/operators.c") == half, "the GPU has no operator for routing"
+    assert {name for name, *_ in half} == onnx_decoder.REPLACED_ON_GPU
     assert {function.domain for function in functions} == {LIME}
-    assert f'ORT_CREATE_DOMAIN(api)("{LIME}"' in source
+    assert f'ORT_CREATE_DOMAIN(api)("{LIME}"' in (SOURCES / "registration.c").read_text()
     numbers = read_numbers()
     for name in ("MOST_RANK", "MOST_EXPERTS", "SPARSE_AUTO_TOPK", "HARD_TOPK", "AUTO_TOPK", "SOFT_TOPK"):
         assert numbers.pop(name) == getattr(onnx_experts, name), name

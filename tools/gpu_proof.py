@@ -1,8 +1,10 @@
 """The proof on a machine with an NVIDIA GPU and no network: answers, placement, speed, switches, rows; JSON on stdout.
 
-    python tools/gpu_proof.py BUNDLE [--single BUNDLE] > docs/benchmarks-gpu.json
+    python -m lime_edge.runtimes.onnx.operators.build_cuda           # optional: the branch as one operator
+    python tools/gpu_proof.py BUNDLE [--single BUNDLE] [--oracle FILE] [--eval FOLDER] > docs/benchmarks-gpu.json
 
-BUNDLE is what `lime-edge export ... --device jetson` wrote, --single the same model with one expert and no branch.
+BUNDLE is what `lime-edge export ... --device jetson` wrote, --single the same model with one expert and no branch,
+--oracle what tools/oracle_tokens.py made, --eval a folder of EXPERT.jsonl.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ with contextlib.suppress(ImportError):
     import torch  # noqa: F401 - its CUDA libraries are then found by onnxruntime
 
 import onnxruntime
+from oracle_tokens import compare
 
 import lime_edge
+from lime_edge.checks.evaluate import evaluate, read_examples
 from lime_edge.checks.verify import verify_bundle
+from lime_edge.runtimes.onnx.operators import explain_cuda_absence, find_cuda_library
 
 PROMPT, STEPS, REPEATS, LENGTH = 512, 128, 7, 1024
+SWITCHES = 10_000
 
 
 def main() -> None:
@@ -38,6 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--single", type=Path)
+    parser.add_argument("--oracle", type=Path)
+    parser.add_argument("--eval", type=Path, dest="examples")
+    parser.add_argument("--only", nargs="*", help="these steps only")
     given = parser.parse_args()
     facts: dict[str, Any] = {"machine": describe()}
     steps: dict[str, Callable[[], Any]] = {
@@ -48,7 +57,10 @@ def main() -> None:
         "switches_equal_fresh_sessions": lambda: check_switches(given.bundle),
         "rows": lambda: time_rows(given.bundle),
         "verify": lambda: verify(given.bundle),
+        "oracle": lambda: compare(given.oracle, given.bundle) if given.oracle else "not asked for",
+        "accuracy": lambda: measure_accuracy(given.bundle, given.examples) if given.examples else "not asked for",
     }
+    steps = {name: run for name, run in steps.items() if not given.only or name in given.only}
     failed = False
     for name, run in steps.items():
         try:
@@ -64,7 +76,9 @@ def describe() -> dict[str, str]:
     """Card, driver, versions."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     card = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return {"card": card, "onnxruntime": onnxruntime.__version__, "lime_edge": lime_edge.__version__}
+    return {"card": card, "onnxruntime": onnxruntime.__version__, "lime_edge": lime_edge.__version__} | {
+        "operators": explain_cuda_absence() or "the CUDA operators"
+    }
 
 
 def list_placement(bundle: Path) -> dict[str, Any]:
@@ -74,11 +88,15 @@ def list_placement(bundle: Path) -> dict[str, Any]:
         "with contextlib.suppress(ImportError):\n    import torch\n"
         "import onnxruntime as ort\n"
         "s = ort.SessionOptions(); s.log_severity_level = 0\n"
+        "if sys.argv[2]: s.register_custom_ops_library(sys.argv[2])\n"
         "ort.InferenceSession(sys.argv[1], s, providers=[('CUDAExecutionProvider', {'enable_cuda_graph': '1'}),"
         " 'CPUExecutionProvider'])\n"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, str(bundle / "onnx/model.onnx")], capture_output=True, text=True, env=os.environ
+        [sys.executable, "-c", code, str(bundle / "onnx/model.onnx"), str(find_cuda_library() or "")],
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     counts: dict[str, Counter[str]] = {}
     where = ""
@@ -122,7 +140,11 @@ def summarize(times: list[float]) -> dict[str, float]:
 
 def time_decode(bundle: Path, single: Path | None) -> dict[str, Any]:
     """A decode step, sampling included, pinned, routed and without a branch, in alternating rounds."""
-    wanted: dict[str, tuple[Path, Any]] = {"pinned": (bundle, "first"), "none": (bundle, None)}
+    wanted: dict[str, tuple[Path, Any]] = {
+        "pinned": (bundle, "first"),
+        "none": (bundle, None),
+        "routed": (bundle, "routed"),
+    }
     if single is not None:
         wanted["branchless"] = (single, "first")
     with contextlib.ExitStack() as stack:
@@ -172,23 +194,41 @@ def time_switch(bundle: Path) -> dict[str, float]:
     return {"p50_us": 1e6 * float(np.percentile(times, 50)), "p95_us": 1e6 * float(np.percentile(times, 95))}
 
 
-def check_switches(bundle: Path) -> str:
-    """Answers of one session that switches equal those of sessions of their own."""
+def read_gpu_memory() -> int:
+    """MiB in use on the card."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+def check_switches(bundle: Path) -> dict[str, Any]:
+    """Answers of one session that switches SWITCHES times equal those of sessions of their own; memory stays flat."""
     ids, fresh = draw(24, 5), {}
-    names: list[Any] = []
     with opened(bundle) as session:
-        names = [*session.experts, None]
+        names: list[Any] = [*session.experts, None]
     for name in names:
         with opened(bundle, name) as session:
             fresh[name] = greedy(session, ids, 8)
+    assert len({tuple(answer) for answer in fresh.values()}) > 1, "all experts answer the same"
     wrong = 0
     with opened(bundle) as session:
-        for turn in np.random.default_rng(1).integers(0, len(names), 400):
-            session.use(names[turn])
-            wrong += greedy(session, ids, 8) != fresh[names[turn]]
-    assert not wrong, f"{wrong} of 400 answers differ"
-    assert len({tuple(answer) for answer in fresh.values()}) > 1, "all experts answer the same"
-    return "400 of 400"
+        memory = []
+        for turn, choice in enumerate(np.random.default_rng(1).integers(0, len(names), SWITCHES)):
+            session.use(names[choice])
+            wrong += greedy(session, ids, 8) != fresh[names[choice]]
+            if turn % (SWITCHES // 4) == SWITCHES // 8:
+                memory.append(read_gpu_memory())
+    assert not wrong, f"{wrong} of {SWITCHES} answers differ"
+    return {"equal": f"{SWITCHES} of {SWITCHES}", "distinct": len({tuple(a) for a in fresh.values()}), "MiB": memory}
+
+
+def measure_accuracy(bundle: Path, folder: Path) -> dict[str, Any]:
+    """Share of correct answers of every expert on its own task, and the mean."""
+    found = {}
+    with opened(bundle) as session:
+        for name in session.experts:
+            session.use(name)
+            found[name] = evaluate(session, read_examples(folder / f"{name}.jsonl")).accuracy
+    return {"mean": statistics.mean(found.values()), "tasks": found}
 
 
 def time_rows(bundle: Path) -> dict[str, Any]:

@@ -10,14 +10,15 @@ from lime_edge.runtimes.onnx.caches import Caches, Prefix
 from lime_edge.runtimes.onnx.calls import BoundGraph, Shared
 from lime_edge.runtimes.onnx.loading import Graphs, choose_operators, plan_providers
 from lime_edge.runtimes.onnx.operators import find_subtract
-from lime_edge.runtimes.onnx.places import choose_place
+from lime_edge.runtimes.onnx.places import CUDA, choose_place
 from lime_edge.runtimes.onnx.rows import OnnxRows
 from lime_edge.session.engines import SessionOptions
 from lime_edge.targets.entries import OnnxFacts
 
 DEFAULT_LENGTH = 2048
-# Functions that operators replace; the same names as in operators.c
+# Functions that operators replace; the same names as in operators.c and cuda/operators.c
 REPLACED = {"ExpertRowsBranch", "GappedExpertRowsBranch", "ExpertRowsBranchNorm", "RoutedBranch", "SwiGLU"}
+REPLACED_ON_GPU = {"HalfExpertRowsBranch", "HalfGappedExpertRowsBranch", "HalfExpertRowsBranchNorm", "HalfSwiGLU"}
 
 
 class OnnxEngine:
@@ -47,7 +48,7 @@ class OnnxEngine:
         self._pinned = BoundGraph(self._graphs.pinned, self._shared)
         self._routed: BoundGraph | None = None
         self._active = self._pinned
-        calls = set(facts.functions) & REPLACED
+        calls = set(facts.functions) & (REPLACED_ON_GPU if self.provider == CUDA else REPLACED)
         self.subtract = find_subtract()
         self.operators: bool | None = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
-from lime_edge.runtimes.onnx.operators import find_library
+from lime_edge.runtimes.onnx.operators import find_cuda_library, find_library
 from lime_edge.runtimes.onnx.places import CUDA
 from lime_edge.session.engines import SessionOptions
 from lime_edge.targets.entries import OnnxFacts
@@ -67,12 +67,15 @@ def plan_providers(bundle: Bundle, options: SessionOptions) -> list[str]:
 def choose_operators(providers: list[str]) -> Path | None:
     """The library with operators for the graph's functions, or None where their own nodes are to run.
 
-    Those are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait.
+    The processor has its own, and so has an NVIDIA GPU where they were built (`operators.build_cuda`). Beside any other
+    accelerator, which runs the nodes itself, the processor's would only make it wait.
     The environment variable LIME_EDGE_OPERATORS=0 leaves them out.
     """
-    if providers != ["CPUExecutionProvider"] or os.environ.get(OPERATORS, "").lower() in ("0", "false", "off", "no"):
+    if os.environ.get(OPERATORS, "").lower() in ("0", "false", "off", "no"):
         return None
-    return find_library()
+    if providers[0] == CUDA:
+        return find_cuda_library()
+    return find_library() if providers == ["CPUExecutionProvider"] else None
 
 
 def load_graph(bundle: Bundle, name: str, options: SessionOptions) -> ort.InferenceSession:

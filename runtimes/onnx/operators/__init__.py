@@ -15,7 +15,8 @@ import numpy as np
 
 from lime_edge.bundle.residual import Subtract, subtract_reference
 
-NAME = "_library"
+NAME, CUDA_NAME = "_library", "_cuda"
+CUDA_FILE = Path(__file__).with_name(f"{CUDA_NAME}.so")
 
 
 @cache
@@ -23,6 +24,19 @@ def find_library() -> Path | None:
     """The shared library for `SessionOptions.register_custom_ops_library`, or None: `explain_absence` says why."""
     path = _find_file()
     return path if path is not None and not explain_absence() else None
+
+
+@cache
+def find_cuda_library() -> Path | None:
+    """The library for NVIDIA GPUs, where `build_cuda` has made one and it runs here; else None."""
+    return CUDA_FILE if not explain_cuda_absence() else None
+
+
+def explain_cuda_absence() -> str:
+    """Why there is no library for NVIDIA GPUs; empty where there is one."""
+    if not CUDA_FILE.is_file():
+        return "not built: python -m lime_edge.runtimes.onnx.operators.build_cuda builds it where CUDA's nvcc is"
+    return _try(CUDA_FILE, "compiled for another GPU, or there is none")
 
 
 @cache
@@ -49,11 +63,15 @@ def explain_absence() -> str:
     path = _find_file()
     if path is None:
         return "not built: no C compiler was found when lime-edge was installed"
+    return _try(path, "this processor lacks AVX2, FMA or F16C")
+
+
+def _try(path: Path, unsupported: str) -> str:
     try:
         supported = ctypes.CDLL(str(path)).lime_edge_supported()
     except (OSError, AttributeError) as error:  # another libc, a damaged or an older file
         return f"not usable: {error}"
-    return "" if supported else "this processor lacks AVX2, FMA or F16C"
+    return "" if supported else unsupported
 
 
 def _find_file() -> Path | None:

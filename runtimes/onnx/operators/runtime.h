@@ -3,12 +3,13 @@
 #define LIME_EDGE_RUNTIME_H
 
 #include "abi.h"
-#include "operators.h"
+#include "operands.h"
 
 #define API lime_edge_api
 enum { MOST_DIMENSIONS = 8, ROWS_PER_TASK = 2 * ROWS_AT_ONCE };
 
 extern OrtApi API; /* of the ONNX Runtime that registered last */
+extern const int lime_edge_real; /* the element type of activations: float32 on the processor, float16 on a GPU */
 
 /* What a call of the graph says once and for all; several threads may be in one kernel, so nothing here ever changes. */
 typedef struct {
@@ -43,9 +44,11 @@ static inline OrtStatus *read_tensor(const OrtKernelContext *context, size_t ind
     return ORT_GET_DATA(API)((OrtValue *)value, &tensor->data);
 }
 
-static inline OrtStatus *read_floats(const OrtKernelContext *context, size_t index, Tensor *tensor) {
+static inline OrtStatus *read_real(const OrtKernelContext *context, size_t index, Tensor *tensor) {
     TRY(read_tensor(context, index, tensor));
-    return tensor->type == ORT_FLOAT ? NULL : refuse("lime_edge: a float32 tensor is expected");
+    if (tensor->type == lime_edge_real) return NULL;
+    return refuse(lime_edge_real == ORT_FLOAT ? "lime_edge: a float32 tensor is expected"
+                                              : "lime_edge: a float16 tensor is expected");
 }
 
 /* Whether a tensor has exactly these dimensions. */
@@ -63,10 +66,10 @@ static inline int is_batch(const Tensor *tensor, int64_t batch, int64_t tokens, 
 }
 
 static inline OrtStatus *make_output(OrtKernelContext *context, size_t index, const int64_t *dimensions, size_t count,
-                                     float **data) {
+                                     void **data) {
     OrtValue *value = NULL;
     TRY(ORT_GET_OUTPUT(API)(context, index, dimensions, count, &value));
-    return ORT_GET_DATA(API)(value, (void **)data);
+    return ORT_GET_DATA(API)(value, data);
 }
 
 /* Rows in order on this thread, or spread over ONNX Runtime's own threads where there are many. `run` takes a stretch of
@@ -92,17 +95,13 @@ static inline OrtStatus *run_rows(const OrtKernelContext *context, int64_t rows,
     return NULL;
 }
 
-/* What every branch reads: x (B, S, K), y (B, S, N), a (K, R), b (R, N). */
-typedef struct {
-    Parts parts;
-    const float *x, *y;
-    const void *a, *b;
-    int half; /* whether a and b are float16 */
-    int64_t dimensions[3], rows; /* y's; B S */
-} Operands;
-
-/* Inputs 0 to 3 of a call, every dimension of them checked: each may differ from one call to the next. */
+/* Inputs of a call, every dimension of them checked: each may differ from one call to the next. */
 OrtStatus *lime_edge_read_operands(const Kernel *kernel, const OrtKernelContext *context, Operands *operands);
+
+OrtStatus *lime_edge_read_expert(const OrtKernelContext *context, Branch *branch);
+OrtStatus *lime_edge_read_norm(const Kernel *kernel, const OrtKernelContext *context, Branch *branch);
+
+OrtStatus *lime_edge_read_gate(OrtKernelContext *context, Gate *gate);
 
 /* The operators' computations. kernel: a Kernel. */
 OrtStatus *lime_edge_compute_branch(void *kernel, OrtKernelContext *context);
