@@ -49,7 +49,7 @@ def make(out: Path, bundle: Path) -> None:
     out.write_text(json.dumps(texts))
 
 
-def compare(oracle: Path, bundle: Path, **options: Any) -> dict[str, float]:
+def compare(oracle: Path, bundle: Path, **options: Any) -> dict[str, Any]:
     """Share of equal next tokens, whole texts at once as the oracle read them.
 
     Args:
