@@ -12,8 +12,6 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from encoder_conformance import export_fixture  # noqa: E402
 from models import make_adapter, make_model  # noqa: E402
 
-from lime_edge.compiler.formats.hyper import ImportOptions  # noqa: E402
-from lime_edge.compiler.formats.importing import import_checkpoint  # noqa: E402
 from lime_edge.compiler.options import CompileOptions  # noqa: E402
 from lime_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
 from lime_edge.targets.devices import find_device  # noqa: E402
@@ -35,7 +33,6 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 FAMILIES = {"qwen3": "qwen3", "smollm3": "smollm3"}
 ENCODERS = {"bert": "bert-lora-cls", "vit": "vit-lora-cls"}
-PROMPTED = {"prompt": "llama-slicefine"}
 
 
 def write_bundles(folder: Path, work: Path) -> tuple[list[str], list[str]]:
@@ -67,5 +64,3 @@ def export_decoder(model: Path, adapter: Path, output: Path, options: dict[str, 
     """One bundle with the ONNX target."""
     export_bundle(model, adapter, output, CompileOptions(**options), find_device("cpu"), ExportOptions(("onnx",)))
 
-
-__all__ = ["ImportOptions", "export_decoder", "import_checkpoint", "write_bundles"]

@@ -9,9 +9,6 @@ import kotlinx.coroutines.flow.Flow
 import kotlinx.coroutines.flow.flow
 import java.nio.FloatBuffer
 
-/** A stretch of the cache: which selection filled it, and its number of tokens. */
-public data class Segment(val selection: String, val tokens: Int)
-
 /**
  * An opened language model on one target.
  *
@@ -28,8 +25,8 @@ public class LimeSession private constructor(
     facts: TargetFacts,
     private val dispatcher: CoroutineDispatcher,
 ) : ExpertSwitch(bundle, engine, facts) {
-    private val ids = ArrayList<Long>()
-    private val segments = ArrayList<Segment>()
+    private val held = SequenceCache(engine)
+    private val header = bundle.manifest.activation.tokens // the expert acts on a prompt's last ones; 0: on all
     private var turn = 0
     private var disturber = ""
 
@@ -42,7 +39,7 @@ public class LimeSession private constructor(
     public val maxLength: Int get() = engine.capacity
 
     /** Who filled the cache, in order. */
-    public val cache: List<Segment> get() = segments.toList()
+    public val cache: List<Segment> get() = held.segments
 
     /** The bundle's tokenizer, read when first needed. @throws LimeError.Unsupported a kind that this library does not know. */
     public val tokenizer: Tokenizer by lazy { TokenizerReader.read(bundle) }
@@ -59,12 +56,15 @@ public class LimeSession private constructor(
         val before = this.selection
         apply(selection)
         if (this.selection != before) disturb("use")
-        if (!keepCache && segments.any { it.selection != "${this.selection}" }) changed("use")
+        if (!keepCache && !held.isFilledBy("${this.selection}")) {
+            disturb("use")
+            held.rewind(held.common)
+        }
     }
 
     override fun changed(by: String) {
         disturb(by)
-        rewind(0)
+        held.rewind(0)
     }
 
     /** Start a new cache. */
@@ -79,13 +79,15 @@ public class LimeSession private constructor(
      */
     public fun logits(ids: IntArray, keep: Int = 0): List<FloatArray> = exclusively {
         changed("logits")
-        feedBlocking(checkIds(ids), keep)
+        val array = checkIds(ids)
+        checkRoom(array.size, keep)
+        pieces(array, 0).flatMap { feed(array, it, if (keep == 0) array.size else keep, null) }
     }
 
     /** Logits of tokens appended to what the cache holds; see [logits]. */
     public fun extend(ids: IntArray, keep: Int = 1): List<FloatArray> = exclusively {
         disturb("extend")
-        feedBlocking(checkIds(ids), keep)
+        append(checkIds(ids), keep)
     }
 
     /**
@@ -128,7 +130,7 @@ public class LimeSession private constructor(
             if (count == plan.limit) return finish(if (plan.limit < options.maxNewTokens) FinishReason.CACHE else FinishReason.LENGTH)
             logits = step {
                 checkTurn(plan.turn)
-                feedBlocking(longArrayOf(token.toLong()), 1)[0]
+                append(longArrayOf(token.toLong()), 1)[0]
             }
         }
     }
@@ -142,7 +144,7 @@ public class LimeSession private constructor(
         if (room < 1) throw full("the prompt has ${array.size}")
         val turn = disturb("another generation")
         finishReason = null
-        rewind(if (keepCache && selection != Selection.Routed) sharedPrefix(array) else 0)
+        held.rewind(countKept(array, keepCache))
         return Plan(array, turn, minOf(options.maxNewTokens, room))
     }
 
@@ -152,13 +154,11 @@ public class LimeSession private constructor(
 
     /** Feed what the cache lacks of a prompt, piece by piece; the last position's logits. */
     private suspend fun feedPrompt(plan: Plan): FloatArray {
-        val prompt = plan.prompt
         var last = FloatArray(0)
-        while (ids.size < prompt.size) {
+        for (piece in pieces(plan.prompt, held.size)) {
             last = step { interruption ->
                 checkTurn(plan.turn)
-                val stop = planChunks(ids.size, prompt.size - ids.size).first()
-                copyRows(feedPiece(prompt.copyOfRange(ids.size, ids.size + stop), 1, interruption), 1)[0]
+                feed(plan.prompt, piece, 1, interruption).lastOrNull() ?: last
             }
         }
         return last
@@ -195,67 +195,79 @@ public class LimeSession private constructor(
         }
     }
 
-    private fun rewind(length: Int) {
-        engine.rewind(length)
-        while (ids.size > length) ids.removeAt(ids.size - 1)
-        var left = length
-        val kept = segments.mapNotNull { segment ->
-            val tokens = minOf(segment.tokens, left)
-            left -= tokens
-            if (tokens > 0) Segment(segment.selection, tokens) else null
+    /** Tokens of a prompt that the original model reads: all but the last ones where the expert acts from there on. */
+    private fun countSilent(count: Int) = if (header > 0) maxOf(0, count - header) else 0
+
+    /**
+     * Tokens of a prompt that need not be read again.
+     *
+     * What the original model read is kept without being asked for: it is the same for every expert. Two tokens at least
+     * are left to read, for a call of one may round otherwise; and routing must see all of its own in one call.
+     */
+    private fun countKept(prompt: LongArray, keepCache: Boolean): Int {
+        val silent = countSilent(prompt.size)
+        var kept = held.countKept(prompt) { if (it < silent) NONE else "$selection" }
+        if (!keepCache) kept = minOf(kept, silent, held.common) else if (selection == Selection.Routed) kept = minOf(kept, silent)
+        kept = minOf(kept, maxOf(silent, prompt.size - 2))
+        return if (kept in 1 until silent && kept == silent - 1) kept - 1 else kept
+    }
+
+    /** A stretch of a prompt that is one call, and whether the original model reads it. */
+    private class Piece(val start: Int, val stop: Int, val isSilent: Boolean)
+
+    private fun pieces(prompt: LongArray, start: Int): List<Piece> {
+        val silent = countSilent(prompt.size)
+        val chunk = minOf(CHUNK, facts.promptLength ?: CHUNK)
+        fun cut(from: Int, to: Int, isSilent: Boolean): List<Piece> {
+            val stops = if (!isSilent && selection == Selection.Routed) listOf(to - from) else planChunks(from, to - from, chunk)
+            return stops.mapIndexed { index, stop -> Piece(from + (if (index == 0) 0 else stops[index - 1]), from + stop, isSilent) }
         }
-        segments.clear()
-        segments += kept
+        return (if (start < silent) cut(start, silent, true) else emptyList()) + cut(maxOf(start, silent), prompt.size, false)
     }
 
-    /** Tokens that the cache already holds; at least two are left to feed, for a call of one may round otherwise. */
-    private fun sharedPrefix(prompt: LongArray): Int {
-        val most = minOf(ids.size, maxOf(prompt.size - 2, 0))
-        return (0 until most).firstOrNull { ids[it] != prompt[it] } ?: most
+    /** One piece of a prompt; rows of the prompt's last [keep] positions that lie in it. */
+    private fun feed(prompt: LongArray, piece: Piece, keep: Int, interruption: Interruption?): List<FloatArray> {
+        val wanted = piece.stop - maxOf(piece.start, prompt.size - keep)
+        val ids = prompt.copyOfRange(piece.start, piece.stop)
+        if (!piece.isSilent) return call(ids, wanted, "$selection", interruption)
+        val chosen = selection
+        try {
+            apply(Selection.None)
+            return call(ids, wanted, NONE, interruption).also { held.share(piece.start, piece.stop) }
+        } finally {
+            apply(chosen)
+        }
     }
 
-    /** Append tokens; logits of the last [keep] positions of this call (0: all). */
-    private fun feedBlocking(array: LongArray, keep: Int): List<FloatArray> {
-        if (keep < 0) throw LimeError.Invalid("keep", listOf(Fault("positions", "0 or more", "$keep")), "0 keeps the logits of every position")
-        if (array.size > engine.capacity - ids.size) throw full("${array.size + ids.size} are needed")
+    /** Append tokens under the selection; logits of the last [keep] positions of this call (0: all). */
+    private fun append(array: LongArray, keep: Int): List<FloatArray> {
+        checkRoom(array.size, keep)
+        if (selection == Selection.Routed && held.size > 0 && array.size > 1 && header == 0) {
+            throw LimeError.Invalid("routed", "${array.size} tokens after a cache of ${held.size}", "a routed prompt is run in one call, then token by token")
+        }
         val first = if (keep == 0) 0 else maxOf(0, array.size - keep)
-        val rows = ArrayList<FloatArray>()
+        val stops = if (selection == Selection.Routed) listOf(array.size) else planChunks(held.size, array.size, minOf(CHUNK, facts.promptLength ?: CHUNK))
         var start = 0
-        for (stop in planChunks(ids.size, array.size)) {
-            val wanted = stop - maxOf(start, first)
-            val logits = feedPiece(array.copyOfRange(start, stop), maxOf(wanted, 1), null)
-            if (wanted > 0) rows += copyRows(logits, wanted)
-            start = stop
+        return stops.flatMap { stop ->
+            call(array.copyOfRange(start, stop), stop - maxOf(start, first), "$selection", null).also { start = stop }
         }
-        return rows
     }
 
-    /** One call of the engine; what the session knows of the cache changes with it, or not at all. */
-    private fun feedPiece(piece: LongArray, keep: Int, interruption: Interruption?): FloatBuffer {
-        if (selection == Selection.Routed && ids.isNotEmpty() && piece.size > 1) {
-            throw LimeError.Invalid("routed", "${piece.size} tokens after a cache of ${ids.size}", "a routed prompt is run in one call, then token by token")
-        }
-        val logits = try {
-            guardEngine { engine.feed(piece, keep, interruption) }
-        } catch (error: LimeError) {
-            engine.rewind(ids.size)
-            throw error
-        }
-        piece.forEach { ids.add(it) }
-        note(piece.size)
-        return logits
+    /** One call of the engine; its last [wanted] rows, none where that is not positive. */
+    private fun call(piece: LongArray, wanted: Int, filler: String, interruption: Interruption?): List<FloatArray> {
+        val logits = guardEngine { held.feed(piece, maxOf(wanted, 1), filler, interruption) }
+        return if (wanted > 0) copyRows(logits, wanted) else emptyList()
+    }
+
+    private fun checkRoom(count: Int, keep: Int) {
+        if (keep < 0) throw LimeError.Invalid("keep", listOf(Fault("positions", "0 or more", "$keep")), "0 keeps the logits of every position")
+        if (count > engine.capacity - held.size) throw full("${count + held.size} are needed")
     }
 
     private fun copyRows(logits: FloatBuffer, count: Int): List<FloatArray> {
         val view = logits.duplicate()
         val width = view.remaining() / count
         return List(count) { FloatArray(width).also { row -> view.get(row) } }
-    }
-
-    private fun note(tokens: Int) {
-        val name = "$selection"
-        val last = segments.lastOrNull()
-        if (last?.selection == name) segments[segments.size - 1] = Segment(name, last.tokens + tokens) else segments += Segment(name, tokens)
     }
 
     private fun checkIds(given: IntArray): LongArray {
@@ -270,12 +282,9 @@ public class LimeSession private constructor(
     private fun full(needed: String) =
         LimeError.Full(bundle.folder.path, "the cache holds ${engine.capacity} tokens, $needed", "shorten the prompt, or open the session with a larger maxLength")
 
-    /** Where to cut tokens that follow [held]: see [limeedge.planChunks]; a routed prompt is one piece. */
-    private fun planChunks(held: Int, count: Int): List<Int> =
-        if (selection == Selection.Routed) listOf(count) else limeedge.planChunks(held, count, minOf(CHUNK, facts.promptLength ?: CHUNK))
-
     public companion object {
         private const val CHUNK = 512
+        private const val NONE = "none"
 
         /**
          * Load a language model.
@@ -288,9 +297,6 @@ public class LimeSession private constructor(
         ): LimeSession {
             if (bundle.manifest.decoder == null) {
                 throw LimeError.Invalid(bundle.folder.path, "holds an encoder: it answers no prompts", "open it with EncoderSession.open")
-            }
-            if (bundle.manifest.activation.tokens > 0) {
-                throw LimeError.Unsupported(bundle.folder.path, "an adapter that acts from the generation prompt on", "export one that acts always")
             }
             val facts = findTarget(bundle, engines)
             return LimeSession(bundle, engines.openDecoder(bundle, options), facts, dispatcher).also { it.begin() }
@@ -305,24 +311,4 @@ internal fun findTarget(bundle: LimeBundle, engines: EngineFactory): TargetFacts
     )
     bundle.checkLarge("${engines.target}/")
     return facts
-}
-
-/**
- * Where to cut [count] tokens that follow [held]: at multiples of [chunk] in the cache, whatever is held already.
- *
- * So a prompt is cut alike whether or not its beginning was kept. No piece is a single token where there are two: engines
- * run one row in other products than many, and in a quantized bundle the two round differently.
- *
- * @return the end of each piece, the last one [count].
- */
-internal fun planChunks(held: Int, count: Int, chunk: Int): List<Int> {
-    val stops = ArrayList<Int>()
-    var start = 0
-    while (start < count) {
-        var stop = minOf(count, (held + start) / chunk * chunk + chunk - held)
-        while (stop < count && (stop - start == 1 || count - stop == 1)) stop++
-        stops += stop
-        start = stop
-    }
-    return stops
 }
