@@ -63,4 +63,3 @@ def write_bundles(folder: Path, work: Path) -> tuple[list[str], list[str]]:
 def export_decoder(model: Path, adapter: Path, output: Path, options: dict[str, Any]) -> None:
     """One bundle with the ONNX target."""
     export_bundle(model, adapter, output, CompileOptions(**options), find_device("cpu"), ExportOptions(("onnx",)))
-
