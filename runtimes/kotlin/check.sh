@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Compile the Kotlin library and run its suite on the JVM, against answers that this checkout's Python writes first.
 #
-#   runtimes/kotlin/check.sh PYTHON                     the suite (make test-kotlin)
-#   runtimes/kotlin/check.sh PYTHON demo BUNDLE         the real demo bundle, from a project of its own (make demo-kotlin)
+#   runtimes/kotlin/check.sh PYTHON                     the suite (make test-kotlin, part of make check)
+#   runtimes/kotlin/check.sh PYTHON demo BUNDLE         the real demo bundle: answers, speed beside Python (make demo-kotlin)
 #
-# Needs a JDK of 17 or newer, Maven, and a C compiler (Linux: the bridge to Python's build of ONNX Runtime).
+# Needs a JDK of 17 or newer, Maven and a C compiler (Linux: the bridge to Python's build of ONNX Runtime); what Maven
+# downloads stays in build/kotlin/m2.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
@@ -12,36 +13,56 @@ python="$1"
 case "$python" in /*) ;; *) python="$root/$python" ;; esac
 build="$root/build/kotlin"
 mkdir -p "$build"
-command -v mvn >/dev/null || { echo "Maven is missing: apt-get install maven openjdk-17-jdk-headless" >&2; exit 4; }
-maven() { (cd "$here" && mvn -B -ntp -e "$@"); }
+
+if ! command -v mvn >/dev/null || ! command -v javac >/dev/null; then
+    echo "a JDK or Maven is missing: apt-get install maven openjdk-17-jdk-headless" >&2
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 4
+    apt-get update -qq && apt-get install -qq -y --no-install-recommends maven openjdk-17-jdk-headless >"$build/apt.log"
+fi
+
+# maven PLACE ARGUMENTS: in that folder; the whole output in maven.log, and what tells something on the screen.
+maven() {
+    local place="$1"
+    shift
+    (cd "$place" && mvn -B -ntp "-Dmaven.repo.local=$build/m2" "$@") >"$build/maven.log" 2>&1 || {
+        grep -E 'ERROR|FAIL|WARN.*kt' "$build/maven.log" | head -60
+        echo "all of it: $build/maven.log" >&2
+        return 1
+    }
+    grep -E '^\[INFO\] (Building|Running)|^\[(INFO|WARNING)\] Tests run|^[^[]' "$build/maven.log" | grep -v '^$' || true
+}
+
+# fresh_project BUNDLE EXPERT TEXT: a project outside the repository that takes the built jars from a Maven repository.
+fresh_project() {
+    rm -rf "$build/repository"
+    maven "$here" deploy -DskipTests "-DaltDeploymentRepository=limeedge::file://$build/repository" >/dev/null
+    local fresh
+    fresh="$(mktemp -d)"
+    cp -r "$here/example/." "$fresh"
+    printf '%s lines of Kotlin, %s: ' "$(grep -c . "$fresh/src/main/kotlin/Main.kt")" "$2"
+    maven "$fresh" compile exec:java "-Dlimeedge.repository=$build/repository" "-Dexec.args='$1' '$2' '$3'"
+    rm -rf "$fresh"
+}
 
 # Python's own libonnxruntime, under the version of symbols that the Java natives ask for.
 library="$("$python" -c 'import glob, os, onnxruntime as o; print(glob.glob(os.path.dirname(o.__file__) + "/capi/libonnxruntime.so.*")[0])')"
 operators="$("$python" -c 'from lime_edge.runtimes.onnx.operators import find_library as f; print(f() or "")')"
 cc -shared -fPIC "-DREAL=\"$library\"" -Wl,-soname,libonnxruntime.so.1 "-Wl,--version-script=$here/onnx/src/test/native/bridge.map" \
     "$here/onnx/src/test/native/bridge.c" -ldl -o "$build/libonnxruntime.so"
-same=("-Donnxruntime.native.onnxruntime.path=$build/libonnxruntime.so" "-Dlimeedge.operators=$operators")
+same=("-Dpython.library=$build/libonnxruntime.so" "-Dpython.operators=$operators")
 
 if [ "${2:-}" = demo ]; then
     bundle="$(cd "$3" && pwd)"
     "$python" "$root/tools/write_phone_vectors.py" "$build/demo" --demo "$bundle"
-    maven -q "${same[@]}" "-Dlimeedge.vectors=$build/demo" "-Dlimeedge.demo=$bundle" test -pl core,onnx -Dtest=DemoTest \
-        -Dsurefire.failIfNoSpecifiedTests=false
-    maven -q deploy -DskipTests "-DaltDeploymentRepository=limeedge::file://$build/repository"
-    fresh="$(mktemp -d)"
-    trap 'rm -rf "$fresh"' EXIT
-    cp -r "$here/example/." "$fresh"
+    maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/demo" "-Dlimeedge.demo=$bundle" test -pl core,onnx -Dtest=DemoTest \
+        -Dsurefire.failIfNoSpecifiedTests=false -Down.natives.tests=none
     for expert in plural past question; do
-        printf '%s: ' "$expert"
-        (cd "$fresh" && mvn -q -B compile exec:java "-Dlimeedge.repository=$build/repository" "-Dexec.args='$bundle' $expert patent")
-        echo
+        fresh_project "$bundle" "$expert" patent
     done
     exit
 fi
 
 rm -rf "$build/vectors"
-"$python" "$root/tools/write_phone_vectors.py" "$build/vectors"
-echo "== with Python's library of ONNX Runtime: the same numbers"
-maven "${same[@]}" "-Dlimeedge.vectors=$build/vectors" verify
-echo "== with the natives that Maven Central serves: the same decisions"
-maven "-Dlimeedge.vectors=$build/vectors" test -pl core,onnx '-Dtest=*VectorsTest' -Dsurefire.failIfNoSpecifiedTests=false
+"$python" "$root/tools/write_phone_vectors.py" "$build/vectors" 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
+maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/vectors" test
+fresh_project "$build/vectors/bundles/lora-int4.lime" expert1 "How late is it?"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from encoder_conformance import export_fixture  # noqa: E402
 from models import make_adapter, make_model  # noqa: E402
 
+from lime_edge.bundle.manifest import SEAL, seal_of  # noqa: E402
 from lime_edge.compiler.options import CompileOptions  # noqa: E402
 from lime_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
 from lime_edge.targets.devices import find_device  # noqa: E402
@@ -57,7 +60,22 @@ def write_bundles(folder: Path, work: Path) -> tuple[list[str], list[str]]:
     export_decoder(model, other, folder / "foreign.lime", {"quant": "none"})
     for name, fixture in ENCODERS.items():
         export_fixture(FIXTURES / fixture, work / name).rename(folder / f"{name}.lime")
-    return [*DECODERS, *FAMILIES], list(ENCODERS)
+    write_activated(folder / "lora-int4.lime", folder / "activated.lime")
+    return [*DECODERS, *FAMILIES, "activated"], list(ENCODERS)
+
+
+def write_activated(bundle: Path, output: Path) -> None:
+    """A copy whose experts act from the generation prompt on: the original model reads what lies before it."""
+    shutil.copytree(bundle, output)
+    body = json.loads((output / "lime.json").read_text(encoding="utf-8"))
+    body["activation"] = {"kind": "generation_prompt", "tokens": 5, "text": body["prompts"]["opening"]}
+    (output / "lime.json").write_bytes(seal(body))
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """The bytes of a lime.json whose own hash fits."""
+    data = json.dumps(body, indent=1).encode()
+    return SEAL.sub(lambda found: found[1] + seal_of(data).encode() + found[3], data, count=1)
 
 
 def export_decoder(model: Path, adapter: Path, output: Path, options: dict[str, Any]) -> None:

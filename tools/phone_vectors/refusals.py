@@ -15,8 +15,9 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 import lime_edge
-from lime_edge.bundle.manifest import SEAL, decode_manifest, seal_of
+from lime_edge.bundle.manifest import decode_manifest
 from lime_edge.errors import LimeEdgeError
+from phone_vectors.bundles import seal
 
 Body = dict[str, Any]
 MANIFESTS = 400
@@ -63,12 +64,6 @@ def reseal(bundle: Path, change: Callable[[Body], None] | None = None) -> None:
     if change:
         change(body)
     (bundle / "lime.json").write_bytes(seal(body))
-
-
-def seal(body: Body) -> bytes:
-    """The bytes of a lime.json whose own hash fits."""
-    data = json.dumps(body, indent=1).encode()
-    return SEAL.sub(lambda found: found[1] + seal_of(data).encode() + found[3], data, count=1)
 
 
 def find_expert(bundle: Path, name: str = "expert1") -> Path:

@@ -48,6 +48,7 @@ def record_decoder(path: Path) -> dict[str, Any]:
             for options in OPTIONS
         ],
         "script": record_script(session, [text for text in allowed if text != "routed"], prompts[1:]),
+        "many": record_many(path, allowed),
     }
 
 
@@ -66,11 +67,8 @@ def _record_logits(session: Session, text: str, ids: list[int]) -> dict[str, Any
 
 def _record_generation(session: Session, text: str, prompt: Any, options: dict[str, Any]) -> dict[str, Any]:
     session.use(parse_selection(text))
-    chosen = GenerationOptions(**({"max_new_tokens": NEW} | options | {"stop": tuple(options.get("stop", ()))}))
-    told = options | {"max_new_tokens": chosen.max_new_tokens}
-    if "seed" in told:
-        told["seed"] = str(told["seed"])
-    found: dict[str, Any] = {"selection": text, "options": told}
+    chosen = read_options(options)
+    found: dict[str, Any] = {"selection": text, "options": tell_options(options)}
     if isinstance(prompt, str):
         pieces = list(session.generate(prompt, chosen))
         return found | {
@@ -118,6 +116,40 @@ def record_script(session: Session, selections: list[str], prompts: list[list[in
     assert session.finish_reason == "cache" and len(tokens) == full
     note({"do": "fill", "ids": ids, "tokens": tokens})
     return steps
+
+
+def record_many(path: Path, allowed: list[str]) -> list[dict[str, Any]]:
+    """Requests answered together, fewer rows than requests: every token in the order it came, and why each ended."""
+    found = []
+    for rows, as_text in ((3, False), (5, True)):
+        session = lime_edge.open_decoder(path, threads=1)
+        random, asked = np.random.default_rng(8), []
+        begin = random.integers(3, session.bundle.manifest.backbone.vocab, 12).tolist()
+        for number, text in enumerate((allowed * 3)[: max(6, len(allowed))]):
+            own = random.integers(3, session.bundle.manifest.backbone.vocab, 2 + 3 * (number % 3)).tolist()
+            prompt = begin + own if number % 2 == 0 else own  # some share a beginning, under the same expert or another
+            asked.append((text, TEXTS[number % 2] if as_text else prompt, OPTIONS[number % len(OPTIONS)]))
+        requests = [(prompt, parse_selection(text), read_options(options)) for text, prompt, options in asked]
+        run = session.generate_many if as_text else session.generate_many_ids
+        answers = run(requests, rows=rows)
+        events = [[row, piece] for row, piece in answers]
+        asked_for = [
+            {"selection": text, "prompt": prompt, "options": tell_options(options)} for text, prompt, options in asked
+        ]
+        reasons = [answers.reasons[number] for number in range(len(asked))]
+        found.append({"rows": rows, "requests": asked_for, "events": events, "reasons": reasons})
+    return found
+
+
+def read_options(options: dict[str, Any]) -> GenerationOptions:
+    """Options of a case."""
+    return GenerationOptions(**({"max_new_tokens": NEW} | options | {"stop": tuple(options.get("stop", ()))}))
+
+
+def tell_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The same for a reader whose JSON holds no integers of 64 bits."""
+    told = {"max_new_tokens": NEW} | options
+    return told | {"seed": str(told["seed"])} if "seed" in told else told
 
 
 def record_encoder(path: Path) -> dict[str, Any]:

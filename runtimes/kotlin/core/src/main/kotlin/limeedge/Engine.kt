@@ -39,6 +39,12 @@ public interface DecoderEngine : SwitchableEngine {
 
     /** Forget the cache after its first [length] tokens. */
     public fun rewind(length: Int)
+
+    /** Memory of one row of [openRows], in bytes; 0 where the engine runs one sequence at a time. */
+    public fun rowBytes(capacity: Int): Long = 0
+
+    /** Sequences beside the engine's own, on the same weights. @param count most at once. @param capacity tokens that each holds. */
+    public fun openRows(count: Int, capacity: Int): EngineRows = throw UnsupportedOperationException("one sequence at a time")
 }
 
 /** A model without a cache. */

@@ -2,6 +2,7 @@ package limeedge
 
 import java.io.Closeable
 import java.io.File
+import java.nio.FloatBuffer
 import java.util.concurrent.locks.ReentrantLock
 
 /**
@@ -59,25 +60,34 @@ public sealed class ExpertSwitch(
     public fun use(weights: Map<String, Double>): Unit = use(Selection.Blend(LinkedHashMap(weights)))
 
     internal fun apply(wanted: Selection) {
+        val residual = find(wanted)
+        if (bundle.manifest.single == null) guardEngine { if (residual == null) engine.setRouted() else engine.setExpert(residual) }
+        selection = wanted
+    }
+
+    /**
+     * d = p - p_ref of a selection, (sum_H,) float32, until other selections are asked for; null for routing, empty in a
+     * bundle of a single expert.
+     *
+     * @throws LimeError.Invalid the bundle cannot run it. @throws LimeError.Damaged an expert's file.
+     */
+    internal fun find(wanted: Selection): FloatBuffer? {
         val manifest = bundle.manifest
         val where = bundle.folder.path
-        when {
-            manifest.single != null -> if (wanted != Selection.Expert(manifest.single)) {
+        return when {
+            manifest.single != null -> {
+                if (wanted == Selection.Expert(manifest.single)) return directFloats(0)
                 throw LimeError.Invalid(where, "holds '${manifest.single}' alone (--single), asked for '$wanted'", "export it without --single")
             }
             wanted == Selection.Routed -> {
-                if (facts.routed == null) throw LimeError.Invalid(where, "has no routed graph", "pick an expert, a blend or none")
-                guardEngine { engine.setRouted() }
+                if (facts.routed != null) return null
+                throw LimeError.Invalid(where, "has no routed graph", "pick an expert, a blend or none")
             }
             wanted == Selection.None && manifest.alwaysOn -> throw LimeError.Invalid(
                 where, "a ${manifest.variant} adapter cannot be switched off: no expert vector gives the original model", "pick an expert or a blend",
             )
-            else -> {
-                val residual = bank.residual(wanted)
-                guardEngine { engine.setExpert(residual) }
-            }
+            else -> bank.residual(wanted)
         }
-        selection = wanted
     }
 
     /**

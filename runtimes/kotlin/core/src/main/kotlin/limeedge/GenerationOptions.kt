@@ -39,4 +39,7 @@ public enum class FinishReason {
 
     /** The cache is full. */
     CACHE,
+
+    /** Its logits were no numbers (only where many are asked at once: alone it is thrown). */
+    FAILED,
 }

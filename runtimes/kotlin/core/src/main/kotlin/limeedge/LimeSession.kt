@@ -112,6 +112,91 @@ public class LimeSession private constructor(
         run(prompt, options, keepCache, { false }) { emit(it) }
     }
 
+    /**
+     * Answer many requests in one pass, each under an expert of its own.
+     *
+     * Rows start, end and are refilled while others go on; a long prompt is read in pieces between their steps; a beginning that
+     * requests share under the same expert is read once. Row for row the answers are those of a session of its own (in a
+     * quantized bundle the number of rows may tip a token that is about as likely as another). The session's own cache and
+     * selection play no part: a row keeps the expert it began with. The flow is cold, as [generate]'s.
+     *
+     * @param options for all that have none of their own. @param rows at most this many run at once, the others wait. @param
+     *   memory bytes that the caches of all rows may take, or null.
+     * @throws LimeError while collecting, before anything is computed: a request that is wrong or does not fit, by its number.
+     *   @throws LimeError.Unsupported an engine that runs one sequence at a time.
+     */
+    public fun generateMany(
+        requests: List<Request>, options: GenerationOptions = GenerationOptions(), rows: Int = MOST_ROWS, memory: Long? = null,
+    ): Flow<Answer> = flow {
+        val streams = requests.map { TextStream(tokenizer::decode, (it.options ?: options).stop) }
+        runMany(requests, options, rows, memory) { event ->
+            val stream = streams[event.number]
+            val piece = if (event.token == null) stream.finish() else stream.push(event.token)
+            val end = if (stream.stopped) FinishReason.STOP else event.end
+            if (piece.isNotEmpty() || end != null) emit(Answer(event.number, piece, emptyList(), end, event.error))
+            stream.stopped
+        }
+    }
+
+    /** As [generateMany], but token ids, stop strings left out of account; needs no tokenizer for ids. */
+    public fun generateManyIds(
+        requests: List<Request>, options: GenerationOptions = GenerationOptions(), rows: Int = MOST_ROWS, memory: Long? = null,
+    ): Flow<Answer> = flow {
+        runMany(requests, options, rows, memory) { event ->
+            emit(Answer(event.number, "", listOfNotNull(event.token), event.end, event.error))
+            false
+        }
+    }
+
+    /** @param give takes an event; true where its request has ended early. */
+    private suspend fun runMany(
+        requests: List<Request>, options: GenerationOptions, rows: Int, memory: Long?, give: suspend (Event) -> Boolean,
+    ) {
+        exclusively { openBatch(requests, options, rows, memory) }.use { batch ->
+            val stopped = HashSet<Int>()
+            while (batch.isBusy) {
+                for (event in step { interruption -> guardEngine { batch.advance(interruption) } }) {
+                    if (event.number in stopped || !give(event)) continue // what came of it in the same pass is not its answer any more
+                    stopped += event.number
+                    batch.stop(event.number)
+                }
+            }
+        }
+    }
+
+    private fun openBatch(requests: List<Request>, options: GenerationOptions, rows: Int, memory: Long?): Batch {
+        if (requests.isEmpty()) throw LimeError.Invalid("generateMany", "no requests", "give at least one")
+        if (rows < 1) throw LimeError.Invalid("generateMany", listOf(Fault("rows", "at least 1", "$rows")), "leave it out for $MOST_ROWS")
+        val orders = requests.mapIndexed { number, request -> makeOrder(request, number, request.options ?: options) }
+        val needed = orders.maxOf { it.ids.size + it.most - 1 }
+        val each = engine.rowBytes(needed)
+        if (each == 0L) throw LimeError.Unsupported(facts.name, "this engine runs one sequence at a time", "ask one after another")
+        if (memory != null && each > memory) {
+            throw LimeError.Invalid("generateMany", listOf(Fault("memory: bytes for one row of $needed tokens", "at least $each", "$memory")), "allow more")
+        }
+        val count = minOf(rows.toLong(), requests.size.toLong(), if (memory == null) Long.MAX_VALUE else memory / each).toInt()
+        return Batch(guardEngine { engine.openRows(count, needed) }, orders)
+    }
+
+    private fun makeOrder(request: Request, number: Int, options: GenerationOptions): Order {
+        try {
+            val ids = checkIds(request.ids ?: tokenizer.encode(request.text!!))
+            val silent = countSilent(ids.size)
+            val room = engine.capacity - ids.size
+            if (room < 1) throw full("the prompt has ${ids.size}")
+            return Order(
+                number, ids, read(request.selection), Sampler(options), minOf(options.maxNewTokens, room),
+                if (options.maxNewTokens <= room) FinishReason.LENGTH else FinishReason.CACHE,
+                if (options.ignoreEos) emptySet() else bundle.manifest.decoder!!.eos, silent, if (silent > 0) read(Selection.None) else null,
+            )
+        } catch (error: LimeError) {
+            throw LimeError.Invalid("request $number: ${error.where}", error.faults, error.hint)
+        }
+    }
+
+    private fun read(selection: Selection) =
+        Reader(find(selection)?.let { residual -> FloatArray(residual.remaining()).also { residual.duplicate().get(it) } }, selection)
+
     /** One generation. */
     private suspend fun run(
         prompt: IntArray, options: GenerationOptions, keepCache: Boolean, stopped: () -> Boolean, give: suspend (Int) -> Unit,
@@ -168,7 +253,7 @@ public class LimeSession private constructor(
      * One call of the engine on the session's dispatcher. A cancelled caller waits until the call has ended, which
      * [Interruption] makes soon: so a session is free as soon as its generation's job has completed.
      */
-    private suspend fun step(call: (Interruption) -> FloatArray): FloatArray = coroutineScope {
+    private suspend fun <T> step(call: (Interruption) -> T): T = coroutineScope {
         val interruption = Interruption()
         val work = async(dispatcher) { exclusively { call(interruption) } }
         try {
@@ -283,7 +368,8 @@ public class LimeSession private constructor(
         LimeError.Full(bundle.folder.path, "the cache holds ${engine.capacity} tokens, $needed", "shorten the prompt, or open the session with a larger maxLength")
 
     public companion object {
-        private const val CHUNK = 512
+        internal const val CHUNK: Int = 512 // prompt tokens fed at once: bounds the memory of a long prompt
+        private const val MOST_ROWS = 16
         private const val NONE = "none"
 
         /**

@@ -9,6 +9,7 @@ import limeedge.Fault
 import limeedge.Interruption
 import limeedge.LimeBundle
 import limeedge.LimeError
+import limeedge.EngineRows
 import limeedge.SessionOptions
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
@@ -26,6 +27,9 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     private val facts = loader.facts
     private val vocab = bundle.manifest.vocab
     private val virtual = facts.virtualTokens // in the cache before everything else
+    private val heads = bundle.manifest.decoder!!.kvHeads
+    private val width = bundle.manifest.decoder!!.headDim
+    private val sumH = bundle.manifest.sumH
     override val capacity: Int = chooseCapacity(bundle, options)
     override var length: Int = 0
         private set
@@ -47,9 +51,8 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     init {
         try {
             checkGraph(bundle, pinned, facts.expertInput)
-            val decoder = bundle.manifest.decoder!!
-            val shape = longArrayOf(1, decoder.kvHeads.toLong(), (capacity + virtual).toLong(), decoder.headDim.toLong())
-            val size = Math.multiplyExact(Math.multiplyExact(decoder.kvHeads, decoder.headDim), capacity + virtual)
+            val shape = longArrayOf(1, heads.toLong(), (capacity + virtual).toLong(), width.toLong())
+            val size = Math.multiplyExact(Math.multiplyExact(heads, width), capacity + virtual)
             for (layer in 0 until facts.layers) for (kind in listOf("key", "value")) {
                 val cache = OnnxTensor.createTensor(environment, directFloats(size), shape)
                 inputs["past_key_values.$layer.$kind"] = cache
@@ -70,7 +73,16 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     }
 
     override fun setRouted() {
-        active = routed ?: loader.load(facts.routed!!).also { routed = it }
+        active = findRouted()
+    }
+
+    private fun findRouted() = routed ?: loader.load(facts.routed!!).also { routed = it }
+
+    override fun rowBytes(capacity: Int): Long = 8L * facts.layers * heads * width * (capacity + virtual)
+
+    override fun openRows(count: Int, capacity: Int): EngineRows {
+        val sizes = Sizes(facts.layers, heads, capacity + virtual, width, vocab, virtual, sumH)
+        return OnnxRows(environment, Graphs(pinned, facts.expertInput, ::findRouted), sizes, count)
     }
 
     override fun rewind(length: Int) {
