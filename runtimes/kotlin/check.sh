@@ -54,7 +54,8 @@ same=("-Dpython.library=$build/libonnxruntime.so" "-Dpython.operators=$operators
 if [ "${2:-}" = demo ]; then
     bundle="$(cd "$3" && pwd)"
     "$python" "$root/tools/write_phone_vectors.py" "$build/demo" --demo "$bundle"
-    maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/demo" "-Dlimeedge.demo=$bundle" test -pl core,onnx -Dtest=DemoTest \
+    maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/demo" "-Dlimeedge.demo=$bundle" "-Dlimeedge.python=$python" \
+        test -pl core,onnx "-Dtest=DemoTest,SpeedTest" \
         -Dsurefire.failIfNoSpecifiedTests=false -Down.natives.tests=none
     for expert in plural past question; do
         fresh_project "$bundle" "$expert" patent

@@ -11,12 +11,15 @@ import kotlinx.coroutines.flow.update
 import kotlinx.coroutines.launch
 import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
+import limeedge.ChatFormat
 import limeedge.Conversation
 import limeedge.FinishReason
 import limeedge.GenerationOptions
 import limeedge.LimeError
 import limeedge.LimeSession
+import limeedge.Request
 import limeedge.Selection
+import limeedge.Turn
 import java.io.File
 
 /** A line of the chat: who said it, under which skill, and whether it is still being written. */
@@ -62,32 +65,29 @@ public class ChatModel(private val session: LimeSession, private val scope: Coro
     public fun say(text: String): Job = act {
         if (text.isBlank()) return@act
         mutable.update { it.copy(lines = it.lines + Line(true, text) + Line(false, "", "${session.selection}", isOpen = true)) }
+        val answer = state.value.lines.size - 1
         try {
-            conversation.say(text, options).collect { piece -> change { it.copy(text = it.text + piece) } }
+            conversation.say(text, options).collect { piece -> change(answer) { it.copy(text = it.text + piece) } }
             val cut = session.finishReason.takeIf { it != FinishReason.STOP }?.let { if (it == FinishReason.LENGTH) "cut after ${options.maxNewTokens} tokens" else "the cache is full" }
             val forgot = conversation.forgotten.takeIf { it > 0 }?.let { "the oldest $it turns were left out" }
             mutable.update { it.copy(notice = listOfNotNull(cut, forgot).joinToString("; ").ifEmpty { null }) }
         } finally {
-            change { it.copy(isOpen = false) }
+            change(answer) { it.copy(isOpen = false) }
         }
     }
 
-    /** One text to every skill, each from the start; the conversation is not touched. */
+    /** One text to every skill, all in one pass; the conversation is not touched. */
     public fun askAll(text: String): Job = act {
-        val before = session.selection
+        val prompt = ChatFormat.of(session.bundle).render(listOf(Turn("user", text)))
+        val skills = session.experts
+        val first = state.value.lines.size
+        mutable.update { it.copy(lines = it.lines + skills.map { skill -> Line(false, "", skill, isOpen = true) }) }
         try {
-            for (skill in session.experts) {
-                session.use(skill)
-                mutable.update { it.copy(lines = it.lines + Line(false, "", skill, isOpen = true)) }
-                val prompt = limeedge.ChatFormat.of(session.bundle).render(listOf(limeedge.Turn("user", text)))
-                try {
-                    session.generate(prompt, options).collect { piece -> change { it.copy(text = it.text + piece) } }
-                } finally {
-                    change { it.copy(isOpen = false) }
-                }
+            session.generateMany(skills.map { Request(prompt, Selection.Expert(it)) }, options, memory = ROWS_BYTES).collect { answer ->
+                change(first + answer.row) { it.copy(text = it.text + answer.piece, isOpen = answer.end == null) }
             }
         } finally {
-            session.use(before)
+            for (row in skills.indices) change(first + row) { it.copy(isOpen = false) }
         }
     }
 
@@ -129,8 +129,12 @@ public class ChatModel(private val session: LimeSession, private val scope: Coro
         }.also { job = it }
     }
 
-    /** Change the last line. */
-    private fun change(edit: (Line) -> Line) = mutable.update { state ->
-        if (state.lines.isEmpty()) state else state.copy(lines = state.lines.dropLast(1) + edit(state.lines.last()))
+    /** Change one line, if it is still there. */
+    private fun change(at: Int, edit: (Line) -> Line) = mutable.update { state ->
+        state.copy(lines = state.lines.mapIndexed { place, line -> if (place == at) edit(line) else line })
+    }
+
+    private companion object {
+        private const val ROWS_BYTES = 512L shl 20 // of the caches of all skills that answer at once; the others wait
     }
 }
