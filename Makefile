@@ -35,10 +35,11 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
 
-check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations
+check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
 	$(PYTEST) -m 'check and not small' --ignore tests/fuzz
 	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
+	runtimes/kotlin/check.sh $(BIN)/python
 
 fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads one, an hour in all
 	$(BIN)/python tests/fuzz/campaign.py --seconds 3600
@@ -52,7 +53,7 @@ sanitize: $(VENV)/.dev  ## the operators' tests under AddressSanitizer and Undef
 test-kotlin: $(VENV)/.dev  ## the Kotlin library on the JVM against Python's answers (a JDK and Maven; part of make check)
 	runtimes/kotlin/check.sh $(BIN)/python
 
-demo-kotlin: $(VENV)/.base build/demo.lime  ## the demo bundle's skills in Kotlin: Python's tokens, and a project of 15 lines
+demo-kotlin: $(VENV)/.base build/demo.lime  ## the demo bundle in Kotlin: Python's tokens, speed beside Python, a project of 15 lines
 	runtimes/kotlin/check.sh $(BIN)/python demo build/demo.lime
 
 lint: $(VENV)/.dev docs  ## the site; ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages

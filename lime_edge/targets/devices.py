@@ -41,10 +41,10 @@ DEVICES = {
         ),
         Device(
             "android",
-            "phones: XNNPACK, then NNAPI, on the big cores",
+            "phones: XNNPACK on the big cores",
             4,
             32,
-            ("XnnpackExecutionProvider", "NnapiExecutionProvider", CPU),
+            ("XnnpackExecutionProvider", CPU),
         ),
     )
 }
