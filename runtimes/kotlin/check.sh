@@ -24,7 +24,7 @@ fi
 maven() {
     local place="$1"
     shift
-    (cd "$place" && mvn -B -ntp "-Dmaven.repo.local=$build/m2" "$@") >"$build/maven.log" 2>&1 || {
+    (cd "$place" && mvn -B -ntp -Dstyle.color=never "-Dmaven.repo.local=$build/m2" "$@") >"$build/maven.log" 2>&1 || {
         grep -E 'ERROR|FAIL|WARN.*kt' "$build/maven.log" | head -60
         echo "all of it: $build/maven.log" >&2
         return 1
@@ -34,13 +34,11 @@ maven() {
 
 # fresh_project BUNDLE EXPERT TEXT: a project outside the repository that takes the built jars from a Maven repository.
 fresh_project() {
-    rm -rf "$build/repository"
-    maven "$here" deploy -DskipTests "-DaltDeploymentRepository=limeedge::file://$build/repository" >/dev/null
     local fresh
     fresh="$(mktemp -d)"
     cp -r "$here/example/." "$fresh"
-    printf '%s lines of Kotlin, %s: ' "$(grep -c . "$fresh/src/main/kotlin/Main.kt")" "$2"
-    maven "$fresh" compile exec:java "-Dlimeedge.repository=$build/repository" "-Dexec.args='$1' '$2' '$3'"
+    printf '== a new project, %s lines, %s: ' "$(wc -l <"$fresh/src/main/kotlin/Main.kt")" "$2"
+    maven "$fresh" -q compile exec:java "-Dlimeedge.repository=$build/repository" "-Dexec.args='$1' '$2' '$3'"
     rm -rf "$fresh"
 }
 
@@ -49,6 +47,7 @@ library="$("$python" -c 'import glob, os, onnxruntime as o; print(glob.glob(os.p
 operators="$("$python" -c 'from lime_edge.runtimes.onnx.operators import find_library as f; print(f() or "")')"
 cc -shared -fPIC "-DREAL=\"$library\"" -Wl,-soname,libonnxruntime.so.1 "-Wl,--version-script=$here/onnx/src/test/native/bridge.map" \
     "$here/onnx/src/test/native/bridge.c" -ldl -o "$build/libonnxruntime.so"
+publish=(deploy "-DaltDeploymentRepository=limeedge::file://$build/repository") # after the tests, where there are some
 same=("-Dpython.library=$build/libonnxruntime.so" "-Dpython.operators=$operators")
 
 if [ "${2:-}" = demo ]; then
@@ -57,13 +56,14 @@ if [ "${2:-}" = demo ]; then
     maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/demo" "-Dlimeedge.demo=$bundle" "-Dlimeedge.python=$python" \
         test -pl core,onnx "-Dtest=DemoTest,SpeedTest" \
         -Dsurefire.failIfNoSpecifiedTests=false -Down.natives.tests=none
+    maven "$here" "${publish[@]}" -Dmaven.test.skip=true >/dev/null
     for expert in plural past question; do
         fresh_project "$bundle" "$expert" patent
     done
     exit
 fi
 
-rm -rf "$build/vectors"
+rm -rf "$build/vectors" "$build/repository"
 "$python" "$root/tools/write_phone_vectors.py" "$build/vectors" 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
-maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/vectors" test
+maven "$here" "${same[@]}" "-Dlimeedge.vectors=$build/vectors" "${publish[@]}"
 fresh_project "$build/vectors/bundles/lora-int4.lime" expert1 "How late is it?"

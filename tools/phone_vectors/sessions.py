@@ -182,7 +182,7 @@ def _draw_inputs(
 ) -> dict[str, np.ndarray]:
     """What must be given; what may be left out is left out."""
     sizes, found = {"batch": batch, "sequence": length}, {}
-    for entry in session.bundle.manifest.targets["onnx"].inputs:
+    for entry in session._facts.inputs:
         if entry.default:
             continue
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in entry.shape]

@@ -34,7 +34,7 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     override var length: Int = 0
         private set
     override val provider: String = loader.providers.joinToString("+") { it.getName() }
-    override val operators: Boolean = loader.usesOperators
+    override val operators: Boolean get() = loader.usesOperators
 
     private val pinned = loader.load(facts.file)
     private var routed: OrtSession? = null

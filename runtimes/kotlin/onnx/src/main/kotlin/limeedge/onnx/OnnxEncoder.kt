@@ -15,7 +15,7 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
     private val environment = loader.environment
     private val facts = loader.facts
     override val provider: String = loader.providers.joinToString("+") { it.getName() }
-    override val operators: Boolean = loader.usesOperators
+    override val operators: Boolean get() = loader.usesOperators
     private val pinned = loader.load(facts.file)
     private var routed: OrtSession? = null
     private var active = pinned

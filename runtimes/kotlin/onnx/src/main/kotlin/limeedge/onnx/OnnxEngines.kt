@@ -41,24 +41,46 @@ public class OnnxEngines(private val operators: String? = null) : EngineFactory 
         val providers: List<OrtProvider> = chooseProviders()
         private val settings = ArrayList<OrtSession.SessionOptions>() // closing one unloads its operators: after the sessions, never before
 
-        /** The operators are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait. */
-        val usesOperators: Boolean
-            get() = operators != null && providers == listOf(OrtProvider.CPU) && facts.functions.any { !it.startsWith("Large") }
+        /**
+         * The operators are the processor's: beside an accelerator, which runs the nodes itself, they would only make it wait. False
+         * too where this ONNX Runtime refused a graph with them.
+         */
+        var usesOperators: Boolean = operators != null && providers == listOf(OrtProvider.CPU) && facts.functions.any { !it.startsWith("Large") }
+            private set
 
         /** Load a graph of the bundle. @throws LimeError.Engine ONNX Runtime refuses it. */
         fun load(path: String): OrtSession {
             val file = bundle.file(path).path
+            val own = makeSettings()
             try {
-                val own = OrtSession.SessionOptions().also { settings += it }
-                own.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-                (options.threads ?: facts.threads)?.let { own.setIntraOpNumThreads(it) }
-                if (OrtProvider.XNNPACK in providers) own.addXnnpack(emptyMap())
                 if (usesOperators) own.registerCustomOpLibrary(operators!!)
+            } catch (error: OrtException) {
+                throw refusal(operators!!, error)
+            }
+            try {
                 return environment.createSession(file, own)
             } catch (error: OrtException) {
-                throw LimeError.Engine(file, "ONNX Runtime cannot load it: ${error.message?.lines()?.first()?.take(500)}", "export the bundle again, or try a newer ONNX Runtime", error)
+                if (!usesOperators) throw refusal(file, error)
+            }
+            usesOperators = false // 1.29 does, where a model's heads are together wider than its hidden states
+            try {
+                return environment.createSession(file, makeSettings())
+            } catch (error: OrtException) {
+                throw refusal(file, error)
             }
         }
+
+        private fun makeSettings(): OrtSession.SessionOptions {
+            val own = OrtSession.SessionOptions().also { settings += it }
+            own.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+            (options.threads ?: facts.threads)?.let { own.setIntraOpNumThreads(it) }
+            if (OrtProvider.XNNPACK in providers) own.addXnnpack(emptyMap())
+            return own
+        }
+
+        private fun refusal(what: String, error: OrtException) = LimeError.Engine(
+            what, "ONNX Runtime cannot load it: ${error.message?.lines()?.first()?.take(500)}", "export the bundle again, or try a newer ONNX Runtime", error,
+        )
 
         /** Call when every graph is closed. */
         override fun close() {

@@ -20,7 +20,10 @@ import kotlin.test.assertFailsWith
 /** Every answer that Python wrote down, asked again: the same tokens, logits within 1e-5 on the same library. */
 class SessionVectorsTest {
     private val bundles = Vectors.made("sessions.json")["bundles"].map()
-    private val limit = if (sameLibrary) 1e-5 else 2e-2 // another version rounds int8 products otherwise
+    private val limit = 1e-5
+
+    /** Another version of the library sums in another order, which the int8 activations of a quantized bundle amplify. */
+    private fun limitOf(session: LimeSession) = if (sameLibrary) limit else if (session.bundle.manifest.quant == "none") 1e-3 else 0.3
 
     private fun forEach(check: (String, Map<*, *>, LimeSession) -> Unit) {
         assert(bundles.size > 8)
@@ -51,13 +54,12 @@ class SessionVectorsTest {
         for (case in cases["logits"].list().map { it.map() }) {
             session.use("${case["selection"]}")
             val rows = session.logits(case["ids"].ints())
-            case["logits"].list().forEachIndexed { at, row -> assertClose(row.list(), rows[at], limit, "$name, ${case["selection"]}, position $at") }
+            case["logits"].list().forEachIndexed { at, row -> assertClose(row.list(), rows[at], limitOf(session), "$name, ${case["selection"]}, position $at") }
         }
     }
 
     @Test
     fun `generations draw the same tokens and end for the same reason`() = forEach { name, cases, session ->
-        if (!sameLibrary && !name.startsWith("lora")) return@forEach
         var odd = 0
         for (case in cases["generations"].list().map { it.map() }) {
             session.use("${case["selection"]}")
@@ -75,7 +77,8 @@ class SessionVectorsTest {
                 assertEquals(case["finish"], finish, "$name: $case")
             } else if (expected != found) odd++
         }
-        assert(odd <= cases["generations"].list().size / 20) { "$name: $odd generations differ on another version of the library" }
+        val most = if (session.bundle.manifest.quant == "none") 0 else cases["generations"].list().size / 5
+        assert(odd <= most) { "$name: $odd generations differ on another version of the library, $most may" }
     }
 
     @Test
