@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from encoder_conformance import export_fixture  # noqa: E402
 from models import make_adapter, make_model  # noqa: E402
+from test_variants import make_prompt_adapter  # noqa: E402
 
 from lime_edge.bundle.manifest import SEAL, seal_of  # noqa: E402
 from lime_edge.compiler.options import CompileOptions  # noqa: E402
@@ -21,6 +21,7 @@ from lime_edge.targets.devices import find_device  # noqa: E402
 
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "conformance" / "models"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEADER = {"kind": "generation_prompt", "tokens": 5}
 # name -> (adapter options, compile options); one llama model under all of them
 DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, {"quant": "none"}),
@@ -33,8 +34,16 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "slicefine": ({"variant": "slicefine"}, {"quant": "none"}),
     "soft": ({"targets": LINEARS, "routing": {"top_k": 2}}, {"quant": "none"}),
     "auto": ({"routing": {"auto_topk": True, "auto_topk_threshold": 0.6}}, {"quant": "int4"}),
+    "activated": ({"targets": LINEARS, "activation": HEADER}, {"quant": "int4"}),
+    "activated-soft": ({"activation": HEADER, "routing": {"top_k": 2}}, {"quant": "none"}),
+}
+DEFAULTS = {"lora-fold": "expert2", "lora-int8": "none", "auto": "routed"}  # what they open with; else the first expert
+PROMPTED: dict[str, dict[str, Any]] = {
+    "prompt": {"input_conditioned": False},
+    "prompt-conditioned": {"input_conditioned": True, "input_conditioning_mode": "attention"},
 }
 FAMILIES = {"qwen3": "qwen3", "smollm3": "smollm3"}
+PLAIN = {"quant": "none"}
 ENCODERS = {"bert": "bert-lora-cls", "vit": "vit-lora-cls"}
 
 
@@ -49,27 +58,19 @@ def write_bundles(folder: Path, work: Path) -> tuple[list[str], list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model(work / "llama", "llama")
     for name, (adapter, options) in DECODERS.items():
-        export_decoder(
-            model, make_adapter(work / f"{name}-adapter", model, **adapter), folder / f"{name}.lime", options
-        )
+        made = make_adapter(work / f"{name}-adapter", model, **adapter)
+        export_decoder(model, made, folder / f"{name}.lime", options, DEFAULTS.get(name))
     for name, family in FAMILIES.items():
         changes = {"no_rope_layers": [1, 0]} if family == "smollm3" else {"head_dim": 32}
         own = make_model(work / family, family, **changes)
-        export_decoder(own, make_adapter(work / f"{name}-adapter", own), folder / f"{name}.lime", {"quant": "none"})
+        export_decoder(own, make_adapter(work / f"{name}-adapter", own), folder / f"{name}.lime", PLAIN)
     other = make_adapter(work / "foreign-adapter", model, seed=7)  # the same sites, another shared adapter
-    export_decoder(model, other, folder / "foreign.lime", {"quant": "none"})
+    export_decoder(model, other, folder / "foreign.lime", PLAIN)
     for name, fixture in ENCODERS.items():
         export_fixture(FIXTURES / fixture, work / name).rename(folder / f"{name}.lime")
-    write_activated(folder / "lora-int4.lime", folder / "activated.lime")
-    return [*DECODERS, *FAMILIES, "activated"], list(ENCODERS)
-
-
-def write_activated(bundle: Path, output: Path) -> None:
-    """A copy whose experts act from the generation prompt on: the original model reads what lies before it."""
-    shutil.copytree(bundle, output)
-    body = json.loads((output / "lime.json").read_text(encoding="utf-8"))
-    body["activation"] = {"kind": "generation_prompt", "tokens": 5, "text": body["prompts"]["opening"]}
-    (output / "lime.json").write_bytes(seal(body))
+    for name, changes in PROMPTED.items():
+        export_decoder(model, make_prompt_adapter(work / name, model, **changes), folder / f"{name}.lime", PLAIN)
+    return [*DECODERS, *FAMILIES, *PROMPTED], list(ENCODERS)
 
 
 def seal(body: dict[str, Any]) -> bytes:
@@ -78,6 +79,9 @@ def seal(body: dict[str, Any]) -> bytes:
     return SEAL.sub(lambda found: found[1] + seal_of(data).encode() + found[3], data, count=1)
 
 
-def export_decoder(model: Path, adapter: Path, output: Path, options: dict[str, Any]) -> None:
+def export_decoder(
+    model: Path, adapter: Path, output: Path, options: dict[str, Any], default: str | None = None
+) -> None:
     """One bundle with the ONNX target."""
-    export_bundle(model, adapter, output, CompileOptions(**options), find_device("cpu"), ExportOptions(("onnx",)))
+    exporting = ExportOptions(("onnx",), default=default)
+    export_bundle(model, adapter, output, CompileOptions(**options), find_device("cpu"), exporting)
