@@ -7,6 +7,7 @@ adapters, checkpoints, GGUF), what stock GenAI would run, what a terminal would 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -28,6 +29,7 @@ from test_cli import Cli
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.change import add_experts
 from lime_edge.bundle.companions import GENAI_CONFIG, find_code
+from lime_edge.bundle.vectors import read_vectors
 from lime_edge.compiler.formats.adapter import read_adapter
 from lime_edge.compiler.formats.decoder import read_decoder_backbone
 from lime_edge.compiler.formats.encoder import read_encoder_backbone
@@ -399,6 +401,19 @@ def test_documents_that_a_user_hands_in(lime: Cli, tmp_path: Path, data: bytes) 
         refuse(read, file, re.escape(str(file)))
         refuse(read, tmp_path, re.escape(str(tmp_path)))
         refuse(read, tmp_path / "none", "none")
+
+
+def test_paths_that_are_none(lime: Cli, tmp_path: Path) -> None:
+    """A pipe that nobody writes to is not waited for, and a name too long is no traceback."""
+    path, long = make_bundle(tmp_path / "x.lime"), tmp_path / ("x" * 5000)
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for given in (pipe, long, Path("/dev/zero"), tmp_path / "no\0thing"):
+        assert "error" in lime.refuse("experts", "add", path, given)
+        assert "error" in lime.refuse("inspect", given)
+        refuse(read_decoder_backbone, given, "no such file|found a|xxxx")
+    os.mkfifo(tmp_path / "adapter_config.json")
+    refuse(lambda folder: read_vectors(folder, Bundle.open(path)), tmp_path, "adapter_config.json")
 
 
 def test_a_path_leads_nowhere_else(lime: Cli, tmp_path: Path) -> None:

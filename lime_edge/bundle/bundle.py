@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from lime_edge.bundle.companions import GENAI_CONFIG, find_code
 from lime_edge.bundle.experts import Expert, ExpertBank, check_values, parse_expert
 from lime_edge.bundle.fields import ExpertEntry, FileEntry, Manifest
-from lime_edge.bundle.inside import Inside, explain
+from lime_edge.bundle.inside import Inside, explain, is_folder
 from lime_edge.bundle.manifest import DAMAGED, LARGEST, MANIFEST, REFERENCE, decode_manifest
 from lime_edge.bundle.residual import Subtract, subtract_reference
 from lime_edge.bundle.seen import Mark, mark_file, read_marks, write_marks
@@ -217,7 +217,7 @@ def read_manifest(path: Path) -> bytes:
     Raises:
         LimeEdgeError: no bundle, or not readable.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         hint = "a bundle is a directory written by lime-edge export"
         if (old := find_interrupted(path)) is not None:
             hint = f"a replacement was cut off: the bundle is now {old}; rename it, or export again"

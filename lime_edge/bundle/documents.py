@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lime_edge.bundle.inside import is_plain
 from lime_edge.errors import LimeEdgeError
 
 LARGEST = 1 << 30  # bytes
@@ -20,12 +21,12 @@ def read_text(file: Path, hint: str) -> str:
     Raises:
         LimeEdgeError: missing, not readable, larger than a gigabyte, or no UTF-8.
     """
+    if not is_plain(file):
+        raise LimeEdgeError(f"{file}: no such file", hint)
     try:
         if file.stat().st_size > LARGEST:
             raise LimeEdgeError(f"{file}: larger than {LARGEST >> 20} MB", hint)
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise LimeEdgeError(f"{file}: no such file", hint) from None
     except (OSError, ValueError) as error:
         raise LimeEdgeError(f"{file}: not readable: {error}", hint) from None
 

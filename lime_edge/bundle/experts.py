@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from lime_edge.bundle.inside import is_plain
 from lime_edge.bundle.manifest import ALWAYS_ON as ALWAYS_ON
 from lime_edge.bundle.manifest import LONGEST
 from lime_edge.bundle.names import RESERVED, check_name
@@ -128,7 +129,7 @@ def read_expert(path: Path, most: int = LONGEST) -> Expert:
         LimeEdgeError: missing, truncated, not an expert file, of another schema, wrong dtype or shape, NaN, infinite
             or too large values.
     """
-    if not path.is_file():
+    if not is_plain(path):
         raise LimeEdgeError(f"{path}: no such expert file", "an expert is one .safetensors file")
     try:
         with path.open("rb") as file:
@@ -283,7 +284,7 @@ class ExpertBank:
 
     def remove(self, name: str) -> None:
         """Forget an expert."""
-        if name not in self._vectors:
+        if not isinstance(name, str) or name not in self._vectors:
             self.vector(name)
         del self._vectors[name]
         self._forget_ready()

@@ -21,7 +21,7 @@ def find_growth(data: bytes) -> str:
     """Why a tokenizer.json may not be read, or empty. What is no JSON is left to the library to refuse."""
     try:
         steps = msgspec.json.decode(data, type=_Steps)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return ""
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         try:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -163,6 +164,23 @@ def _require_plain(found: os.stat_result, path: str) -> None:
         raise OSError(errno.ELOOP, "it is a link", path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is not a plain file", path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a user's path leads to a folder; what cannot be looked at (a name too long, no permission) does not."""
+    return _has_kind(path, stat.S_ISDIR)
+
+
+def is_plain(path: Path) -> bool:
+    """The same for a plain file: no pipe that would be waited for, no device without an end."""
+    return _has_kind(path, stat.S_ISREG)
+
+
+def _has_kind(path: Path, test: Callable[[int], bool]) -> bool:
+    try:
+        return test(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def explain(error: OSError) -> str:

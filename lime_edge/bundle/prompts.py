@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from lime_edge.bundle.fields import Prompts
 from lime_edge.bundle.growth import find_growth
+from lime_edge.bundle.inside import is_plain
 from lime_edge.bundle.templates import Conversation, render_all
 from lime_edge.bundle.turns import write_turns
 from lime_edge.errors import LimeEdgeError
@@ -43,7 +44,7 @@ class TextCodec:
     def _find_template(self, directory: Path) -> str | None:
         """The template's text: a file, or in the configuration, there maybe one of several by name."""
         file = directory / "chat_template.jinja"
-        if file.is_file():
+        if is_plain(file):
             return _read_text(file)
         found = self._config.get("chat_template")
         if isinstance(found, list):
@@ -140,7 +141,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     Raises:
         LimeEdgeError: missing, damaged, or made to blow texts up.
     """
-    if not file.is_file():
+    if not is_plain(file):
         hint = "export with a model directory that holds tokenizer.json, or pass token ids"
         raise LimeEdgeError(f"{file}: the tokenizer is missing", hint)
     try:
@@ -176,7 +177,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not is_plain(file):
         return {}
     try:
         found = json.loads(_read_text(file))

@@ -32,7 +32,8 @@ def write_turns(prompts: Prompts, messages: Sequence[Message], open_turn: bool) 
 
 def fits_order(prompts: Prompts, turns: Sequence[tuple[object, object]]) -> bool:
     """Whether every turn is text of a known role, and, where the template insists, user and assistant alternate."""
-    if not turns or not all(role in prompts.roles and isinstance(content, str) for role, content in turns):
+    texts = all(isinstance(role, str) and isinstance(content, str) for role, content in turns)
+    if not turns or not texts or any(role not in prompts.roles for role, _ in turns):
         return False
     if prompts.order == "any":
         return True

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, deserialize
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.experts import DTYPES, MOST_TEXT, Expert, check_values
 from lime_edge.bundle.identity import PARTS, SHARED_PARTS, hash_adapter, hash_shared
+from lime_edge.bundle.inside import is_plain
 from lime_edge.bundle.names import check_name
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.targets.values import PLAIN_TEXT
@@ -154,6 +155,8 @@ def _join(tensors: dict[str, np.ndarray], site: str) -> np.ndarray:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
+        if not is_plain(file):
+            raise OSError("no such file")
         with file.open("rb") as opened:
             config = msgspec.json.decode(opened.read(MOST_CONFIG))
     except (OSError, ValueError, RecursionError) as error:
@@ -166,6 +169,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     """Every tensor, bfloat16 widened to float32, which numpy has not."""
     try:
+        if not is_plain(file):
+            raise OSError("no such file")
         if file.stat().st_size > MOST_TENSORS:
             raise LimeEdgeError(f"{file}: expected at most {MOST_TENSORS} bytes, found {file.stat().st_size}", HINT)
         return {name: _view(facts) for name, facts in deserialize(file.read_bytes())}

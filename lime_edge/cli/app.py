@@ -75,6 +75,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # of a path that nobody looked at before: a name too long, a folder nobody may enter
+        where = "input or output" if error.filename is None else str(error.filename)
+        sys.exit(_tell(LimeEdgeError(f"{where}: {error.strerror or error}", "check the path and its permissions")))
     sys.exit(code if isinstance(code, int) else 0)
 
 

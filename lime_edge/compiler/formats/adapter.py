@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lime_edge.bundle.fields import Always
+from lime_edge.bundle.inside import is_folder
 from lime_edge.compiler.formats.adapter_checks import (
     CONFIG,
     IMPORT,
@@ -195,7 +196,7 @@ def write_adapter(path: Path, config: dict[str, Any], tensors: Mapping[str, torc
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
-    if not path.is_dir():
+    if not is_folder(path):
         raise LimeEdgeError(f"{path}: no such adapter directory", "pass the folder of adapter_config.json")
     if not file.is_file():
         if whole := [name for name in CHECKPOINT if (path / name).is_file()]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lime_edge.bundle.inside import is_folder, is_plain
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
@@ -102,7 +103,7 @@ def _read_eos(path: Path, config: Any, vocab: int) -> tuple[int, ...]:
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` means, or None when it is a Hugging Face directory."""
-    if not path.exists():
+    if not (is_plain(path) or is_folder(path)):
         raise LimeEdgeError(f"{path}: no such file or directory", "pass a model directory or a .gguf file")
     if path.is_file():
         if path.suffix == ".gguf":

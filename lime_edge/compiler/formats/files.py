@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lime_edge.bundle.inside import is_plain
 from lime_edge.errors import LimeEdgeError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -41,6 +42,8 @@ def reading(what: str, hint: str = AGAIN) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object."""
     with reading(f"{file}: not a readable JSON file", "copy it again, or mend it by hand"):
+        if not is_plain(file):
+            raise LimeEdgeError(f"{file}: no such file", "is it in the right folder?")
         if file.stat().st_size > LARGEST_JSON:
             raise LimeEdgeError(f"{file}: larger than {LARGEST_JSON >> 20} MB", "is it the right file?")
         read = json.loads(file.read_text(encoding="utf-8"))
@@ -58,6 +61,8 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         LimeEdgeError: not readable, or a tensor of a type that nothing here computes with (float8, complex, ...).
     """
     with reading(f"{file}: not a readable safetensors file"):
+        if not is_plain(file):
+            raise LimeEdgeError(f"{file}: no such file", AGAIN)
         tensors = load_file(file)
     check_types(tensors, str(file))
     return tensors

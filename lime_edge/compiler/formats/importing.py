@@ -17,6 +17,7 @@ import torch
 from msgspec import structs
 from safetensors.torch import save_file
 
+from lime_edge.bundle.inside import is_folder, is_plain
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.formats.adapter import write_adapter
 from lime_edge.compiler.formats.authors import read_state
@@ -56,7 +57,7 @@ def import_checkpoint(source: Path, output: Path, options: ImportOptions) -> dic
         LimeEdgeError: unknown or missing hyper-parameters, tensors that do not fit, a variant that the
             format does not carry, storage.
     """
-    if not source.exists():
+    if not (is_plain(source) or is_folder(source)):
         raise LimeEdgeError(f"{source}: no such file or directory", "pass a checkpoint's directory or its weights")
     peft = source.is_dir() and (source / "adapter_config.json").is_file()
     with reading(f"{source}: not a readable checkpoint", "docs/adapter-format.md says what an import takes over"):

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lime_edge.bundle.inside import is_folder, is_plain
 from lime_edge.errors import LimeEdgeError
 
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")  # the last two: old AutoGPTQ's and AutoAWQ's
@@ -22,7 +23,7 @@ def refuse_prequantized(path: Path) -> None:
     Raises:
         LimeEdgeError: FP8, GPTQ, AWQ, bitsandbytes and the like.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return
     found = _read_claim(path) or _look_at_tensors(path)
     if found:
@@ -61,6 +62,8 @@ def _look_at_tensors(path: Path) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    if not is_plain(file):
+        return {}
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # missing, or damaged: reading the model will say so
