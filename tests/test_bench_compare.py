@@ -108,7 +108,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(LimeEdgeError, match=message):
             compare_files(good, tmp_path / "bad.json")
-    with pytest.raises(LimeEdgeError, match="No such file"):
+    with pytest.raises(LimeEdgeError, match="no such file"):
         compare_files(good, tmp_path / "nothing.json")
 
 

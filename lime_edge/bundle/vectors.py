@@ -89,7 +89,7 @@ def _check_adapter(
         if config.get(field) != mine:
             faults.add(field, mine, f"{config.get(field)!s:.20}")
     given, wanted_header = config.get("activation", "always"), getattr(manifest.activation, "tokens", 0)
-    header = given.get("tokens") if isinstance(given, dict) and given.get("kind") == "generation_prompt" else 0
+    header = given.get("tokens") if isinstance(given, dict) and "generation_prompt" in given.values() else 0
     if header != wanted_header:
         faults.add("activation", _name_activation(wanted_header), _name_activation(header))
     training = config.get("training")
