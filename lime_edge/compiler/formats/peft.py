@@ -120,7 +120,7 @@ def _check_invocation(config: Mapping[str, Any], hyper: Mapping[str, Any], fault
     if found != len(tokens):
         faults.add(
             f"alora_invocation_tokens: {len(tokens)} tokens from which on it acts; where every prompt ends with them: "
-            f'--set \'activation={{"kind": "generation_prompt", "tokens": {len(tokens)}}}\''
+            f'`settings` \'activation={{"kind": "generation_prompt", "tokens": {len(tokens)}}}\''
         )
 
 
