@@ -81,7 +81,8 @@ def test_public_functions_say_what_they_do() -> None:
 def test_the_library_speaks_of_parameters() -> None:
     """The command line makes options of them (cli/flags.py): who calls the library has typed none."""
     for name, file in modules().items():
-        if name.startswith(("lime_edge.cli", "lime_edge.__main__")):
+        own = "argparse" in file.read_text()  # a program of its own has options of its own
+        if own or name.startswith(("lime_edge.cli", "lime_edge.__main__")):
             continue
         tree = ast.parse(file.read_text())
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

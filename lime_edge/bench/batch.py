@@ -49,7 +49,7 @@ class BatchOptions:
     repeat: int = 5
 
     def __post_init__(self) -> None:
-        with Faults("bench --batch") as faults:
+        with Faults("bench, `batch`") as faults:
             if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
                 faults.add("rows", "1 or more, each number once", ",".join(map(str, self.sizes)) or "nothing")
             for name in ("prompt_tokens", "gen_tokens", "repeat"):

@@ -11,6 +11,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "adapter": "--adapter",
     "any_backbone": "--any-backbone",
     "baseline": "--baseline",
+    "batch": "--batch",
     "bundle": "--bundle",
     "calibration": "--calibration",
     "companion": "--companion",
