@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TARGETS_EXTRAS := onnx,export,executorch,coreml,report
+TARGETS_EXTRAS := onnx,export,executorch,coreml,report,serve
 EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.cli.demo import find_backbone as f; print(f())')" \
 	  --adapter examples/demo_adapter/adapter
 WORKERS ?= 2

@@ -23,6 +23,9 @@ TURNED = {
     "engines": ("checks/verify.py", "import onnxruntime"),
     "command-line": ("bench/load.py", "from typer import echo"),
     "light-help": ("cli/app.py", "import transformers"),
+    "server": ("bench/load.py", "def load():\n    from lime_edge.serve import settings"),
+    "serving": ("serve/settings.py", "from lime_edge.checks import judge"),
+    "http": ("cli/serve.py", "import uvicorn"),
     "cycles": ("bench/machine.py", "import lime_edge.bench.measure"),
 }
 

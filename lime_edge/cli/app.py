@@ -22,6 +22,7 @@ from lime_edge.cli import (
     pack,
     profile,
     run,
+    serve,
     verify,
 )
 from lime_edge.cli.command import App, UsageError, explain_usage
@@ -38,7 +39,7 @@ app = App(
     Exit codes: 0 done, 2 bad command line or bad input, 3 a check missed, 4 a package, engine or
     device is missing, 5 nothing could be written, 1 a bug.""",
 )
-for command in (export, run, inspect, verify, evaluate, bench, pack, demo, doctor, import_adapter):
+for command in (export, run, serve, inspect, verify, evaluate, bench, pack, demo, doctor, import_adapter):
     command.register(app)
 app.add_typer(experts.experts_app, name="experts")
 interchange.register(experts.experts_app)
