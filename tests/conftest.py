@@ -139,3 +139,27 @@ def encoder_bundle(shared_folder: Path) -> Make:
         return export_fixture(FIXTURES / fixture, directory, **options)
 
     return remember(shared_folder / "encoders", make)
+
+
+@pytest.fixture(scope="session")
+def marker_bundle(shared_folder: Path) -> Path:
+    """A bundle of 16 skills that are told apart by their answers, see `serving.make_marker_bundle`."""
+
+    def make(directory: Path) -> Path:
+        from serving import make_marker_bundle
+
+        return make_marker_bundle(directory)
+
+    return remember(shared_folder / "markers", make)()
+
+
+@pytest.fixture(scope="session")
+def text_encoder(shared_folder: Path) -> Path:
+    """The bundle of a tiny encoder that gives sentence embeddings, see `serving.make_text_encoder`."""
+
+    def make(directory: Path) -> Path:
+        from serving import make_text_encoder
+
+        return make_text_encoder(directory)
+
+    return remember(shared_folder / "text-encoders", make)()

@@ -27,10 +27,16 @@ class Metrics:
         self.refused = count("refused", "requests that found the queue full")
         self.failures = count("engine_failures", "times that the engine failed while answers ran")
         self.first_token = Histogram(
-            f"{PREFIX}_first_token_seconds", "from the request to its first token", buckets=FAST, registry=registry
+            f"{PREFIX}_first_token_seconds",
+            "from the queue to the first token",
+            buckets=FAST,
+            registry=registry,
         )
         self.seconds = Histogram(
-            f"{PREFIX}_answer_seconds", "from the request to the end of its answer", buckets=SLOW, registry=registry
+            f"{PREFIX}_answer_seconds",
+            "from the queue to the end of an answer",
+            buckets=SLOW,
+            registry=registry,
         )
 
     def watch(self, name: str, told: str, read: Callable[[], float]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from lime_edge.errors import EXIT_INPUT, LimeEdgeError
+from lime_edge.errors import LimeEdgeError
 from lime_edge.serve.routes import make_app
 from lime_edge.serve.service import Service, Sources
 from lime_edge.serve.settings import ServeOptions
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAREWELL = 2.0  # seconds in which replies that are written already have to leave
 IDLE = 75  # seconds that a connection may be quiet: longer than proxies keep theirs
 MOST_CONNECTIONS = 1000
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Listener(uvicorn.Server):
@@ -45,50 +46,61 @@ def serve(sources: Sources, options: ServeOptions, say: Callable[[str], None], l
     asyncio.run(_serve(sources, options, say, log))
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What a server is told while it runs. end: let what runs end, and go. hurry: go now."""
+
+    end: asyncio.Event = field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 async def _serve(sources: Sources, options: ServeOptions, say: Callable[[str], None], log: bool) -> None:
     with listen(options) as sock:  # taken before a model is loaded
+        orders = Orders()
+        watch_signals(orders)
         service = Service(sources, options)
-        hurry = asyncio.Event()
-        stopped = watch_signals(hurry)
         try:
             await service.start()
-            listener = make_listener(make_app(service), log)
-            running = asyncio.create_task(listener.serve([sock]))
-            say(describe_start(service, sock))
-            await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)
-            say(f"ending: {service.count_under_way()} answers run or wait, {options.grace:g} seconds for them")
-            draining = asyncio.create_task(service.drain())
-            hurried = asyncio.create_task(hurry.wait())
-            await asyncio.wait([draining, hurried], return_when=asyncio.FIRST_COMPLETED)
-            left = await end_now(service, draining)
-            listener.should_exit = True
-            await running
-            say("ended" if not left else f"ended: {left} answers were cut off and told so")
+            await run_service(service, sock, orders, say, log)
         finally:
             service.close()
 
 
-async def end_now(service: Service, draining: asyncio.Task[int]) -> int:
-    """The number of answers that had to be ended."""
-    if draining.done():
-        return draining.result()
-    draining.cancel()
-    left = service.count_under_way()
-    if service.worker is not None:
-        service.worker.end_all()
-    return left
+async def run_service(
+    service: Service, sock: socket.socket, orders: Orders, say: Callable[[str], None], log: bool = False
+) -> None:
+    """Say where, and answer until told to end; then wait for what runs, end what does not end in time, and say how many those were."""
+    listener = make_listener(make_app(service), log)
+    sock.listen(BACKLOG)  # who comes from now on waits, and is not refused
+    say(describe_start(service, sock))
+    running = asyncio.create_task(listener.serve([sock]))
+    await wait_for_any(running, orders.end.wait())
+    say(f"ending: {service.count_under_way()} answers run or wait, {service.options.grace:g} seconds for them")
+    await wait_for_any(service.drain(), orders.hurry.wait())
+    left = service.end_all()
+    listener.should_exit = True
+    await running
+    say(f"ended: {left} answers were cut off and told so" if left else "ended")
 
 
-def watch_signals(hurry: asyncio.Event) -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second one sets `hurry`."""
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+async def wait_for_any(*works: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
+    """Wait for the first of some; coroutines that are not done then are cancelled."""
+    tasks = [work if isinstance(work, asyncio.Task) else asyncio.ensure_future(work) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for work, task in zip(works, tasks, strict=True):
+        if work is not task:
+            task.cancel()
+
+
+def watch_signals(orders: Orders) -> None:
+    """SIGTERM and SIGINT as orders: the first to end, the second to hurry."""
+    loop = asyncio.get_running_loop()
 
     def note() -> None:
-        (hurry if stopped.is_set() else stopped).set()
+        (orders.hurry if orders.end.is_set() else orders.end).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, note)
-    return stopped
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -109,14 +121,11 @@ def listen(options: ServeOptions) -> socket.socket:
         return sock
     except OSError as error:
         where = f"{options.host}:{options.port}"
-        raise LimeEdgeError(
-            f"{where}: cannot listen there: {error.strerror or error}", "pass another `port`", EXIT_INPUT
-        ) from None
+        raise LimeEdgeError(f"{where}: cannot listen there: {error.strerror or error}", "pass another `port`") from None
 
 
 def make_listener(app: Starlette, log: bool) -> Listener:
     """uvicorn, as it is wanted here."""
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
         http="h11",

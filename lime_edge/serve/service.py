@@ -140,13 +140,16 @@ class Service:
         for part in self._parts():
             part.closing = True
 
-    async def drain(self) -> int:
-        """Wait for what runs, `grace` seconds at most, then end it; how many answers were ended."""
+    async def drain(self) -> None:
+        """Take nothing new, and wait until all has ended, `grace` seconds at most."""
         self.begin_drain()
         loop = asyncio.get_running_loop()
         end = loop.time() + self.options.grace
         while self.count_under_way() and loop.time() < end:
             await asyncio.sleep(POLL)
+
+    def end_all(self) -> int:
+        """End what still runs, and say so to who asked; how many answers those were."""
         left = self.count_under_way()
         if self.worker is not None:
             self.worker.end_all()
