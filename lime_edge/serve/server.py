@@ -69,7 +69,7 @@ async def _serve(sources: Sources, options: ServeOptions, say: Callable[[str], N
 async def run_service(
     service: Service, sock: socket.socket, orders: Orders, say: Callable[[str], None], log: bool = False
 ) -> None:
-    """Say where, and answer until told to end; then wait for what runs, end what does not end in time, and say how many those were."""
+    """Say where, and answer until told to end; then wait for what runs, and end what does not end in time."""
     listener = make_listener(make_app(service), log)
     sock.listen(BACKLOG)  # who comes from now on waits, and is not refused
     say(describe_start(service, sock))
