@@ -134,6 +134,12 @@ class Running:
     said: list[str]
 
     @property
+    def worker(self) -> Any:
+        """Its rows' owner, looked into as no client can."""
+        assert self.service.worker is not None
+        return self.service.worker
+
+    @property
     def api(self) -> str:
         """Where OpenAI's clients find it."""
         return f"{self.url}/v1"

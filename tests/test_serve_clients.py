@@ -111,9 +111,9 @@ def test_a_routed_skill(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make)
     expected = answer_alone(alone, "a fox", "routed", max_new_tokens=8, ignore_eos=True)
     with serve_here(path) as running, OpenAI(base_url=running.api, api_key="x") as client:
         model_name = running.service.shelves[0].name
-        for asked in ({"model": f"{model_name}:routed"}, {"model": model_name, "lime": {"expert": "routed"}}):
+        for asked, lime in ((f"{model_name}:routed", None), (model_name, {"expert": "routed"})):
             found = client.completions.create(
-                model=asked["model"], prompt="a fox", max_tokens=8, extra_body=FREE | {"lime": asked.get("lime")}
+                model=asked, prompt="a fox", max_tokens=8, extra_body=FREE | {"lime": lime}
             )
             assert found.choices[0].text == expected
 
@@ -149,7 +149,7 @@ def test_stop_strings_end_an_answer(client: OpenAI, alone: Session, name: str) -
 
 
 def test_a_seed_is_the_sessions_seed(client: OpenAI, alone: Session, name: str) -> None:
-    options = {"temperature": 1.1, "top_p": 0.9, "seed": 5}
+    options: Any = {"temperature": 1.1, "top_p": 0.9, "seed": 5}
     found = [
         client.completions.create(
             model=f"{name}:expert0", prompt="a fox", max_tokens=12, extra_body=FREE | {"top_k": 40}, **options
@@ -164,7 +164,7 @@ def test_a_seed_is_the_sessions_seed(client: OpenAI, alone: Session, name: str) 
 
 
 def test_several_answers_and_several_prompts(client: OpenAI, alone: Session, name: str) -> None:
-    drawn = {"temperature": 1.0, "max_new_tokens": 6, "ignore_eos": True}
+    drawn: Any = {"temperature": 1.0, "max_new_tokens": 6, "ignore_eos": True}
     found = client.completions.create(
         model=f"{name}:expert0", prompt=["a fox", "two"], n=2, temperature=1, seed=3, max_tokens=6, extra_body=FREE
     )
@@ -186,7 +186,7 @@ def test_token_ids_are_prompts(client: OpenAI, alone: Session, name: str) -> Non
 def test_the_end_token_ends_an_answer(client: OpenAI, alone: Session, name: str) -> None:
     """Some seed draws it; the session says which."""
     for seed in range(200):
-        options = {"max_new_tokens": 30, "temperature": 1.5, "seed": seed}
+        options: Any = {"max_new_tokens": 30, "temperature": 1.5, "seed": seed}
         expected = answer_alone(alone, "a fox", "expert0", **options)
         if alone.finish_reason == "stop":
             break
@@ -197,8 +197,7 @@ def test_the_end_token_ends_an_answer(client: OpenAI, alone: Session, name: str)
 
 
 def test_a_full_row_ends_an_answer_by_length(client: OpenAI, server: Running, name: str) -> None:
-    assert server.service.worker is not None
-    room = server.service.worker.capacity - 4
+    room = server.worker.capacity - 4
     found = client.completions.create(model=name, prompt=[5, 6, 7, 8], max_tokens=5000, extra_body=FREE)
     assert found.choices[0].finish_reason == "length"
     assert found.usage is not None and found.usage.completion_tokens == room

@@ -57,8 +57,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def is_idle(running: Running) -> bool:
-    worker = running.service.worker
-    assert worker is not None
+    worker = running.worker
     return worker.running == 0 and not worker.under_way
 
 
@@ -78,9 +77,8 @@ def test_who_leaves_gives_back_a_row(server: Running) -> None:
     replies = asyncio.run(ask_many(server.port, orders, 40, cut_after=2))
     assert all(reply.cut for reply in replies)
     wait_until(lambda: is_idle(server))
-    worker = server.service.worker
-    assert worker is not None
-    assert not worker._tickets and not worker._batch._rows._rows, "a row is still taken"  # type: ignore[attr-defined]
+    worker = server.worker
+    assert not worker._tickets and not worker._batch._rows._rows, "a row is still taken"
     with urllib.request.urlopen(f"{server.url}/metrics") as reply:
         told = reply.read().decode()
     cancelled = [line for line in told.splitlines() if 'reason="cancelled"' in line]
@@ -94,8 +92,7 @@ def test_who_leaves_before_its_turn_is_forgotten(marker_bundle: Path) -> None:
         holder = urllib.request.urlopen(post(running, order("a", LONG) | {"stream": True}))
         raw = asyncio.run(leave_at_once(running.port, [order(letter, LONG) for letter in "bcdef"]))
         assert raw == 5
-        worker = running.service.worker
-        assert worker is not None
+        worker = running.worker
         wait_until(lambda: len(worker.under_way) == 1)
         holder.close()
         wait_until(lambda: is_idle(running))
@@ -143,8 +140,7 @@ def test_an_engine_that_fails_ends_its_answers_and_no_others(
     marker_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve_here(marker_bundle, rows=4) as running:
-        worker = running.service.worker
-        assert worker is not None
+        worker = running.worker
         advance = worker._batch.advance
 
         def fail_once() -> Any:
@@ -167,8 +163,7 @@ def test_going_down_lets_answers_end_and_takes_no_new_ones(marker_bundle: Path) 
             target=lambda: found.extend(asyncio.run(ask_many(running.port, [order("e", 800)] * 4, 4)))
         )
         thread.start()
-        worker = running.service.worker
-        assert worker is not None
+        worker = running.worker
         wait_until(lambda: len(worker.under_way) == 4 and worker.running == 2)
         running.service.begin_drain()
         late = asyncio.run(ask(running.port, COMPLETIONS, order("f", 2)))
@@ -186,8 +181,7 @@ def test_grace_ends_and_who_still_waits_is_told(marker_bundle: Path) -> None:
         work = ask_many(running.port, [order("e", LONG)] * 6, 6)
         thread = threading.Thread(target=lambda: found.extend(asyncio.run(work)))
         thread.start()
-        worker = running.service.worker
-        assert worker is not None
+        worker = running.worker
         wait_until(lambda: len(worker.under_way) == 6 and worker.running == 2)
     thread.join(30)
     assert [reply.error and reply.error["code"] for reply in found] == ["shutting_down"] * 6
@@ -203,8 +197,7 @@ def test_requests_share_what_the_original_model_reads(
     alone = lime_edge.open_decoder(path, threads=1)
     ids = [5 + place * 7 % 250 for place in range(40)]
     with serve_here(path) as running:
-        worker = running.service.worker
-        assert worker is not None
+        worker = running.worker
         rows: Any = worker._batch._rows
         feed, fed = rows.feed, list[int]()
 

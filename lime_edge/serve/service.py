@@ -88,8 +88,8 @@ class Service:
     def __init__(self, sources: Sources, options: ServeOptions):
         self.options, self.metrics, self.draining = options, Metrics(), False
         self._sources = sources
-        self.worker = sources.decoder and Worker(sources.decoder.open, options, self.metrics)
-        self.embedder = sources.encoder and Embedder(sources.encoder.open, options)
+        self.worker = Worker(sources.decoder.open, options, self.metrics) if sources.decoder else None
+        self.embedder = Embedder(sources.encoder.open, options) if sources.encoder else None
         self.shelf: Shelf | None = None
         self.encoder_shelf: Shelf | None = None
 
