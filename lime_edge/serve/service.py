@@ -74,7 +74,7 @@ def find_sources(
         )
     if decoders and encoders and decoders[0].name == encoders[0].name:
         raise LimeEdgeError(f"two models are called {decoders[0].name!r}", "pass another `name`")
-    return Sources(*decoders[:1] or [None], *encoders[:1] or [None])
+    return Sources(next(iter(decoders), None), next(iter(encoders), None))
 
 
 def name_model(path: Path) -> str:
