@@ -78,7 +78,7 @@ def test_who_leaves_gives_back_a_row(server: Running) -> None:
     assert all(reply.cut for reply in replies)
     wait_until(lambda: is_idle(server))
     worker = server.worker
-    assert not worker._tickets and not worker._batch._rows._rows, "a row is still taken"
+    assert not worker._tickets and not worker._desk._batch._rows._rows, "a row is still taken"
     with urllib.request.urlopen(f"{server.url}/metrics") as reply:
         told = reply.read().decode()
     cancelled = [line for line in told.splitlines() if 'reason="cancelled"' in line]
@@ -141,14 +141,14 @@ def test_an_engine_that_fails_ends_its_answers_and_no_others(
 ) -> None:
     with serve_here(marker_bundle, rows=4) as running:
         worker = running.worker
-        advance = worker._batch.advance
+        advance = worker._desk._batch.advance
 
         def fail_once() -> Any:
             if worker.running == 3:
                 raise RuntimeError("no memory")
             return advance()
 
-        monkeypatch.setattr(worker._batch, "advance", fail_once)
+        monkeypatch.setattr(worker._desk._batch, "advance", fail_once)
         replies = asyncio.run(ask_many(running.port, [order(letter, 200) for letter in "abc"], 3))
         assert all(reply.error is not None and reply.error["code"] == "engine_failed" for reply in replies)
         assert "no memory" in str(replies[0].error)
@@ -198,7 +198,7 @@ def test_requests_share_what_the_original_model_reads(
     ids = [5 + place * 7 % 250 for place in range(40)]
     with serve_here(path) as running:
         worker = running.worker
-        rows: Any = worker._batch._rows
+        rows: Any = worker._desk._batch._rows
         feed, fed = rows.feed, list[int]()
 
         def count(row: int, given: Any, keep: int) -> Any:

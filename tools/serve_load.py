@@ -170,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_marker_bundle(Path(folder) / "made")
-        server, port = start_server(bundle, "--grace", str(args.grace))
+        server, port = start_server(bundle, "--grace", str(args.grace), "--prefix-memory", "8")
         try:
             began = time.monotonic()
             tally = asyncio.run(load(port, args, server.pid))

@@ -42,6 +42,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "names": "--names",
     "output": "--output",
     "port": "--port",
+    "prefixes": "--prefix-memory",
     "prompt_tokens": "--prompt-tokens",
     "quant": "--quant",
     "raw": "--raw",

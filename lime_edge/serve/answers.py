@@ -56,7 +56,7 @@ class Answer:
         if update.refusal is not None:
             raise update.refusal
         if update.tokens:
-            self.usage.answers[update.index] = update.tokens
+            self.usage.answers[update.index], self.usage.kept[update.index] = update.tokens, update.kept
         return update
 
     async def accept(self) -> None:

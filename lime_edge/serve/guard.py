@@ -61,7 +61,7 @@ class Guard:
     def _judge(self, scope: Scope) -> Refusal | None:
         headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization")}
         if self._options.is_local and not self._is_own_name(headers.get(b"host", b"").decode("latin-1")):
-            told = "this server answers to names of this machine only (--allow-host names others)"
+            told = "this server answers to names of this machine only, and to those it was told when it was started"
             return Refusal(403, told, "unknown_host")
         if self._keys and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
             return Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")

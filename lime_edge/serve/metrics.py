@@ -24,6 +24,7 @@ class Metrics:
 
         self.requests = count("http_requests", "HTTP requests, by route and status", "route", "status")
         self.prompt_tokens = count("prompt_tokens", "tokens of prompts that were taken", "expert")
+        self.kept_tokens = count("kept_tokens", "tokens of prompts that did not have to be read again", "expert")
         self.answer_tokens = count("generated_tokens", "tokens that were generated", "expert")
         self.answers = count("answers", "answers by expert and by what ended them", "expert", "reason")
         self.refused = count("refused", "requests that found the queue full")

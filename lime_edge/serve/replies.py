@@ -74,15 +74,21 @@ class Head:
 
 @dataclass
 class Usage:
-    """Tokens of a request: of its prompts, and of each answer so far."""
+    """Tokens of a request: of its prompts, of each answer so far, and of each prompt what was not read again."""
 
     prompt: int
     answers: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)
 
-    def write(self) -> dict[str, int]:
+    def write(self) -> dict[str, Any]:
         """As the API has it."""
         given = sum(self.answers.values())
-        return {"prompt_tokens": self.prompt, "completion_tokens": given, "total_tokens": self.prompt + given}
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": given,
+            "total_tokens": self.prompt + given,
+            "prompt_tokens_details": {"cached_tokens": sum(self.kept.values())},
+        }
 
 
 def write_event(body: dict[str, Any]) -> bytes:

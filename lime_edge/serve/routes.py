@@ -235,7 +235,7 @@ class Endpoints:
         """POST /experts: an expert file as it is, `?name=` for another name than its own."""
         service = self._service
         if not self._options.allow_install:
-            raise Refusal(403, "this server takes no experts: it was started without --allow-install", "not_allowed")
+            raise Refusal(403, "this server takes no experts: it was not started so that it does", "not_allowed")
         if service.worker is None or service.shelf is None:
             raise Refusal(400, "this server has no language model", "wrong_model")
         if request.headers.get("content-type", "").partition(";")[0] != "application/octet-stream":

@@ -121,8 +121,7 @@ class Service:
         self.metrics.watch("rows", "answers that can run at once", lambda: worker.rows)
         self.metrics.watch("rows_running", "rows that are taken", lambda: worker.running)
         self.metrics.watch("queue_waiting", "answers that wait for a row", lambda: worker.waiting)
-        prefixes = worker.thread.session.prefixes
-        self.metrics.watch("prefix_bytes", "beginnings kept for other requests", lambda: prefixes.nbytes)
+        self.metrics.watch("prefix_bytes", "beginnings kept for other requests", lambda: worker.kept_bytes)
 
     @property
     def broken(self) -> str | None:

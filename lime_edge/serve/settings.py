@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lime_edge.errors import Faults
 
+LEAST = {"port": 0, "most_body": 1, "most_waiting": 0, "rows": 1, "prefixes": 0, "grace": 0}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -18,6 +19,7 @@ class ServeOptions:
     hosts: names besides the machine's own under which a server on the loopback address is asked (a proxy's).
     most_body: bytes of a request. most_tokens: of one answer, None for what a row holds. most_waiting: answers that may
     wait for a row. rows: answers that run at once. memory: bytes of their caches, None for what they take.
+    prefixes: bytes of beginnings that are kept for later requests, 0 for none.
     allow_install: take experts by POST. keep_installed: and write them into the bundle. grace: seconds that running
     answers have to end after SIGTERM.
     """
@@ -31,13 +33,21 @@ class ServeOptions:
     most_waiting: int = 64
     rows: int = 16
     memory: int | None = None
+    prefixes: int = 64 << 20
     allow_install: bool = False
     keep_installed: bool = False
     grace: float = 30.0
 
     def __post_init__(self) -> None:
         with Faults("serve", "lime-edge serve --help explains each") as faults:
-            for name, least in (("port", 0), ("most_body", 1), ("most_waiting", 0), ("rows", 1), ("grace", 0)):
+            for name, least in (
+                ("port", 0),
+                ("most_body", 1),
+                ("most_waiting", 0),
+                ("rows", 1),
+                ("prefixes", 0),
+                ("grace", 0),
+            ):
                 if getattr(self, name) < least:
                     faults.add(f"`{name}`", f"at least {least}", getattr(self, name))
             if self.port > 65535:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from lime_edge.bundle.experts import Selection
 from lime_edge.errors import LimeEdgeError
@@ -19,10 +20,10 @@ from lime_edge.serve.refusals import Refusal, refuse, refuse_shutdown
 from lime_edge.serve.settings import ServeOptions
 from lime_edge.serve.skills import name_skill
 from lime_edge.serve.thread import SessionThread
-from lime_edge.session.batch import FAILED, FULL, LENGTH, STOP, Batch, Event
+from lime_edge.session.batch import FAILED, FULL, LENGTH, STOP
 from lime_edge.session.decoder import Session
-from lime_edge.session.generate import GenerationOptions, TextStream
-from lime_edge.session.many import Request, make_order, open_rows
+from lime_edge.session.desk import Piece
+from lime_edge.session.generate import GenerationOptions
 
 CANCELLED = "cancelled"
 REASONS = {STOP: "stop", LENGTH: "length", FULL: "length"}  # as the API calls them
@@ -41,12 +42,14 @@ class Ask:
 class Update:
     """What came of an answer: a piece of text, and with `reason` its end; with `refusal` why there is none.
 
-    index: which of a request's answers. tokens: how many it has by now. accepted: it is queued, nothing else yet.
+    index: which of a request's answers. tokens: how many it has by now. kept: tokens of its prompt that did not have to
+    be read again. accepted: it is queued, nothing else yet.
     """
 
     index: int
     piece: str = ""
     tokens: int = 0
+    kept: int = 0
     reason: str = ""
     refusal: Refusal | None = None
     accepted: bool = False
@@ -60,17 +63,14 @@ class Update:
 Mailbox = asyncio.Queue[Update]
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
-    """An answer under way. `stream` is the worker's; `ended` the event loop's."""
+    """An answer under way. `ended` is written by the event loop alone."""
 
-    number: int
     ask: Ask
     index: int
     mailbox: Mailbox = field(repr=False)
-    stream: TextStream = field(repr=False)
     asked: float = field(default_factory=time.monotonic)
-    tokens: int = 0
     ended: bool = False
 
     @property
@@ -87,11 +87,11 @@ class Worker:
     """
 
     def __init__(self, open_session: Callable[[], Session], options: ServeOptions, metrics: Metrics):
-        self._options, self._metrics, self._numbers = options, metrics, 0
+        self._options, self._metrics = options, metrics
         self.thread = SessionThread("lime-edge-rows", lambda: self._prepare(open_session()), self._step)
-        self.under_way: dict[int, Ticket] = {}  # the event loop's
+        self.under_way: set[Ticket] = set()  # the event loop's
         self.broken: str | None = None  # why no answer can be given any more
-        self.closing = False
+        self.closing, self.kept_bytes = False, 0
 
     # the event loop's side
 
@@ -107,7 +107,7 @@ class Worker:
     @property
     def running(self) -> int:
         """Rows that are taken."""
-        return len(self._batch.running)
+        return len(self._desk.running)
 
     @property
     def waiting(self) -> int:
@@ -132,10 +132,9 @@ class Worker:
         return [self._queue(ask, index, mailbox) for index, ask in enumerate(asks)]
 
     def _queue(self, ask: Ask, index: int, mailbox: Mailbox) -> Ticket:
-        self._numbers += 1
-        ticket = Ticket(self._numbers, ask, index, mailbox, TextStream(self.codec.decode, ask.options.stop))
-        self.under_way[ticket.number] = ticket
-        self.thread.put(lambda: self._begin(ticket))
+        ticket = Ticket(ask, index, mailbox)
+        self.under_way.add(ticket)
+        self.thread.put(partial(self._begin, ticket))
         return ticket
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
@@ -143,12 +142,12 @@ class Worker:
         for ticket in tickets:
             if not ticket.ended:
                 self._end(ticket, CANCELLED)
-                self.thread.put(lambda number=ticket.number: self._drop(number))  # type: ignore[misc]
+                self.thread.put(partial(self._drop, ticket))
 
     def end_all(self) -> None:
         """End every answer, and say why: the server goes down."""
-        for ticket in list(self.under_way.values()):
-            ticket.mailbox.put_nowait(Update(ticket.index, tokens=ticket.tokens, refusal=refuse_shutdown()))
+        for ticket in list(self.under_way):
+            ticket.mailbox.put_nowait(Update(ticket.index, refusal=refuse_shutdown()))
             self.cancel([ticket])
 
     def _deliver(self, updates: Sequence[tuple[Ticket, Update]]) -> None:
@@ -161,7 +160,7 @@ class Worker:
 
     def _end(self, ticket: Ticket, reason: str) -> None:
         ticket.ended = True
-        self.under_way.pop(ticket.number, None)
+        self.under_way.discard(ticket)
         self._metrics.answers.labels(ticket.skill, reason).inc()
         self._metrics.seconds.observe(time.monotonic() - ticket.asked)
 
@@ -169,73 +168,73 @@ class Worker:
 
     def _prepare(self, session: Session) -> Session:
         self._session, self.codec = session, session.codec
-        self._open_batch()
+        session.prefixes.limit = self._options.prefixes
+        self._open_desk()
         return session
 
-    def _open_batch(self) -> None:
-        session, options = self._session, self._options
-        rows = open_rows(session, options.rows, session.max_length, options.memory)
-        self.rows, self.capacity, self.nbytes = rows.count, rows.capacity, rows.nbytes
-        self._batch, self._tickets = Batch(rows, session.prefixes), dict[int, Ticket]()
+    def _open_desk(self) -> None:
+        options, keep = self._options, self._options.prefixes > 0
+        self._desk = self._session.open_desk(options.rows, None, options.memory, None, keep_prompts=keep)
+        self.rows, self.capacity, self.nbytes = self._desk.rows, self._desk.capacity, self._desk.nbytes
+        self._tickets, self._numbers = dict[int, Ticket](), dict[Ticket, int]()  # by the desk's numbers, and back
 
     def _begin(self, ticket: Ticket) -> None:
-        try:
-            request = Request(ticket.ask.ids, ticket.ask.selection)
-            order = make_order(self._session, request, ticket.number, ticket.ask.options)
-            self._batch.submit(order)
-        except LimeEdgeError as error:
-            problem = error.problem.removeprefix(f"request {ticket.number}: ")
-            self._post([(ticket, Update(ticket.index, refusal=refuse(LimeEdgeError(problem, error.hint))))])
+        if ticket.ended:
             return
-        self._tickets[ticket.number] = ticket
-        self._metrics.prompt_tokens.labels(ticket.skill).inc(len(order.ids))
+        ask = ticket.ask
+        try:
+            number = self._desk.ask(ask.ids, ask.selection, ask.options)
+        except LimeEdgeError as error:
+            self._post([(ticket, Update(ticket.index, refusal=refuse(error)))])
+            return
+        self._tickets[number], self._numbers[ticket] = ticket, number
+        self._metrics.prompt_tokens.labels(ticket.skill).inc(len(ask.ids))
         self._post([(ticket, Update(ticket.index, accepted=True))])
 
-    def _drop(self, number: int) -> None:
-        if self._tickets.pop(number, None) is not None:
-            self._batch.stop(number)
+    def _drop(self, ticket: Ticket) -> None:
+        number = self._numbers.pop(ticket, None)
+        if number is not None:
+            del self._tickets[number]
+            self._desk.stop(number)
 
     def _step(self) -> bool:
         """One step of all rows, and what came of it; whether there is more to do."""
-        if self._batch.busy:
+        if self._desk.busy:
             try:
-                events = self._batch.advance()
-            except Exception as error:  # an engine's: nothing is known of its rows any more
+                pieces = self._desk.advance()
+            except LimeEdgeError as error:  # an engine's: nothing is known of its rows any more
                 self._recover(error)
             else:
-                self._post([pair for event in events for pair in self._note(event)])
-        return self._batch.busy
+                self._post([self._note(piece) for piece in pieces])
+        return self._desk.busy
 
-    def _note(self, event: Event) -> list[tuple[Ticket, Update]]:
-        ticket = self._tickets.get(event.number)
-        if ticket is None:  # it came to a stop string in this very step
-            return []
-        if event.token is None:
-            del self._tickets[event.number]
-            if event.fault is not None:
-                told = Refusal(500, event.fault.problem, "no_numbers")
-                return [(ticket, Update(ticket.index, tokens=ticket.tokens, refusal=told))]
-            return [(ticket, Update(ticket.index, ticket.stream.finish(), ticket.tokens, REASONS[event.reason]))]
-        ticket.tokens += 1
-        if ticket.tokens == 1:
-            self._metrics.first_token.observe(time.monotonic() - ticket.asked)
-        self._metrics.answer_tokens.labels(ticket.skill).inc()
-        piece = ticket.stream.push(event.token)
-        if ticket.stream.stopped:
-            self._drop(event.number)
-            return [(ticket, Update(ticket.index, piece, ticket.tokens, REASONS[STOP]))]
-        return [(ticket, Update(ticket.index, piece, ticket.tokens))] if piece else []
+    def _note(self, piece: Piece) -> tuple[Ticket, Update]:
+        """What came of a ticket; counted."""
+        ticket = self._tickets[piece.number]
+        if piece.token is not None:
+            self._metrics.answer_tokens.labels(ticket.skill).inc()
+            if piece.new_tokens == 1:
+                self.kept_bytes = self._session.prefixes.nbytes
+                self._metrics.kept_tokens.labels(ticket.skill).inc(piece.kept_tokens)
+                self._metrics.first_token.observe(time.monotonic() - ticket.asked)
+        reason, refusal = "", None
+        if piece.reason is not None:
+            del self._tickets[piece.number], self._numbers[ticket]
+            reason = REASONS.get(piece.reason, "")
+            if not reason:
+                refusal = Refusal(500, piece.fault.problem if piece.fault else piece.reason, "no_numbers")
+        return ticket, Update(ticket.index, piece.text, piece.new_tokens, piece.kept_tokens, reason, refusal)
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: LimeEdgeError) -> None:
         """The engine failed: its answers end with an error, and new rows are opened for those that come."""
         self._metrics.failures.inc()
-        problem = error.problem if isinstance(error, LimeEdgeError) else f"{type(error).__name__}: {error}"
-        told = Refusal(500, f"the engine failed: {problem}", "engine_failed")
-        self._post([(ticket, Update(ticket.index, refusal=told)) for ticket in self._tickets.values()])
-        for number in list(self._tickets):
-            self._drop(number)
+        told = Refusal(500, error.problem, "engine_failed")
+        tickets = list(self._numbers)
+        for ticket in tickets:
+            self._drop(ticket)
+        self._post([(ticket, Update(ticket.index, refusal=told)) for ticket in tickets])
         try:
-            self._open_batch()
+            self._open_desk()
         except Exception as worse:
             self.broken = str(worse)
 
