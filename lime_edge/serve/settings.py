@@ -40,14 +40,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         with Faults("serve", "lime-edge serve --help explains each") as faults:
-            for name, least in (
-                ("port", 0),
-                ("most_body", 1),
-                ("most_waiting", 0),
-                ("rows", 1),
-                ("prefixes", 0),
-                ("grace", 0),
-            ):
+            for name, least in LEAST.items():
                 if getattr(self, name) < least:
                     faults.add(f"`{name}`", f"at least {least}", getattr(self, name))
             if self.port > 65535:
