@@ -313,7 +313,7 @@ def test_an_interpreter_is_refused(tiny_bundle: Make, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ExpertSwitch, "provider", property(lambda _: "interpreter"))
     with pytest.raises(LimeEdgeError, match="interpreter") as caught:
         bench_bundle(tiny_bundle(), None, FIRST, 1, BenchOptions(4, 2, 1))
-    assert caught.value.exit_code == 4 and caught.value.hint.startswith("leave out --target onnx, or run")
+    assert caught.value.exit_code == 4 and caught.value.hint.startswith("leave out `target=onnx`, or run")
 
 
 def test_too_many_tokens_are_refused_first(tiny_bundle: Make) -> None:
