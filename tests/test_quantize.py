@@ -318,7 +318,7 @@ def test_user_calibration_is_read_or_refused_with_every_fault(tmp_path: Path) ->
     path.write_text("\n".join(rows))
     with pytest.raises(LimeEdgeError) as caught:
         read_calibration(path, lambda t: list(t.encode()), ["x", "y"])
-    for part in ("line 1: not JSON", "line 2", "line 3: expert: expected one of x, y, found z", "line 4"):
+    for part in ("line 1: not readable JSON", "line 2", "line 3: expert: expected one of x, y, found z", "line 4"):
         assert part in caught.value.problem, caught.value.problem
     path.write_text("\n")
     with pytest.raises(LimeEdgeError, match="at least one line"):

@@ -73,7 +73,7 @@ def test_what_is_not_a_selection_or_a_token_is_refused(bundle: Path) -> None:
         session.use(3)  # type: ignore[arg-type]
     with pytest.raises(LimeEdgeError, match="expected a non-empty list of integers, found shape \\(1,\\) float64"):
         session.logits([1.5])  # type: ignore[list-item]
-    with pytest.raises(LimeEdgeError, match="threads: expected at least 1, found 0"):
+    with pytest.raises(LimeEdgeError, match="threads: expected a whole number, at least 1 and at most 1024, found 0"):
         lime_edge.open(bundle, threads=0)
     session.use("none")
     assert session.selection is None

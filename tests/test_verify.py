@@ -349,7 +349,7 @@ def test_a_cache_too_short_for_the_prompts(tiny_bundle: Make, monkeypatch: pytes
     monkeypatch.setattr(Session, "max_length", 15)
     with pytest.raises(LimeEdgeError, match="its cache holds 15 tokens, 16 are needed") as error:
         verify_bundle(tiny_bundle(quant="int4"), threads=1)
-    assert (error.value.exit_code, error.value.hint) == (EXIT_INPUT, "export with --max-seq-len 16 or more")
+    assert (error.value.exit_code, error.value.hint) == (EXIT_INPUT, "export with `max_seq_len=16` or more")
 
 
 def test_a_static_cache_too_short_for_the_prompts(
