@@ -8,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,18 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(place: Path, *words: object, path: str = "/usr/bin:/bin", cwd: Path = Path("/")) -> tuple[int, str, str, float]:
-    begin = time.perf_counter()
-    done = subprocess.run(
-        [str(place / "lime-edge"), *map(str, words)], capture_output=True, text=True, cwd=cwd, env={"PATH": path}
-    )
-    return done.returncode, done.stdout, done.stderr, time.perf_counter() - begin
+def run(
+    place: Path, *words: object, path: str = "/usr/bin:/bin", cwd: Path = Path("/"), **env: object
+) -> tuple[int, str, str]:
+    given = {"PATH": path} | {name: str(value) for name, value in env.items()}
+    command = [str(place / "lime-edge"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=given)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.check
 def test_without_an_engine_and_without_a_compiler(empty: Path, tmp_path: Path) -> None:
-    code, out, err, _ = run(empty, "doctor", "--json", path=str(tmp_path), cwd=tmp_path)
+    code, out, err = run(empty, "doctor", "--json", path=str(tmp_path), cwd=tmp_path)
     facts = json.loads(out)
     assert code == 4 and facts["engines"] == [] and facts["works"] == ["inspect and experts"], err
     line = find(facts, "engine", "onnx")
@@ -160,7 +161,7 @@ def test_without_an_engine_and_without_a_compiler(empty: Path, tmp_path: Path) -
 @pytest.mark.check
 def test_with_an_engine_and_without_operators(empty: Path, tmp_path: Path) -> None:
     subprocess.run([empty / "pip", "install", "--quiet", f"{ROOT}[onnx]"], check=True)
-    code, out, err, _ = run(empty, "doctor", "--json", cwd=tmp_path)
+    code, out, err = run(empty, "doctor", "--json", cwd=tmp_path)
     facts = json.loads(out)
     assert code == 0 and facts["engines"] == ["onnx"], err
     assert "compiled operators: yes" in find(facts, "engine", "onnx")["found"]
@@ -173,6 +174,44 @@ def test_with_an_engine_and_without_operators(empty: Path, tmp_path: Path) -> No
 
 @pytest.mark.check
 def test_a_demo_without_torch_names_the_extra(empty: Path) -> None:
-    code, out, err, _ = run(empty, "demo", cwd=ROOT)
+    code, out, err = run(empty, "demo", cwd=ROOT)
     assert code == 4 and "pip install 'lime-edge[export]'" in err and "Traceback" not in err, err
     assert not out
+
+
+@pytest.mark.check
+def test_a_read_only_system_is_told_what_it_cannot_do(empty: Path, tmp_path: Path) -> None:
+    """Home, working folder and temporary files on a file system that nobody can write to."""
+    for place in mount(tmp_path / "disk", "ro"):
+        code, out, err = run(empty, "doctor", "--json", cwd=place, HOME=place, TMPDIR=place)
+        facts = json.loads(out)
+        line = find(facts, "storage", "this folder")
+        assert line["state"] == "bad" and line["found"] == "cannot be written: Read-only file system", err
+        line = find(facts, "storage", "cache")
+        assert line["state"] == "note" and "Read-only" in line["found"] and "XDG_CACHE_HOME" in line["hint"]
+        assert code == (5 if facts["engines"] else 4), "no engine comes before no space"
+        assert "Traceback" not in err and find(facts, "storage", "temporary files")["state"] == "good", "/tmp serves"
+
+
+@pytest.mark.check
+def test_a_full_disk_is_called_full(empty: Path, tmp_path: Path) -> None:
+    for place in mount(tmp_path / "disk", "size=64k"):
+        with suppress(OSError):
+            (place / "all").write_bytes(bytes(65536))
+        code, out, err = run(empty, "doctor", "--json", cwd=place, XDG_CACHE_HOME=place)
+        facts = json.loads(out)
+        line = find(facts, "storage", "this folder")
+        assert line["state"] == "bad" and "No space left" in line["found"] and "free some space" in line["hint"], err
+        assert "No space left" in find(facts, "storage", "cache")["found"] and "Traceback" not in err
+        assert not (place / "lime-edge").exists()
+
+
+def test_what_takes_seconds_to_import_is_not_imported() -> None:
+    """The answer comes at once: onnxruntime is the only large package that is loaded."""
+    heavy = ("torch", "transformers", "onnx", "executorch", "coremltools", "matplotlib")
+    code = (
+        "import sys; from lime_edge.checks.doctor import examine; examine();"
+        f"print(sorted(set({heavy!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout

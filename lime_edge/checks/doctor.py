@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 
 import lime_edge
 from lime_edge.bundle.bundle import Bundle
+from lime_edge.bundle.seen import find_cache
 from lime_edge.errors import EXIT_INPUT, EXIT_MISSING, EXIT_STORAGE, LimeEdgeError
 from lime_edge.session.open import examine_engine
 from lime_edge.targets.entries import DEFAULT, TARGETS
@@ -98,6 +100,7 @@ def examine(bundle: Path | None = None, here: Path = Path(), root: Path = Path("
                 *_examine_extras(),
                 *_examine_tools(),
                 *_examine_storage(here),
+                *_examine_cache(),
                 *(_examine_bundle(bundle) if bundle else ()),
             ]
         )
@@ -245,12 +248,11 @@ def _examine_storage(here: Path) -> Iterator[Finding]:
     for what, folder in (("this folder", here), ("temporary files", None)):
         try:
             folder = folder or Path(tempfile.gettempdir())
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"x")
-                file.flush()
+            _try_to_write(folder)
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            hint = "write elsewhere: a bundle's folder must be writable"
+            hint = "free some space" if error.errno == errno.ENOSPC else "write elsewhere"
+            hint += ": a bundle's folder must be writable" if what == "this folder" else ", or set TMPDIR"
             yield Finding("storage", what, BAD, f"cannot be written: {error.strerror or error}", hint)
             continue
         text = f"writable, {free / 1e9:.1f} GB free"
@@ -259,6 +261,25 @@ def _examine_storage(here: Path) -> Iterator[Finding]:
             yield Finding("storage", what, BAD if what == "this folder" else NOTE, text, hint)
         else:
             yield Finding("storage", what, GOOD, text)
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+
+
+def _examine_cache() -> Iterator[Finding]:
+    """The notes of what was hashed before: without them a bundle opens more slowly, and that is all."""
+    try:
+        cache = find_cache()
+        _try_to_write(next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir()))
+    except (OSError, RuntimeError, StopIteration) as error:  # RuntimeError: nobody knows a home folder
+        found = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+        hint = "bundles are hashed whole at every opening, which is slower; XDG_CACHE_HOME names another folder"
+        yield Finding("storage", "cache", NOTE, found, hint)
+        return
+    yield Finding("storage", "cache", GOOD, f"writable: {cache}")
 
 
 def _examine_bundle(path: Path) -> Iterator[Finding]:
