@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy wheel docs pictures test-arm64 clean help
+.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -117,6 +117,9 @@ docs: $(VENV)/.dev  ## the documentation site in build/site, every link and anch
 pictures: $(VENV)/.dev build/demo.lime  ## the documentation's drawings and the recording of a terminal, into docs/pictures
 	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/record_demo.py build/demo.lime
+
+sizes: $(VENV)/.base  ## what a bundle of the real model takes with 16 and 100 skills, into README.md and docs/sizes.json
+	$(BIN)/python tools/sizes.py
 
 wheel: $(VENV)/.base  ## dist/: a wheel for machines like this one, and the sources that any other one builds it from
 	$(BIN)/pip install --quiet 'build>=1.3,<2'

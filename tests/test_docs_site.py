@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
+import typer
+from doc_pages import list_pages
+
+from lime_edge.cli.app import app
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
@@ -82,8 +89,6 @@ def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_pa
 
 def test_every_page_is_in_the_navigation_or_comes_last() -> None:
     """What a hook adds has a source, and what mkdocs.yml lists exists."""
-    import re
-
     listed = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     source = (ROOT / "tools" / "site_pages.py").read_text()
     brought = dict(re.findall(r'"(devices/[\w.-]+)": "([\w/.-]+)"', source))
@@ -91,6 +96,71 @@ def test_every_page_is_in_the_navigation_or_comes_last() -> None:
     for page in listed:
         assert page in brought or (ROOT / "docs" / page).is_file(), page
     assert {page for page in brought if page.endswith(".md")} <= listed
+
+
+# the words
+
+SPAN = re.compile(r"`([^`\n]+)`")
+FOREIGN = {
+    "--version",
+    "--help",
+    "--install-completion",
+    "--use_cuda",
+    "--loudness",
+}  # of no command, or of another program
+
+
+def read_prose() -> dict[str, str]:
+    """Every page for users without its blocks of code."""
+    return {
+        str(page.relative_to(ROOT)): re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for page in list_pages()
+    }
+
+
+def list_commands() -> dict[str, set[str]]:
+    """ "run" and "experts add" -> their options."""
+    group: Any = typer.main.get_command(app)
+    found = {}
+    for name, one in group.commands.items():
+        inner = {f"{name} {sub}": command for sub, command in getattr(one, "commands", {}).items()}
+        for words, command in ({name: one} | inner).items():
+            found[words] = {
+                flag for parameter in command.params for flag in [*parameter.opts, *parameter.secondary_opts]
+            }
+    return found
+
+
+def test_sentences_name_commands_and_options_that_exist() -> None:
+    commands = list_commands()
+    scripts = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    theirs = {flag for script in scripts for flag in re.findall(r'"(--[a-z-]+)"', script.read_text())}
+    own = set().union(*commands.values())
+    for page, text in read_prose().items():
+        for span in SPAN.findall(text):
+            options = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
+            if span.startswith("lime-edge "):
+                words = [word for word in span.split()[1:] if not word.startswith("-")]
+                name = " ".join(words[:2]) if " ".join(words[:2]) in commands else " ".join(words[:1])
+                assert not words or words[0].isupper() or "|" in span or name in commands, f"{page}: {span}"
+                assert set(options) <= commands.get(name, own) | FOREIGN, f"{page}: {span}"
+            elif span.startswith("--"):
+                assert set(options) <= own | theirs | FOREIGN, f"{page}: {span}"
+
+
+def test_sentences_name_targets_of_make_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page, text in read_prose().items():
+        for target in re.findall(r"`make ([a-z0-9-]+)`", text):
+            assert target in targets, f"{page}: make {target}"
+
+
+def test_readme_names_what_is_installed() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["onnx"]]
+    names = ", ".join(re.match(r"[\w-]+", line)[0] for line in lines)  # type: ignore[index]
+    assert f"with `[onnx]`: {names};" in readme
 
 
 # the pictures
