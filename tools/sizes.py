@@ -52,7 +52,7 @@ def weigh(model: Path, adapter: Path, kept: tuple[str, ...], folder: Path) -> di
     return {
         "total": total,
         "expert": manifest.find_expert(manifest.experts[0]).size,
-        "layers": manifest.model["layers"],
+        "layers": manifest.backbone.layers,
         "tokenizer": weigh_folder(path / "tokenizer"),
         "sum_h": manifest.sites.total,
     }
