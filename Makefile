@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 clean help
+.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -35,7 +35,7 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
 
-check: $(VENV)/.dev  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
+check: $(VENV)/.dev sshd  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
 	$(PYTEST) -m 'check and not small' --ignore tests/fuzz
 	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
@@ -123,9 +123,16 @@ sizes: $(VENV)/.base  ## what a bundle of the real model takes with 16 and 100 s
 
 wheel: $(VENV)/.base  ## dist/: a wheel for machines like this one, and the sources that any other one builds it from
 	$(BIN)/pip install --quiet 'build>=1.3,<2'
-	rm -rf build/lib* build/temp* build/bdist*
-	mkdir -p build && $(BIN)/python -m build --outdir dist . > build/wheel.log
+	$(BIN)/python -m lime_edge.bench.remote.package dist >/dev/null
 	@ls dist
+
+sshd:  # what the tests of --on log in to, on a port of their own; no service is started
+	@command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || apt-get install -y -qq openssh-server >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq openssh-server >/dev/null; } || \
+	  echo "no sshd here: the tests of --on ssh:// are skipped (apt-get install openssh-server)"
+
+test-remote-arm64: $(VENV)/.dev sshd  ## bench --on an emulated arm64 Debian over ssh (root, qemu-user-static, debootstrap)
+	tools/test_arm64.sh remote
 
 test-arm64:  ## the runtime's tests with the real aarch64 wheels (root, qemu-user-static, debootstrap)
 	tools/test_arm64.sh

@@ -2,6 +2,7 @@
 # The runtime's tests on arm64, emulated: a Debian bookworm root with the real aarch64 wheels and no torch.
 #
 #   sudo tools/test_arm64.sh [PYTEST ARGUMENT ...]     builds what build/arm64/ lacks, then runs the tests
+#   sudo tools/test_arm64.sh remote                    the root as a device that is reached by ssh: bench --on and the rest
 #
 # The first run makes the root (debootstrap) and the virtual environment in it; later ones reuse both, and only build
 # this project's wheel anew, with the root's own gcc as on a Raspberry Pi, and install it. `rm -rf build/arm64` starts
@@ -204,6 +205,11 @@ mkdir -p "$WORK"
 register_qemu
 build_root
 mount_root
+if [ "${1:-}" = remote ]; then # sshd runs here and logs in there; lime-edge makes its own environment in the root
+    export LIME_EDGE_ARM64_ROOT=$ROOT
+    "$HOST_PYTHON" -m pytest -q -rs -n0 -s tests/test_remote_arm64.py
+    exit
+fi
 install_packages
 copy_tests
 run_tests "$@"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lime_edge.bench.devices import is_fleet, list_documents
 from lime_edge.bench.measure import SCHEMA
 from lime_edge.bench.tables import Facts, Table, name_run, pick
 from lime_edge.bundle.documents import parse_json, read_text
@@ -27,6 +28,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "peak_rss_bytes": (LOWER, ""),
     "memory.net_peak_bytes": (LOWER, ""),
     "memory.artifact_bytes": (LOWER, ""),
+    "energy.decode_joules_per_token": (LOWER, ""),
+    "energy.joules_per_run": (LOWER, ""),
     "expert_bytes.file": (LOWER, ""),
     "bundle_bytes": (LOWER, ""),
 }
@@ -38,36 +41,42 @@ SAME_MACHINE = ("cpu", "cores", "arch", "board", "governor")
 
 @dataclass(frozen=True)
 class Document:
-    """A file and what it holds."""
+    """A file and what it holds. device: whose, in a file of several devices; else empty."""
 
     path: Path
     facts: Facts
+    device: str = ""
 
 
-def read_document(path: Path) -> Document:
-    """Read what `lime-edge bench --json` wrote.
+def read_documents(path: Path) -> list[Document]:
+    """Read what `lime-edge bench --json` wrote: one document, or one of each device that was measured.
 
     Raises:
-        LimeEdgeError: not such a document, or of another schema.
+        LimeEdgeError: not such a document, or of another schema; no device was measured.
     """
     hint = "write one with lime-edge bench BUNDLE --json > FILE"
     facts = parse_json(read_text(path, hint), str(path), hint)
-    if not isinstance(facts, dict) or "schema" not in facts or "switch_us" not in facts:
+    if not isinstance(facts, dict) or "schema" not in facts or not ("switch_us" in facts or is_fleet(facts)):
         raise LimeEdgeError(f"{path}: not a document of lime-edge bench", hint)
     if facts["schema"] != SCHEMA:
         raise LimeEdgeError(
             f"{path}: schema: expected {SCHEMA}, found {facts['schema']}",
             "measure again with this lime-edge: different schemas are not compared",
         )
+    documents = [Document(path, one, device) for device, one in list_documents(facts).items()]
     with Faults(str(path), hint) as faults:
-        for key in ("runs", "machine", "fingerprint"):
-            if not isinstance(facts.get(key), {"runs": list, "machine": dict}.get(key, str)) or not facts[key]:
-                faults.add(f"{key} is missing, or of another kind")
-    return Document(path, facts)
+        if not documents:
+            faults.add("documents of devices", "one or more", "none: every device failed")
+        for document in documents:
+            for key in ("runs", "machine", "fingerprint"):
+                found = document.facts.get(key) if isinstance(document.facts, dict) else None
+                if not isinstance(found, {"runs": list, "machine": dict}.get(key, str)) or not found:
+                    faults.add(f"{document.device}: {key} is missing, or of another kind".removeprefix(": "))
+    return documents
 
 
 def compare_files(before: Path, after: Path) -> dict[str, Any]:
-    """Compare two documents run by run.
+    """Compare two documents run by run; of two with several devices each device with itself, else each with the one.
 
     Returns:
         {"schema", "a", "b", "warnings": [...], "runs": [{"run", "metrics": [{"metric", "better", "a", "b", "ratio",
@@ -76,16 +85,43 @@ def compare_files(before: Path, after: Path) -> dict[str, Any]:
     Raises:
         LimeEdgeError: unreadable, of another schema, or without a run in common.
     """
-    a, b = read_document(before), read_document(after)
+    mine, others = read_documents(before), read_documents(after)
     try:
-        return _compare(a, b)
+        return _compare(mine, others)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise LimeEdgeError(
             f"{before} and {after}: one of them is damaged: {error!r}", "measure again with lime-edge bench --json"
         ) from None
 
 
-def _compare(a: Document, b: Document) -> dict[str, Any]:
+def _compare(mine: list[Document], others: list[Document]) -> dict[str, Any]:
+    pairs = _pair_devices(mine, others)
+    warnings: list[str] = []
+    results: list[dict[str, Any]] = []
+    if alone := sorted({one.device for one in [*mine, *others]} - {one.device for pair in pairs for one in pair}):
+        warnings.append(f"devices in one document only: {', '.join(alone)}")
+    for a, b in pairs:
+        label = " and ".join(dict.fromkeys(one.device for one in (a, b) if one.device))
+        found, said = _compare_runs(a, b)
+        results += [entry | {"run": f"{label}: {entry['run']}" if label else entry["run"]} for entry in found]
+        warnings += [f"{label}: {text}" if label else text for text in said]
+    return {"schema": SCHEMA, "a": str(mine[0].path), "b": str(others[0].path), "warnings": warnings, "runs": results}
+
+
+def _pair_devices(mine: list[Document], others: list[Document]) -> list[tuple[Document, Document]]:
+    """Devices of the same name; where one side has no names, everything beside everything."""
+    if not (mine[0].device and others[0].device):
+        return [(a, b) for a in mine for b in others]
+    pairs = [(a, b) for a in mine for b in others if a.device == b.device]
+    if not pairs:
+        names = [", ".join(document.device for document in side) for side in (mine, others)]
+        hint = f"devices match by name: {names[0]}; {names[1]}"
+        raise LimeEdgeError(f"{mine[0].path} and {others[0].path}: no device in common", hint)
+    return pairs
+
+
+def _compare_runs(a: Document, b: Document) -> tuple[list[dict[str, Any]], list[str]]:
+    """The runs that two documents have in common, and warnings."""
     pairs = _match(a, b)
     warnings = _warn(a, b)
     if alone := len(a.facts["runs"]) + len(b.facts["runs"]) - 2 * len(pairs):
@@ -98,7 +134,7 @@ def _compare(a: Document, b: Document) -> dict[str, Any]:
                 warnings.append(f"{name}: different {key}: {mine.get(key)} and {other.get(key)}")
         found = [judge(metric, mine, other) for metric in METRICS]
         results.append({"run": name, "metrics": [entry for entry in found if entry]})
-    return {"schema": SCHEMA, "a": str(a.path), "b": str(b.path), "warnings": warnings, "runs": results}
+    return results, warnings
 
 
 def _match(a: Document, b: Document) -> list[tuple[Facts, Facts]]:
@@ -124,6 +160,9 @@ def _warn(a: Document, b: Document) -> list[str]:
     for key in SAME_MACHINE:
         if mine["machine"].get(key) != other["machine"].get(key):
             warnings.append(f"different machines: {key}: {mine['machine'].get(key)} and {other['machine'].get(key)}")
+    for label, facts in (("A", mine), ("B", other)):
+        if facts.get("throttled"):
+            warnings.append(f"{label} was throttled: {', '.join(facts['throttled'])}")
     return warnings
 
 

@@ -84,6 +84,7 @@ class RailMeter:
 
     def __init__(self, rails: dict[str, tuple[Path, Path]]):
         board = [name for name in rails if name in BOARD]
+        self._all = rails
         self._rails = {name: rails[name] for name in board[:1]} or rails
         self.counted = tuple(self._rails)
 
@@ -103,9 +104,11 @@ class RailMeter:
 
     def read_watts(self) -> float:
         """The power of the counted rails now."""
-        return sum(
-            (read_number(volts) or 0.0) * (read_number(amperes) or 0.0) / 1e6 for volts, amperes in self._rails.values()
-        )
+        return sum(_read_watts(self._rails).values())
+
+    def read_rails(self) -> dict[str, float]:
+        """Watts of every connected rail now, whether it is counted or not."""
+        return _read_watts(self._all)
 
     def measure(self, work: Callable[[], object]) -> tuple[float, float]:
         """Run `work` beside a thread that reads the sensors; joules, and seconds."""
@@ -125,6 +128,12 @@ class RailMeter:
         samples.append((time.perf_counter(), self.read_watts()))
         joules = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(samples, samples[1:], strict=False))
         return joules, samples[-1][0] - samples[0][0]
+
+
+def _read_watts(rails: dict[str, tuple[Path, Path]]) -> dict[str, float]:
+    """Watts by rail, from millivolts and milliamperes."""
+    found = {name: (read_number(volts), read_number(amperes)) for name, (volts, amperes) in rails.items()}
+    return {name: (volts or 0.0) * (amperes or 0.0) / 1e6 for name, (volts, amperes) in found.items()}
 
 
 def spend_tokens(meter: Meter, session: Session, length: int, depth: int | None, count: int) -> dict[str, Any]:

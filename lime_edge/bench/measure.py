@@ -18,6 +18,7 @@ from lime_edge.bench.lora import size_lora
 from lime_edge.bench.machine import SYS, count_cores, describe_machine, measure_copy, read_temperature
 from lime_edge.bench.memory import FIRST, MemoryRequest, find_imports, measure_experts, measure_stages
 from lime_edge.bench.rounds import summarize
+from lime_edge.bench.throttling import find_throttling, read_state
 from lime_edge.bench.timing import percentiles, time_round, time_switches
 from lime_edge.bench.work import Load, Work, find_work
 from lime_edge.bundle.bundle import Bundle
@@ -154,12 +155,13 @@ def bench_bundle(
     names = [target] if target is None or isinstance(target, str) else list(target)
     names = [load_engine(bundle, name)[0] for name in names]  # imports are not loads
     _check(bundle, names, options)
-    machine = describe_machine(options.sysfs)
+    machine, before = describe_machine(options.sysfs), read_state(options.sysfs)
     jobs = [Job(bundle, name, selection, threads, options, progress) for name in names]
     for job in jobs:  # what cannot run is refused before anything is timed, and the first load warms up
         job.use(job.open(bundle))
     speeds = _measure_copies(jobs)
     runs = [run for job in jobs for run in _bench_target(job, speeds.get(job.used_threads))]
+    after = read_state(options.sysfs)
     return {
         "schema": SCHEMA,
         "lime_edge": lime_edge.__version__,
@@ -169,6 +171,9 @@ def bench_bundle(
         "fingerprint": bundle.manifest.backbone.fingerprint,
         **runs[0],
         "machine": machine,
+        "state": {"before": before.describe(), "after": after.describe()},
+        "throttled": find_throttling(before, after),
+        "device": None,
         "runs": runs,
     }
 

@@ -197,6 +197,27 @@ def _draw_percentiles(metric: str, unit: str) -> Callable[[Any, list[Facts]], bo
     return draw
 
 
+def _draw_energy(axes: Any, runs: list[Facts]) -> bool:
+    """Joules per token of an answer, or per call."""
+    rows = []
+    for run, name in zip(runs, _names(runs), strict=True):
+        value = pick(run, "energy.decode_joules_per_token") or pick(run, "energy.joules_per_run")
+        if value is not None:
+            rows.append((name, value, None, None))
+    if rows:
+        _bars(axes, rows, "J")
+    return bool(rows)
+
+
+def _draw_peak(axes: Any, runs: list[Facts]) -> bool:
+    """The largest resident set; beside another machine's only."""
+    kept = [(run, name) for run, name in zip(runs, _names(runs), strict=True) if run["peak_rss_bytes"] is not None]
+    if len({run.get("device") for run, _ in kept}) < 2:
+        return False
+    _bars(axes, [(name, run["peak_rss_bytes"] / 1e6, None, None) for run, name in kept], "MB")
+    return True
+
+
 def _draw_rounds(axes: Any, runs: list[Facts]) -> bool:
     """Every round's median: drift and disturbance show here."""
     lines = []
@@ -336,6 +357,8 @@ PLOTS: dict[str, Plot] = {
         _draw_percentiles("switch_to_first_token_ms", "ms"),
     ),
     "memory": Plot("Memory by stage", "Resident memory by stage, in a fresh process.", _draw_stages),
+    "peak_memory": Plot("Peak memory", "The largest resident set of a fresh process, by device.", _draw_peak),
+    "energy": Plot("Energy", "Joules per token of an answer, or per call: what idling takes included.", _draw_energy),
     "skills_bytes": Plot(
         "Many skills on disk",
         "The artifact with 1, 10 and 100 skills; a LoRA of the same rank on the same layers is calculated, in float16.",

@@ -8,6 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from lime_edge.bench.devices import is_fleet, join_devices, tabulate_devices, tabulate_machines, title_fleet
 from lime_edge.bench.plots import PLOTS, find_figure, render
 from lime_edge.bench.tables import Facts, Table, describe_setting, tabulate
 from lime_edge.bundle.staging import stage_directory, storage_error
@@ -49,7 +50,8 @@ def write_report(path: Path, document: Facts) -> None:
     Raises:
         LimeEdgeError: matplotlib is missing, the directory exists, or nothing can be written.
     """
-    plots = {name: render(plot, document) for name, plot in PLOTS.items()}
+    drawing = join_devices(document) if is_fleet(document) else document
+    plots = {name: render(plot, drawing) if drawing else None for name, plot in PLOTS.items()}
     drawn = {name: png for name, png in plots.items() if png is not None}
     with stage_directory(path) as stage:
         for name, png in drawn.items():
@@ -69,15 +71,12 @@ def write_page(document: Facts, plots: dict[str, bytes]) -> str:
         f"<figcaption>{html.escape(PLOTS[name].caption)}</figcaption></figure>"
         for name, png in plots.items()
     ]
-    machine = Table(
-        "Machine",
-        ["", "value"],
-        [
-            [key, "-" if value is None else ", ".join(value) if isinstance(value, list) else str(value)]
-            for key, value in document["machine"].items()
-        ],
-    )
-    title = f"{document['model']}: lime-edge bench"
+    if is_fleet(document):
+        title, setting = "lime-edge bench on several devices", title_fleet(document)
+        tables = tabulate_devices(document), tabulate_machines(document)
+    else:
+        title, setting = f"{document['model']}: lime-edge bench", describe_setting(document)
+        tables = tabulate(document), _tabulate_machine(document)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -85,17 +84,28 @@ def write_page(document: Facts, plots: dict[str, bytes]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(describe_setting(document))}</p>",
+        f"<p>{html.escape(setting)}</p>",
         f"<p>{html.escape(document['created'])}, lime-edge {html.escape(document['lime_edge'])}. In parentheses: "
         "5th to 95th percentile of the rounds.</p>",
-        _write_table(tabulate(document)),
+        _write_table(tables[0]),
         '<div class="plots">',
         *figures,
         "</div>",
-        _write_table(machine),
+        _write_table(tables[1]),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _tabulate_machine(document: Facts) -> Table:
+    return Table(
+        "Machine",
+        ["", "value"],
+        [
+            [key, "-" if value is None else ", ".join(value) if isinstance(value, list) else str(value)]
+            for key, value in document["machine"].items()
+        ],
+    )
 
 
 def _write_table(table: Table) -> str:

@@ -25,6 +25,11 @@ class Table:
 
 def name_run(run: Facts, runs: list[Facts]) -> str:
     """A column's header: what tells a run from the others."""
+    if "device" in run:  # of several devices, see devices.py
+        where, same = run["device"], [one for one in runs if one["device"] == run["device"]]
+        own = [{key: value for key, value in one.items() if key != "device"} for one in same]
+        mine = own[next(place for place, one in enumerate(same) if one is run)]
+        return f"{where}, {name_run(mine, own)}" if len(own) > 1 else str(where)
     tokens = run["prompt_tokens"]
     several = len({one["target"] for one in runs}) > 1
     if tokens is None or (several and len({one["prompt_tokens"] for one in runs}) == 1):
@@ -50,10 +55,11 @@ def describe(document: Facts) -> str:
     if any(run.get("operators") is False for run in document["runs"]):
         engines += ", without compiled operators"
     threads = "the engine's own threads" if count is None else f"{count} thread{'s' if count > 1 else ''}"
+    slowed = f"; THROTTLED: {', '.join(document['throttled'])}" if document.get("throttled") else ""
     return (
         f"{document['bundle']} ({first['quant']}, {engines}, expert {first['expert']}, "
         f"{rounds} round{'s' if rounds > 1 else ''}, {threads}; {machine['cpu']}, {machine['cores']} cores, "
-        f"load {machine['load_1min']})"
+        f"load {machine['load_1min']}{slowed})"
     )
 
 
@@ -61,6 +67,8 @@ def describe_setting(document: Facts) -> str:
     """Model and machine, as a picture's subtitle says them."""
     machine, first = document["machine"], document["runs"][0]
     threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["threads"] else ""
+    if "names" in machine:  # of several devices
+        return f"{document['model']} {first['quant']}, expert {first['expert']}; {', '.join(machine['names'])}{threads}"
     where = machine.get("board") or machine["cpu"]
     return f"{document['model']} {first['quant']}, expert {first['expert']}; {where}, {machine['cores']} cores{threads}"
 
@@ -84,10 +92,12 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def write_csv(document: Facts) -> str:
-    """A header of dotted keys and a line per run; rounds are left out, empty cells are null."""
-    shared = {key: value for key, value in document.items() if key not in {*document["runs"][0], "runs"}}
-    lines = [flatten(shared | run) for run in document["runs"]]
+def write_csv(*documents: Facts) -> str:
+    """A header of dotted keys and a line per run of every document; rounds are left out, empty cells are null."""
+    lines = []
+    for document in documents:
+        shared = {key: value for key, value in document.items() if key not in {*document["runs"][0], "runs"}}
+        lines += [flatten(shared | run) for run in document["runs"]]
     header = list(dict.fromkeys(key for line in lines for key in line if not key.startswith("rounds.")))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", extrasaction="ignore", lineterminator="\n")

@@ -63,6 +63,18 @@ class Report:
         }
 
 
+def read_report(facts: Mapping[str, Any]) -> Report:
+    """The report that `describe` described, of another machine."""
+    targets = facts["targets"]
+    return Report(
+        facts["path"],
+        facts["files"],
+        {name: entry["compute"] for name, entry in targets.items()},
+        {name: entry["provider"] for name, entry in targets.items()},
+        tuple(Check(**check) for check in facts["checks"]),
+    )
+
+
 def refuse_nothing(path: Path, checks: Sequence[Check], providers: Mapping[str, str], needed: int) -> None:
     """An answer that compares nothing is none.
 

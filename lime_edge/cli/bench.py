@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import TARGET_NAMES, ExpertOption, Json, Quiet, Threads, split_names
+from lime_edge.cli.options import (
+    TARGET_NAMES,
+    Clean,
+    ExpertOption,
+    Hosts,
+    Json,
+    On,
+    Quiet,
+    RemotePython,
+    SitePackages,
+    Threads,
+    Wheels,
+    split_names,
+)
+from lime_edge.cli.remote import Where, bench_there, clean_only, end
 from lime_edge.errors import Faults, LimeEdgeError
+
+if TYPE_CHECKING:
+    from lime_edge.bench.remote.plan import Outcome
 
 BENCH_EXAMPLES = """
 
@@ -25,6 +42,10 @@ BENCH_EXAMPLES = """
  lime-edge bench smollm2.lime --batch 1,2,4,8,16
 
  lime-edge bench --compare before.json after.json
+
+ lime-edge bench smollm2.lime --on ssh://pi@raspberrypi --json > pi.json
+
+ lime-edge bench smollm2.lime --hosts desk.toml --report report
 """
 
 
@@ -64,26 +85,36 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Compare two earlier --json outputs.")
     ] = None,
+    on: On = None,
+    hosts: Hosts = None,
+    wheels: Wheels = None,
+    python: RemotePython = None,
+    site_packages: SitePackages = False,
+    clean: Clean = False,
     quiet: Quiet = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line per run.")] = False,
     as_markdown: Annotated[bool, typer.Option("--md", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Time load, prefill, decode and switching; memory, energy; compare two measurements."""
+    """Time load, prefill, decode and switching; memory, energy; here or on devices; compare two measurements."""
     from lime_edge.bench.report import check_report, write_report
 
     if as_json + as_csv + as_markdown > 1:
         raise LimeEdgeError("--json, --csv and --md: one of them", "leave them out for a table")
+    where = Where(on, hosts, wheels, python, site_packages, clean)
     if compare is not None:
-        if bundle or report or as_csv:
+        if bundle or report or as_csv or where.elsewhere:
             raise LimeEdgeError("--compare takes two files, and of the other options --json or --md only")
         _print_comparison(*compare, as_json, as_markdown)
+        return
+    if bundle is None and clean:
+        clean_only(where)
         return
     if bundle is None:
         raise LimeEdgeError("bench: a BUNDLE is missing", "or compare two files: bench --compare A.json B.json")
     if batch is not None:
-        if expert or depth or baseline or report:
-            raise LimeEdgeError("--batch goes without --expert, --depth, --baseline and --report")
+        if expert or depth or baseline or report or where.elsewhere:
+            raise LimeEdgeError("--batch goes without --expert, --depth, --baseline, --report and --on")
         lengths, sizes = _read_numbers("--prompt-tokens", prompt_tokens), _read_numbers("--batch", batch)
         found = _measure_batch(bundle, split_names(target), threads, sizes, lengths, gen_tokens, repeat)
         _print_batch(found, as_json, as_csv, as_markdown)
@@ -91,11 +122,41 @@ def bench(
     if report is not None:
         check_report(report)
     lengths = _read_numbers("--prompt-tokens", prompt_tokens)
-    facts = _measure(bundle, expert, target, threads, lengths, gen_tokens, repeat, depth, baseline)
-    _print_document(facts, as_json, as_csv, as_markdown)
-    if report is not None:
-        write_report(report, facts)
-        terminal.note(f"wrote {report}/index.html")
+    outcomes: list[Outcome] = []
+    if where.elsewhere:
+        words = _repeat_options(expert, threads, prompt_tokens, gen_tokens, repeat, depth)
+        words += ["--target", ",".join(split_names(target))] if target else []
+        words += ["--baseline", baseline] if baseline else []
+        extras = None if depth or baseline or target else _name_extras(expert, threads, lengths, gen_tokens, repeat)
+        facts, outcomes = bench_there(where, [bundle, *words], tuple(split_names(target)), extras)
+    else:
+        facts = _measure(bundle, expert, target, threads, lengths, gen_tokens, repeat, depth, baseline)
+    if facts is not None:
+        _print_document(facts, as_json, as_csv, as_markdown)
+        if report is not None:
+            write_report(report, facts)
+            terminal.note(f"wrote {report}/index.html")
+    end(outcomes, where.alone)
+
+
+def _repeat_options(
+    expert: str | None, threads: int | None, prompt_tokens: str, gen_tokens: int, repeat: int, depth: int | None
+) -> list[Any]:
+    """What was asked for here, as a device is asked for it."""
+    asked = {"expert": expert, "threads": threads, "depth": depth}
+    asked |= {"prompt-tokens": prompt_tokens, "gen-tokens": gen_tokens, "repeat": repeat}
+    return [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _name_extras(
+    expert: str | None, threads: int | None, lengths: tuple[int, ...], gen_tokens: int, repeat: int
+) -> dict[str, str] | None:
+    """The same for the Android app: extras of its benchmark; None where it cannot do it."""
+    if len(lengths) > 1:
+        return None
+    asked = {"prompt_tokens": lengths[0], "gen_tokens": gen_tokens, "repeat": repeat}
+    given = {"expert": expert, "threads": threads}
+    return {name: str(value) for name, value in (asked | given).items() if value is not None}
 
 
 def _measure(
@@ -164,14 +225,18 @@ def _print_batch(facts: dict[str, Any], as_json: bool, as_csv: bool, as_markdown
 
 
 def _print_document(facts: dict[str, Any], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
+    from lime_edge.bench.devices import is_fleet, list_documents, tabulate_devices
     from lime_edge.bench.tables import tabulate, write_csv, write_markdown
 
-    table = tabulate(facts)
     if as_json:
         terminal.print_json(facts)
-    elif as_csv:
-        print(write_csv(facts), end="")
-    elif as_markdown:
+        return
+    documents = list_documents(facts)
+    if as_csv:
+        print(write_csv(*documents.values()) if documents else "", end="")
+        return
+    table = tabulate_devices(facts) if is_fleet(facts) else tabulate(facts)
+    if as_markdown:
         print(write_markdown(table))
     else:
         columns = {header: "right" if place else "left" for place, header in enumerate(table.headers)}

@@ -83,3 +83,26 @@ SkillsOption = Annotated[
         autocompletion=_complete_skills,
     ),
 ]
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--on", metavar="ADDRESS", help="On a device: ssh://[USER@]HOST[:PORT], adb or adb:SERIAL; may be repeated."
+    ),
+]
+Hosts = Annotated[
+    Path | None, typer.Option("--hosts", metavar="FILE", help="On the devices of this file (docs/remote.md).")
+]
+Wheels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", exists=True, file_okay=False, help="Wheels to bring to a device that reaches no package index."
+    ),
+]
+RemotePython = Annotated[
+    str | None,
+    typer.Option("--python", metavar="PATH", help="The interpreter on the device; else the first that fits."),
+]
+SitePackages = Annotated[
+    bool, typer.Option("--site-packages", help="Use the packages that the device's Python has; install lime-edge only.")
+]
+Clean = Annotated[bool, typer.Option("--clean", help="Afterwards delete everything that was brought to the device.")]

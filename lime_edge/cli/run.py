@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import BundlePath, Json, Quiet, SkillsOption, Target, Threads
+from lime_edge.cli.options import (
+    BundlePath,
+    Clean,
+    Hosts,
+    Json,
+    On,
+    Quiet,
+    RemotePython,
+    SitePackages,
+    SkillsOption,
+    Target,
+    Threads,
+    Wheels,
+)
+from lime_edge.cli.remote import Where, run_there
 from lime_edge.cli.streams import read_prompt
 from lime_edge.errors import LimeEdgeError
 
@@ -22,6 +36,8 @@ EXAMPLES = """
  lime-edge run smollm2.lime "Is this review positive? A delight." --expert movie
 
  lime-edge run smollm2.lime "patent" --expert all                (every expert's answer, in one pass)
+
+ lime-edge run smollm2.lime "patent" --on ssh://pi@raspberrypi
 
  lime-edge run smollm2.lime                 (chat; /expert NAME switches, /help lists the commands)
 
@@ -51,6 +67,12 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option(help="The prompt is complete: no chat template.")] = False,
+    on: On = None,
+    hosts: Hosts = None,
+    wheels: Wheels = None,
+    python: RemotePython = None,
+    site_packages: SitePackages = False,
+    clean: Clean = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +88,15 @@ def run(
             "--json prints one answer: a prompt is missing", "give a prompt, or leave --json out to chat"
         )
     text = None if prompt is None else read_prompt(prompt)
+    where = Where(on, hosts, wheels, python, site_packages, clean)
+    if where.elsewhere:
+        numbers = {"temperature": temperature, "top-k": top_k, "top-p": top_p, "max-new-tokens": max_new_tokens}
+        given = {"expert": expert, "target": target, "threads": threads, "max-length": max_length, "seed": seed}
+        asked = numbers | given | {"system": system}
+        words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+        words += [word for one in stop or () for word in ("--stop", one)] + (["--raw"] if raw else [])
+        run_there(where, bundle, text, words, target, as_json)
+        return
     options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     session = open_bundle(bundle, target, threads, max_length)
     if expert is not None and asks_for_many(expert, session.experts):

@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from lime_edge import terminal
-from lime_edge.cli.options import TARGET_NAMES, BundlePath, Json, Quiet, Threads, split_names
+from lime_edge.cli.options import (
+    TARGET_NAMES,
+    BundlePath,
+    Clean,
+    Hosts,
+    Json,
+    On,
+    Quiet,
+    RemotePython,
+    SitePackages,
+    Threads,
+    Wheels,
+    split_names,
+)
+from lime_edge.cli.remote import Where, verify_there
 
 EXAMPLES = """
 
@@ -18,6 +32,8 @@ EXAMPLES = """
  lime-edge verify smollm2.lime --target onnx --expert movie --expert none
 
  lime-edge verify smollm2.lime --json > verified.json
+
+ lime-edge verify smollm2.lime --on ssh://pi@raspberrypi        (as it lies there)
 """
 
 
@@ -38,6 +54,12 @@ def verify(
         list[str] | None, typer.Option("--expert", "-e", help="Only this selection; may be repeated.")
     ] = None,
     threads: Threads = None,
+    on: On = None,
+    hosts: Hosts = None,
+    wheels: Wheels = None,
+    python: RemotePython = None,
+    site_packages: SitePackages = False,
+    clean: Clean = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -46,11 +68,19 @@ def verify(
     Compares the sha256 of every file, then outputs and greedy tokens with what
     PyTorch computed at export. Needs no torch. Ends with 3 when a check missed,
     with 2 where the export stored nothing to compare with. Experts that were
-    added later are listed as not checked.
+    added later are listed as not checked. With --on, the bundle as it lies on a device:
+    it is brought where there is none, and not mended.
     """
     from lime_edge.checks.report import refuse_misses, show_report
     from lime_edge.checks.verify import verify_bundle
 
+    where = Where(on, hosts, wheels, python, site_packages, clean)
+    if where.elsewhere:
+        words = ["--target", ",".join(split_names(target))] if target else []
+        words += [word for name in expert or () for word in ("--expert", name)]
+        words += ["--threads", str(threads)] if threads else []
+        verify_there(where, bundle, words, tuple(split_names(target)), as_json)
+        return
     with terminal.show_steps() as progress:
         report = verify_bundle(bundle, split_names(target), expert or (), threads, progress)
     if as_json:
