@@ -73,6 +73,7 @@ def test_a_phone_answers_with_the_same_schema(phone: FakePhone, tiny_bundle: Mak
             assert (copied / file.relative_to(bundle)).read_bytes() == file.read_bytes(), file
     assert document["device"]["sent_bytes"] == phone.pushed > document["bundle_bytes"]
     phone.pushed = 0
+    (phone.folder / "thermal").write_text("0")
     again = bench(phone, bundle)
     assert again["device"]["sent_bytes"] == phone.pushed == 0, "the second run pushes nothing"
     assert again["throttled"] == []
@@ -140,11 +141,12 @@ def test_doctor_names_what_a_phone_lacks(phone: FakePhone) -> None:
 @pytest.mark.skipif(not (shutil.which("mvn") and shutil.which("java")), reason="needs a JDK and Maven")
 def test_kotlins_benchmark_stands_for_the_activity(phone: FakePhone, tiny_bundle: Make, tmp_path: Path) -> None:
     """The library's own BenchmarkRequest, which the activity calls, on the JVM with the real ONNX Runtime."""
-    sources = tmp_path / "kotlin"
+    sources = tmp_path / "runtimes" / "kotlin"
     shutil.copytree(KOTLIN, sources, ignore=shutil.ignore_patterns("target"))
     goal = "dependency:build-classpath"
     maven = ["mvn", "-B", "-ntp", "-q", "-pl", "core,onnx,app", "-am", "compile", goal, "-Dmdep.outputFile=target/path"]
-    shutil.copytree(KOTLIN.parent.parent / "examples" / "android", tmp_path / "examples" / "android")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(KOTLIN.parent.parent / "docs" / "bundle.schema.json", tmp_path / "docs")  # a resource of the jar
     text = (sources / "pom.xml").read_text().replace("    <module>../../examples/android/check</module>\n", "")
     (sources / "pom.xml").write_text(text)
     built = subprocess.run(maven, cwd=sources, capture_output=True, text=True)
