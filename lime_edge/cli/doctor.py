@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lime_edge import terminal
+from lime_edge.cli.flags import translate
 from lime_edge.cli.options import Hosts, Json, On, RemotePython, SitePackages
 from lime_edge.cli.remote import Where, load_bundle
 
@@ -65,7 +66,7 @@ def show_finding(finding: Finding) -> None:
     text = terminal.escape(f"{finding.topic}, {finding.what}: {finding.found}")
     terminal.out.print(f"{MARKS[finding.state]}  {text}", soft_wrap=True)
     if finding.hint:
-        terminal.tell(f"      {finding.hint}")
+        terminal.tell(f"      {translate(finding.hint)}")
 
 
 def examine_there(where: Where, bundle: Path | None, as_json: bool) -> None:

@@ -28,6 +28,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "gen_tokens": "--gen-tokens",
     "grace": "--grace",
     "group": "--group-size",
+    "hosts": "--hosts",
     "hyper": "--hyper",
     "keep_installed": "--keep-installed",
     "keep_int8": "--keep-int8",
@@ -44,6 +45,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "port": "--port",
     "prefixes": "--prefix-memory",
     "prompt_tokens": "--prompt-tokens",
+    "python": "--python",
     "quant": "--quant",
     "raw": "--raw",
     "repeat": "--repeat",
@@ -52,6 +54,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "rows": "--rows",
     "seed": "--seed",
     "settings": "--set",
+    "site_packages": "--site-packages",
     "single": "--single",
     "stop": "--stop",
     "system": "--system",
@@ -63,6 +66,7 @@ FLAGS = {  # parameter -> the option it is set with; what has no option keeps it
     "top_k": "--top-k",
     "top_p": "--top-p",
     "verify": "--verify",
+    "wheels": "--wheels",
 } | {name: f"--{name.replace('_', '-')}" for name in list_by_name(TARGETS)}
 PARAMETER = re.compile(r"`(\w+)(?:=([^`]*))?`")
 

@@ -132,7 +132,7 @@ def gather_devices(
     devices = [parse_address(address) for address in addresses] + (read_hosts(hosts) if hosts else [])
     names = [device.name for device in devices]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise LimeEdgeError(f"{', '.join(twice)}: each device once", "give them other names in a hosts file: --hosts")
+        raise LimeEdgeError(f"{', '.join(twice)}: each device once", "give them other names in a hosts file: `hosts`")
     return [
         replace(device, python=device.python or python, site_packages=device.site_packages or site_packages)
         for device in devices

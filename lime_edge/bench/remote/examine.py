@@ -104,7 +104,15 @@ async def examine_device(
         own = json.loads(answer.out)
     except ValueError:
         said = answer.err.strip()[-400:]
-        findings.append(Finding("device", "lime-edge", BAD, f"ended with {answer.code}: {said}", "--clean, then again"))
+        findings.append(
+            Finding(
+                "device",
+                "lime-edge",
+                BAD,
+                f"ended with {answer.code}: {said}",
+                "lime-edge bench --on ... --clean, then again",
+            )
+        )
         return DeviceDiagnosis(tuple(findings))
     findings += [Finding(**finding) for finding in own["findings"]]
     return DeviceDiagnosis(tuple(findings), tuple(own["engines"]), tuple(own["works"]), own["exit_code"])
@@ -155,7 +163,7 @@ def _examine_python(device: Device, there: dict[str, Any]) -> list[Finding]:
         elif not meets(version, wanted):
             faults.append(f"{name} {version}, expected {wanted}")
     if faults:
-        hint = "install them there, or leave --site-packages out"
+        hint = "install them there, or leave `site_packages` out"
         return [Finding("device", "packages", BAD, "; ".join(faults), hint)]
     return [Finding("device", "packages", GOOD, f"all {len(_needed())} that lime-edge[onnx] needs")]
 

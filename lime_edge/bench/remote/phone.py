@@ -73,7 +73,7 @@ async def bench_phone(device: Device, task: Task, tell: Tell, track: Callable[[A
     if task.extras is None:
         raise LimeEdgeError(
             f"{device.name}: the app on a phone has a benchmark of one bundle and one prompt length, nothing else",
-            "there are no verify, run, --target, --depth and --baseline over adb; doctor --on adb looks at the phone",
+            "no verify, run, `target`, `depth` or `baseline` over adb; lime-edge doctor --on adb looks at the phone",
         )
     phone = await asyncio.to_thread(find_phone, device)
     track(phone)

@@ -105,7 +105,7 @@ def find_lacks(device: Device, facts: Facts) -> list[tuple[str, str, str]]:
         found = ", ".join(f"{version} ({path})" for version, path in facts.pythons)
         found = found or (f"no {device.python}" if device.python else "none")
         wanted = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-        hint = "apt install python3.11 python3.11-venv, or name another one: --python PATH"
+        hint = "apt install python3.11 python3.11-venv, or name another one: `python`"
         lacks.append(("Python", f"expected {wanted}, found {found}", hint))
     if facts.readonly:
         lacks.append(("folder", f"{facts.readonly} cannot be written to", "give the hosts file another folder"))

@@ -17,7 +17,7 @@ from lime_edge.bench.remote.there.place import NOTES, READY, discard, make, put,
 from lime_edge.bench.remote.there.wire import FULL, Refusal, Request, start
 
 KEPT = 3  # environments that stay
-ENVIRONMENT = "the device needs a package index, or carried wheels: --wheels DIR"
+ENVIRONMENT = "the device needs a package index, or carried wheels: `wheels`"
 
 
 def is_ready(env: Path) -> bool:
