@@ -7,8 +7,8 @@ import java.nio.FloatBuffer
 /**
  * The experts of one opened bundle, and the residual d = p - p_ref for any selection of them.
  *
- * Vectors keep their stored type and are read when first used; residuals are made on demand, and the last few, a
- * megabyte in all, are kept so that switching back costs nothing.
+ * Vectors keep their stored type and are read when first used; residuals are made on demand, and the last few, 16
+ * megabytes in all, are kept so that switching back costs nothing.
  */
 internal class ExpertBank(private val bundle: LimeBundle) {
     private val manifest = bundle.manifest
@@ -123,7 +123,7 @@ internal class ExpertBank(private val bundle: LimeBundle) {
     }
 
     private companion object {
-        private const val READY_BYTES = 1 shl 20
+        private const val READY_BYTES = 16 shl 20
     }
 }
 
