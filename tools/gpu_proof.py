@@ -31,9 +31,11 @@ import onnxruntime
 from oracle_tokens import compare
 
 import lime_edge
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.evaluate import evaluate, read_examples
 from lime_edge.checks.verify import verify_bundle
 from lime_edge.runtimes.onnx.operators import explain_cuda_absence, find_cuda_library
+from lime_edge.targets.entries import OnnxFacts
 
 PROMPT, STEPS, REPEATS, LENGTH = 512, 128, 7, 1024
 SWITCHES = 10_000
@@ -143,8 +145,9 @@ def time_decode(bundle: Path, single: Path | None) -> dict[str, Any]:
     wanted: dict[str, tuple[Path, Any]] = {
         "pinned": (bundle, "first"),
         "none": (bundle, None),
-        "routed": (bundle, "routed"),
     }
+    if Bundle.open(bundle).manifest.facts_of(OnnxFacts).routed:
+        wanted["routed"] = (bundle, "routed")
     if single is not None:
         wanted["branchless"] = (single, "first")
     with contextlib.ExitStack() as stack:
