@@ -6,11 +6,12 @@ TARGETS_EXTRAS := onnx,export,executorch,coreml,report,serve
 EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.cli.demo import find_backbone as f; print(f())')" \
 	  --adapter examples/demo_adapter/adapter
 WORKERS ?= 2
+MINUTES ?= 120
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd clean help
+.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -35,7 +36,7 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
 
-check: $(VENV)/.dev sshd  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
+check: $(VENV)/.dev sshd chromium  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
 	$(PYTEST) -m 'check and not small' --ignore tests/fuzz
 	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
@@ -46,6 +47,13 @@ fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads
 
 soak: $(VENV)/.dev  ## an hour of switching, installing, writing and opening at once: answers, files left, memory
 	$(BIN)/python tools/soak.py --seconds 3600
+
+soak-serve: $(VENV)/.dev  ## two hours (MINUTES=120) of 32 clients over 16 skills, some leaving mid-stream, then SIGTERM under load
+	$(BIN)/python tools/serve_load.py --minutes $(MINUTES) --kill 0.1
+
+bench-serve: $(VENV)/.base build/demo.lime  ## the server: 8 clients with 8 skills beside one client, first tokens included
+	$(BIN)/pip install --quiet -e '.[serve]'
+	$(BIN)/python tools/bench_serve.py build/demo.lime --threads 2
 
 sanitize: $(VENV)/.dev  ## the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (part of check)
 	$(BIN)/python tools/sanitize_operators.py
@@ -130,6 +138,11 @@ sshd:  # what the tests of --on log in to, on a port of their own; no service is
 	@command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || apt-get install -y -qq openssh-server >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq openssh-server >/dev/null; } || \
 	  echo "no sshd here: the tests of --on ssh:// are skipped (apt-get install openssh-server)"
+
+chromium:  # what the tests of the server's page run in
+	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -qq chromium >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	  echo "no Chromium here: the tests of the server's page are skipped (apt-get install chromium)"
 
 test-remote-arm64: $(VENV)/.dev sshd  ## bench --on an emulated arm64 Debian over ssh (root, qemu-user-static, debootstrap)
 	tools/test_arm64.sh remote

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import random
 import re
 import signal
@@ -31,6 +30,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
 from serve_client import Reply, ask  # noqa: E402
+from serve_process import start_server  # noqa: E402
 from serving import LETTERS, make_marker_bundle  # noqa: E402
 
 SLACK = 24 << 20  # bytes that the server may grow by after its first tenth
@@ -123,17 +123,6 @@ def read_metric(port: int, name: str) -> float:
     return float(found[1])
 
 
-def start_server(bundle: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
-    """`lime-edge serve` in a process of its own, and its port."""
-    command = [sys.executable, "-m", "lime_edge", "serve", str(bundle), "--port", "0", "--threads", "1", *options]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert server.stderr is not None
-    for line in server.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-            return server, int(found[1])
-    raise SystemExit("the server did not start")
-
-
 async def end_under_load(server: subprocess.Popen[str], port: int, grace: float) -> tuple[Counter[str], float]:
     """SIGTERM while 24 long answers run: how each of them ended, and after how many seconds the server did."""
     body = {"model": "marker:skill-c", "prompt": "x", "max_tokens": 1500, "ignore_eos": True}
@@ -170,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_marker_bundle(Path(folder) / "made")
-        server, port = start_server(bundle, "--grace", str(args.grace), "--prefix-memory", "8")
+        server, port = start_server(bundle, "--threads", "1", "--grace", str(args.grace), "--prefix-memory", "8")
         try:
             began = time.monotonic()
             tally = asyncio.run(load(port, args, server.pid))
