@@ -140,8 +140,9 @@ sshd:  # what the tests of --on log in to, on a port of their own; no service is
 	  echo "no sshd here: the tests of --on ssh:// are skipped (apt-get install openssh-server)"
 
 chromium:  # what the tests of the server's page run in
-	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -qq chromium >/dev/null || \
-	  { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	   apt-get install -y -qq --no-install-recommends chromium >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	  echo "no Chromium here: the tests of the server's page are skipped (apt-get install chromium)"
 
 test-remote-arm64: $(VENV)/.dev sshd  ## bench --on an emulated arm64 Debian over ssh (root, qemu-user-static, debootstrap)
