@@ -111,7 +111,7 @@ def test_standard_input_stands_for_a_file(lime: Cli, bundle: Path, tmp_path: Pat
 
 
 def test_everything_that_prints_facts_prints_json(lime: Cli, bundle: Path, tmp_path: Path) -> None:
-    """Every command has --json, but for what prints none (serve answers over HTTP); the small ones print what they did."""
+    """Every command has --json, but `serve`, which answers over HTTP; the small ones print what they did."""
     group = typer.main.get_command(app)
     experts = group.commands["experts"].commands  # type: ignore[attr-defined]
     commands = {name: one for name, one in group.commands.items() if name not in ("experts", "serve")} | experts  # type: ignore[attr-defined]
