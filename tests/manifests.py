@@ -108,7 +108,12 @@ def add_coreml(bundle: Path) -> None:
     def add(body: dict[str, Any]) -> None:
         (onnx,) = (target for target in body["targets"] if target["target"] == "onnx")
         common = {key: value for key, value in onnx.items() if key not in ("opset", "functions")}
-        own = {"target": "coreml", "file": "coreml/model.mlpackage", "compute": "float16", "minimum": "iOS18"}
+        own: dict[str, Any] = {
+            "target": "coreml",
+            "file": "coreml/model.mlpackage",
+            "compute": "float16",
+            "minimum": "iOS18",
+        }
         own |= {"compute_units": "all", "max_length": 1024, "lengths": [1, 32, 128], "providers": ["CoreML"]}
         own |= {"routed": "routed" if onnx["routed"] else None}
         body["targets"].append(common | own)

@@ -162,7 +162,12 @@ def age(file: Path) -> None:
 def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     hashed: list[str] = []
     real = reading.Inside.hash
-    monkeypatch.setattr(reading.Inside, "hash", lambda self, name: hashed.append(name) or real(self, name))
+
+    def count(self: reading.Inside, name: str) -> str:
+        hashed.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(reading.Inside, "hash", count)
     monkeypatch.setattr(seen.time, "time_ns", lambda real=seen.time.time_ns: real() + 10**10)
     return hashed
 
@@ -459,10 +464,15 @@ def test_storage_faults_have_their_own_exit_code(tmp_path: Path) -> None:
 
 
 def test_opening_many_experts_reads_their_facts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, hashed = make_bundle(tmp_path / "x.lime", tuple(f"skill_{index}" for index in range(100))), []
+    path, hashed = make_bundle(tmp_path / "x.lime", tuple(f"skill_{index}" for index in range(100))), list[int]()
     real = reading.hashlib.sha256
     bundle = Bundle.open(path)
-    monkeypatch.setattr(reading.hashlib, "sha256", lambda data: hashed.append(len(data)) or real(data))
+
+    def count(data: bytes) -> Any:
+        hashed.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr(reading.hashlib, "sha256", count)
     bank = bundle.open_bank()
     assert len(bank.names) == 100 and len(hashed) == 1, "the reference alone"
     bank.residual("skill_7")

@@ -244,8 +244,13 @@ def test_a_residual_beyond_float16_is_refused() -> None:
 
 
 def test_a_lazy_expert_is_read_once_and_checked() -> None:
-    bank, calls = make_bank(), []
-    bank.offer("three", lambda: calls.append(1) or make_expert("three"))
+    bank, calls = make_bank(), list[int]()
+
+    def load() -> Expert:
+        calls.append(1)
+        return make_expert("three")
+
+    bank.offer("three", load)
     bank.offer("foreign", lambda: replace(make_expert("foreign"), adapter_id="0" * 64))
     assert bank.names == ("one", "two", "three", "foreign") and not calls
     for _ in range(2):

@@ -191,8 +191,8 @@ def test_against_transformers(tiny_model: Make, tiny_adapter: Make, tiny_bundle:
     numbers = [rows.start(session._bank.residual(f"expert{index}")) for index in range(4)]
     found = [[rows.feed(row, one[:-3].numpy(), 1)[-1].copy()] for row, one in zip(numbers, ids, strict=True)]
     for step in (-3, -2, -1):
-        for place, logits in enumerate(rows.step(numbers, [int(one[step]) for one in ids])):
-            found[place].append(logits.copy())
+        for place, last in enumerate(rows.step(numbers, [int(one[step]) for one in ids])):
+            found[place].append(last.copy())
     for index, (one, logits) in enumerate(zip(ids, found, strict=True)):
         unfolded.use(index)
         wanted = unfolded.logits({"input_ids": one[None]})[0, -4:].numpy()
@@ -309,6 +309,7 @@ def test_what_is_refused_changes_nothing(session: Session) -> None:
 def test_memory_is_said_and_bounded(session: Session) -> None:
     """By what a token takes: keys and values of every layer."""
     manifest = session.bundle.manifest
+    assert manifest.decoder is not None
     token = 2 * manifest.backbone.layers * manifest.decoder.kv_heads * manifest.decoder.head_dim * 4
     assert open_rows(session, 3).nbytes == 3 * CAPACITY * token
     assert open_rows(session, 2, 8).nbytes == 2 * 8 * token

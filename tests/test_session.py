@@ -356,6 +356,7 @@ def test_why_a_generation_ended(bundle: Path) -> None:
     next(unfinished)
     assert session.finish_reason is None
     manifest = session.bundle.manifest
+    assert manifest.decoder is not None
     decoder = structs.replace(manifest.decoder, eos=(full[3],))
     session.bundle = replace(session.bundle, manifest=structs.replace(manifest, decoder=decoder))
     found = list(session.generate_ids(prompt, GenerationOptions(room)))

@@ -63,9 +63,16 @@ def test_exact_weights_lose_nothing_and_lost_ones_everything() -> None:
     assert measure_site(folded - original, original, original, product, d) == ({}, {})  # no effect, no figure
 
 
+def read_survival(path: Path) -> Survival:
+    """What lime.json says of it."""
+    found = Bundle.open(path).manifest.quantization.survival
+    assert found is not None
+    return found
+
+
 def test_export_writes_it_down(tiny_bundle: Make) -> None:
     def kinds(**options: object) -> dict[str, KindSurvival]:
-        return Bundle.open(tiny_bundle(**options)).manifest.quantization.survival.kinds
+        return read_survival(tiny_bundle(**options)).kinds
 
     coarse, fine = kinds(quant="int4", rounding="search", keep_int8=()), kinds(quant="int8")
     assert set(coarse) == set(fine) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -82,7 +89,7 @@ def test_export_shows_it_and_warns(
 ) -> None:
     words = ("export", tiny_model(), "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime", "--force")
     done = lime(*words, "--rounding", "search", "--keep-int8", "none", "--sites")
-    survival = Bundle.open(tmp_path / "x.lime").manifest.quantization.survival
+    survival = read_survival(tmp_path / "x.lime")
     site = "model.layers.1.self_attn.k_proj"
     row = next(line for line in done.out.splitlines() if site in line)
     assert f"{survival.sites[site].error:.2f}" in row and survival.sites[site].expert in row
@@ -129,6 +136,6 @@ def test_a_table_is_measured_column_by_column(
         p_ref, p = (flat[site.offset : site.offset + site.width] for flat in (exact.reference, vector))
         moved = exact.weight(table) - exact.weight("lm_head.weight") + (p - p_ref) * (branch.a @ branch.b.t())
         worst = max(worst, float(noise.norm() / moved.norm()))
-    found = Bundle.open(tiny_bundle(model, adapter, quant="int8")).manifest.quantization.survival
+    found = read_survival(tiny_bundle(model, adapter, quant="int8"))
     assert found.sites[EMBEDDING].error == pytest.approx(worst, rel=0.02)
     assert found.kinds["embed_tokens"].sites == 1

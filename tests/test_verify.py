@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -398,7 +399,12 @@ def test_a_missing_engine(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(LimeEdgeError) as error:
         verify_bundle(bundle, targets=("coreml",))
     assert error.value.exit_code == EXIT_MISSING
-    reseal(bundle, lambda body: (body["targets"].pop(0), body["companions"].clear()))
+
+    def drop_onnx(body: dict[str, Any]) -> None:
+        body["targets"].pop(0)
+        body["companions"].clear()
+
+    reseal(bundle, drop_onnx)
     with pytest.raises(LimeEdgeError, match="could be checked: coreml, all: the package 'coremltools'") as error:
         verify_bundle(bundle)
     assert error.value.exit_code == EXIT_MISSING
