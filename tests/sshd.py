@@ -134,9 +134,13 @@ class Sshd:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """The same, not waited for."""
-        command = [sys.executable, "-m", "lime_edge", *words]
         return subprocess.Popen(
-            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "lime_edge", *words],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's & ignores it
         )
 
     def find_helpers(self) -> list[int]:

@@ -391,7 +391,7 @@ def test_a_session_beyond_the_cache_names_the_option(tiny_model: Make, tiny_adap
     path = tiny_bundle(*build(CASES["llama-tied"], tiny_model, tiny_adapter), targets=("coreml",), **QUANTS["int4"])
     with pytest.raises(LimeEdgeError, match=f"max_length: expected 1..{CONTEXT}, found 5000") as caught:
         open_decoder(Bundle.open(path), "coreml", SessionOptions(max_length=5000))
-    assert "--max-seq-len at export" in caught.value.hint
+    assert "`max_seq_len` at export" in caught.value.hint
 
 
 def test_a_routed_prompt_longer_than_every_length(tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
