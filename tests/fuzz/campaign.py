@@ -34,22 +34,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 from readers import READERS, Reader
 
 SLOWEST, MEMORY = 10.0, 4 << 30
+FEWEST = 12  # files of a reader, however slow the machine
 CHUNK = 400  # files of one process
 SHOWN = 40  # bugs of a reader that are printed; all are in the JSON
 ENGINES = ("onnx", "executorch", "coreml", "sealed-encoder")
 
 
 def run_reader(reader: Reader, start: int, count: int | None, seconds: float | None) -> dict[str, Any]:
-    """Damage and read until the count is reached or the time is up."""
+    """Damage and read until the count is reached, or the time is up and there were FEWEST files."""
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{reader.name}-"))
-    end = None if seconds is None else time.monotonic() + seconds
     outcomes: Counter[str] = Counter()
     bugs: list[str] = []
     aborts: Counter[str] = Counter()
     seed, slowest = start, 0.0
+    end: float | None = None
+
+    def is_over() -> bool:
+        return end is not None and time.monotonic() > end and seed - start >= FEWEST
+
     try:
         reader.make(folder)
-        while (count is None or seed < start + count) and (end is None or time.monotonic() < end):
+        end = None if seconds is None else time.monotonic() + seconds  # what is damaged has been made
+        while (count is None or seed < start + count) and not is_over():
             last = min(seed + CHUNK, start + count) if count is not None else seed + CHUNK
             for told, took in _fork(reader, folder, seed, last):
                 slowest = max(slowest, took)
@@ -63,7 +69,7 @@ def run_reader(reader: Reader, start: int, count: int | None, seconds: float | N
                     if len(bugs) <= SHOWN:
                         print(f"BUG {bugs[-1]}", flush=True)
                 seed += 1
-                if end is not None and time.monotonic() > end:
+                if is_over():
                     break
     finally:
         shutil.rmtree(folder, ignore_errors=True)
