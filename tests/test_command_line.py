@@ -166,3 +166,13 @@ def test_parameters_are_told_as_options() -> None:
     commands = [*group.commands.values(), *group.commands["experts"].commands.values()]  # type: ignore[attr-defined]
     known = {o for c in commands for p in getattr(c, "params", ()) for o in [*p.opts, *p.secondary_opts]}
     assert not set(FLAGS.values()) - known, "an option that no command has"
+
+
+def test_what_a_newcomer_typed_is_refused_in_words(lime: Cli, bundle: Path, tmp_path: Path) -> None:
+    name = Bundle.open(bundle).manifest.experts[0]
+    assert "the prompt is empty" in lime.refuse("run", bundle, "", "--expert", name)
+    assert "all stands alone" in lime.refuse("run", bundle, "x", "--expert", f"all,{name}")
+    file = tmp_path / "README.md"
+    file.write_text("text")
+    assert "not a bundle: it is a file" in lime.refuse("inspect", file)
+    assert "no such file" in lime.refuse("bench", bundle, "--hosts", tmp_path / "no.toml")

@@ -134,7 +134,7 @@ def test_all_faults_of_a_hosts_file_are_named(tmp_path: Path) -> None:
         (["bench", "--compare", __file__, __file__, "--on", "adb"], "--compare takes two files"),
         (["bench", "x.lime", "--on", "nowhere"], "x.lime: no such bundle"),
         (["doctor", "--on", "nowhere"], "'nowhere' is no address"),
-        (["doctor", "--hosts", "/nowhere.toml"], "not readable TOML"),
+        (["doctor", "--hosts", "/nowhere.toml"], "/nowhere.toml: no such file"),
     ],
 )
 def test_bad_command_lines(

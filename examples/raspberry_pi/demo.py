@@ -103,9 +103,9 @@ def show(session: Session, name: str, prompt: str, count: int) -> None:
     """Switch to an expert, answer, and print one line."""
     took = switch(session, name)
     got = answer(session, prompt, count)
+    speed = f"{got.tokens_per_s:6.1f} tokens/s" if got.tokens_per_s else "       one token"
     print(
-        f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   "
-        f"{got.tokens_per_s:6.1f} tokens/s   {got.text!r}",
+        f"{name:<16} switch {took:6.1f} us   first token {got.first_ms:7.1f} ms   {speed}   {got.text!r}",
         flush=True,
     )
 

@@ -221,7 +221,8 @@ def read_manifest(path: Path) -> bytes:
         hint = "a bundle is a directory written by lime-edge export"
         if (old := find_interrupted(path)) is not None:
             hint = f"a replacement was cut off: the bundle is now {old}; rename it, or export again"
-        raise LimeEdgeError(f"{path}: no such bundle", hint)
+        found = "not a bundle: it is a file" if path.is_file() else "no such bundle"
+        raise LimeEdgeError(f"{path}: {found}", hint)
     try:
         with Inside(path) as inside:
             return inside.read(MANIFEST, LARGEST)

@@ -30,6 +30,7 @@ EXTRAS = {  # what an extra is for
     "export": "export, import and experts profile",
     **{target.name: f"export --target {target.name}" for target in TARGETS.values() if target.name != DEFAULT},
     "report": "bench --report",
+    "serve": "serve",
     "remote": "bench, verify, run and doctor on devices",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -81,6 +83,11 @@ def demo(
 ) -> None:
     """Export SmolLM2-135M with its experts; the same input to every expert, and a new one installed while it runs."""
     run_demo(output, model, examples, quant, threads, as_json)
+
+
+def find_command() -> str:
+    """What to type for this command line: its name where the shell finds it, else its path."""
+    return "lime-edge" if shutil.which("lime-edge") else str(Path(sys.executable).with_name("lime-edge"))
 
 
 def find_backbone() -> Path:
@@ -237,14 +244,14 @@ def report(
             }
         )
         return
-    size = terminal.show_size
+    size, command = terminal.show_size, find_command()
     for new in deliveries:
         terminal.tell(
             f"{new.expert}: trained later, {size(new.file_bytes)}, installed into the running session "
             f"in {new.install_ms:.1f} ms (marked + below)"
         )
-        terminal.tell(f"to keep it: lime-edge experts add {bundle.path} {new.folder}")
-    terminal.tell(f"try: lime-edge run {bundle.path}   (chat; /expert NAME switches)")
+        terminal.tell(f"to keep it: {command} experts add {bundle.path} {new.folder}")
+    terminal.tell(f"try: {command} run {bundle.path}   (chat; /expert NAME switches)")
     columns = {"expert": "left", "answer": "left", "tokens/s": "right", "switch time": "right"}
     for prompt, members in group_rows(rows).items():
         cells = [
@@ -255,7 +262,7 @@ def report(
     asked = question(together.prompt)
     terminal.tell(
         f"all {together.skills} skills at {asked!r} in one pass: {together.tokens_per_s:.0f} tokens/s together, "
-        f'one alone {together.alone_tokens_per_s:.0f}; lime-edge run {bundle.path} "{asked}" --expert all'
+        f'one alone {together.alone_tokens_per_s:.0f}; {command} run {bundle.path} "{asked}" --expert all'
     )
     terminal.tell(
         f"one session on {session.provider}; bundle {bundle.path}: {size(bundle.total_bytes)} in all, "

@@ -83,6 +83,8 @@ def read_selections(text: str, experts: Sequence[str]) -> list[Selection]:
     if text.lower() == ALL:
         return list(experts)
     names = [name.strip() for name in text.split(",")]
+    if any(name.lower() == ALL and name not in experts for name in names):
+        raise LimeEdgeError(f"`expert`: {text!r}: all stands alone", "write a,b,c, or all")
     if not all(names) or len(set(names)) < len(names):
         raise LimeEdgeError(f"`expert`: {text!r}: a name is missing or there twice", "write a,b,c, or all")
     return [parse_selection(name) for name in names]

@@ -39,6 +39,8 @@ def receive(file: Given, suffix: str) -> Iterator[Given]:
 def read_prompt(prompt: str) -> str:
     """A prompt as typed, or where it is "-" the text of standard input without the line end at its end."""
     if prompt != str(STDIN):
+        if not prompt:
+            raise LimeEdgeError("the prompt is empty", "write one, pipe one into -, or leave it out to chat")
         return prompt
     try:
         text = sys.stdin.read().removesuffix("\n")

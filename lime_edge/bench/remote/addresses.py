@@ -78,6 +78,8 @@ def read_hosts(file: Path) -> list[Device]:
     hint = 'a hosts file has tables: [[device]], name = "pi5", address = "ssh://pi@raspberrypi" (docs/remote.md)'
     try:
         facts = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LimeEdgeError(f"{file}: no such file", hint) from None
     except (OSError, ValueError) as error:
         raise LimeEdgeError(f"{file}: not readable TOML: {error}", hint) from None
     tables = facts.get("device")
