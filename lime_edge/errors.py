@@ -95,7 +95,7 @@ def need(module: str, extra: str) -> LimeEdgeError:
     """The error for a missing optional package: names the pip command that brings it."""
     return LimeEdgeError(
         f"the package {module!r} is not installed",
-        f"pip install 'lime-edge[{extra}]'",
+        f"pip install 'lime-edge[{extra}]' (in a clone of the sources: pip install -e '.[{extra}]')",
         EXIT_MISSING,
     )
 

@@ -55,6 +55,11 @@ def show_size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def show_hash(digest: str) -> str:
+    """A sha256 in a table: whole where the terminal is wide enough, else its first 16 digits (`--json` has all)."""
+    return digest if out.width >= 100 else digest[:16]
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=1))
@@ -73,15 +78,18 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]]) -> N
 @contextmanager
 def show_steps() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on standard error, one per named step; yields (step, done, total) -> None."""
-    with _progress() as bars:
-        tasks: dict[str, Any] = {}
+    bars, tasks = _progress(), dict[str, Any]()
 
-        def update(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
+    def update(step: str, done: int, total: int) -> None:
+        bars.start()  # once: bars without a step would leave an empty line
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        bars.stop()
 
 
 @contextmanager

@@ -45,10 +45,34 @@ def test_an_option_given_twice_is_refused(lime: Cli, tiny_adapter: Make, bundle:
 def test_what_was_meant_is_said(lime: Cli, bundle: Path) -> None:
     assert "lime-edge run has no option --exper hint: did you mean '--expert'" in lime.refuse("run", bundle, "--exper")
     assert "no such command 'inspekt'" in lime.refuse("inspekt") and "'inspect'" in lime.refuse("inspekt")
+    assert "here it is called run: lime-edge run --help" in lime.refuse("chat", bundle)
     assert "unknown expert 'exprt1' hint: did you mean 'expert1'" in lime.refuse("run", bundle, "x", "-e", "exprt1")
     assert "missing argument 'BUNDLE' hint: lime-edge run --help" in lime.refuse("run")
     assert "unexpected extra argument" in lime.refuse("inspect", bundle, "more")
     assert "'--seed'" in lime.refuse("run", bundle, "--seed", "one")
+
+
+def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys, lime_edge.cli.app as app\n"
+        "try: app.main()\n"
+        "finally: print('torch was imported' if 'torch' in sys.modules else 'no torch')"
+    )
+    words = ["export", str(tmp_path / "none"), "--adapter", str(tmp_path / "nor"), "-o", "x.lime"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode != 0 and lines[0] == "error: export: 2 faults", done.stderr
+    assert str(tmp_path / "none") in done.stderr and str(tmp_path / "nor") in done.stderr
+    assert done.stdout == "no torch\n" and not (tmp_path / "x.lime").exists()
+
+
+def test_a_table_fits_a_narrow_terminal(bundle: Path) -> None:
+    fingerprint = json.loads((bundle / "lime.json").read_text())["backbone"]["fingerprint"]
+    for columns, shown in (("80", fingerprint[:16] + " "), ("160", fingerprint)):
+        words = [sys.executable, "-m", "lime_edge", "inspect", str(bundle)]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"COLUMNS": columns})
+        row = next(line for line in done.stdout.splitlines() if "fingerprint" in line)
+        assert shown in row, row
 
 
 def test_help_is_not_an_error(lime: Cli) -> None:

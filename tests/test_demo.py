@@ -65,7 +65,7 @@ def test_demo_ends_with_the_table(lime: Cli, examples: Path, tiny_model: Make, t
     assert "bundle" in lines[-1] and "in all, 4 experts of" in lines[-1]
     heads = [i for i, line in enumerate(lines) if line.startswith("input: ")]
     assert [lines[i].strip() for i in heads] == ["input: word", "input: 1999"]
-    for column in ("expert", "answer", "tokens/s", "switch time"):
+    for column in ("expert", "answer", "tokens/s", "first switch"):
         assert column in lines[heads[0] + 2]
     first = "\n".join(lines[heads[0] : heads[1]])
     assert "expert0" in first and "expert1" in first and "later +" in first and "expert2" not in first

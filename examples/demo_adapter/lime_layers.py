@@ -10,6 +10,7 @@ with no routing parameters. Source of the formulas: arXiv 2604.02338 and Kowsher
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+for _loud in (
+    "torchao",
+    "torch.utils._pytree",
+):  # imported by transformers: warnings about GPU kernels that nothing uses
+    logging.getLogger(_loud).setLevel(logging.ERROR)
 END = "<|im_end|>"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

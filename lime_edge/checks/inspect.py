@@ -72,14 +72,14 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
     m, size = bundle.manifest, terminal.show_size
     facts = [
         ["model", _model(m)],
-        ["fingerprint", m.backbone.fingerprint],
+        ["fingerprint", terminal.show_hash(m.backbone.fingerprint)],
         ["fit", _fit(m.backbone.fit)],
         ["adapter", f"{m.adapter.variant} rank {m.adapter.rank}, alpha {m.adapter.alpha:g}"],
-        ["adapter_id", m.adapter_id],
+        ["adapter_id", terminal.show_hash(m.adapter_id)],
         ["opens with", m.default],
         ["fold", m.adapter.fold + (" (single)" if m.adapter.single else "")],
         ["quantization", _quantization(m.quantization)],
-        ["weight hash", m.quantization.weight_hash],
+        ["weight hash", terminal.show_hash(m.quantization.weight_hash)],
         ["sites", f"{len(m.sites)}, sum_H {m.sites.total}"],
         ["device", m.device],
         ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],

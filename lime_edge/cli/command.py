@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,19 @@ from typer.core import TyperCommand
 
 from lime_edge.errors import LimeEdgeError, suggest
 
+CALLED = {  # what other tools call a command of ours
+    "chat": "run",
+    "generate": "run",
+    "infer": "run",
+    "convert": "export",
+    "compile": "export",
+    "quantize": "export",
+    "benchmark": "bench",
+    "info": "inspect",
+    "show": "inspect",
+    "test": "verify",
+    "check": "verify",
+}
 UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # the parser's own: public in no version, its module has moved
@@ -55,4 +69,6 @@ def explain_usage(error: Any) -> LimeEdgeError | None:
     if option and hasattr(error, "possibilities") and error.ctx:
         known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
         problem, hint = f"{command} has no option {option}", suggest(option, known) or hint
+    elif (word := re.match(r"No such command '([\w-]+)'", problem)) and word[1] in CALLED:
+        hint = f"here it is called {CALLED[word[1]]}: {command} {CALLED[word[1]]} --help"
     return LimeEdgeError(problem[:1].lower() + problem[1:], hint)

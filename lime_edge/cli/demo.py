@@ -252,7 +252,7 @@ def report(
         )
         terminal.tell(f"to keep it: {command} experts add {bundle.path} {new.folder}")
     terminal.tell(f"try: {command} run {bundle.path}   (chat; /expert NAME switches)")
-    columns = {"expert": "left", "answer": "left", "tokens/s": "right", "switch time": "right"}
+    columns = {"expert": "left", "answer": "left", "tokens/s": "right", "first switch": "right"}
     for prompt, members in group_rows(rows).items():
         cells = [
             [r.expert + (" +" if r.delivered else ""), r.answer, f"{r.tokens_per_s:.0f}", f"{r.switch_us:.1f} us"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from lime_edge.cli.flags import translate
 from lime_edge.cli.options import TARGET_NAMES, Json, Quiet, complete_from, split_names
 from lime_edge.cli.streams import receive
 from lime_edge.cli.target_flags import Told, add_target_flags, read_told
-from lime_edge.errors import LimeEdgeError
+from lime_edge.errors import Faults, LimeEdgeError, need
 from lime_edge.targets.entries import DEFAULT, TARGETS
 
 EXPORT_EXAMPLES = """
@@ -117,12 +118,13 @@ def export(
     begin = time.perf_counter()
     chosen, targets = find_device(device), split_names(target) or [DEFAULT]
     refuse_hub_name(model)
+    if find_spec("torch") is None:
+        raise need("torch", "export")
+    refuse_absent(model, adapter)
     try:
         from lime_edge.compiler.options import CompileOptions
         from lime_edge.export.pipeline import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
-        from lime_edge.errors import need
-
         raise need(error.name or "torch", "export") from None
     kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
     compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
@@ -183,6 +185,20 @@ def refuse_hub_name(model: Path) -> None:
             f"if it is a model on the Hugging Face hub: hf download {name} --local-dir {model.name}\n"
             f"  then: lime-edge export {model.name} --adapter ...",
         )
+
+
+def refuse_absent(model: Path, adapter: Path) -> None:
+    """Say at once what is not there: importing torch to find out takes seconds.
+
+    Raises:
+        LimeEdgeError: with everything that is missing.
+    """
+    hint = "the model is a Hugging Face directory or a GGUF file, --adapter the folder of adapter_config.json"
+    with Faults("export", hint) as faults:
+        if not model.exists():
+            faults.add(f"{model}: no such file or directory")
+        if not adapter.exists():
+            faults.add(f"{adapter}: no such adapter directory")
 
 
 def warn_of_losses(path: Path) -> None:

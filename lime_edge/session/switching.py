@@ -150,6 +150,9 @@ class ExpertSwitch:
     def install(self, path: Path | str, name: str | None = None) -> str:
         """Add an expert file while running; returns its name. Nothing is written; routing does not know it.
 
+        A name that the session has already stands for the new vector until the session ends; `experts add`, which
+        changes the bundle, asks for --force instead.
+
         Raises:
             LimeEdgeError: damaged, NaN, wrong length, made for another adapter, or a name that is none.
         """
