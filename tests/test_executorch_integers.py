@@ -18,12 +18,11 @@ from conftest import Make
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-from models import ALL_LINEARS, draw_ids
+from models import ALL_LINEARS, EMBEDDING, draw_ids
 from onnx import numpy_helper
 from test_onnx_export import BLEND, compile_again, products_of
 
 import lime_edge
-from lime_edge.compiler.formats.architecture import EMBEDDING
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.executorch.decoder import choose_sizes
 from lime_edge.exporters.executorch.program import DecoderProgram, list_groups

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from models import EMBEDDING
 from test_cli import Cli
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.fields import KindSurvival, Survival
 from lime_edge.checks.inspect import find_losses
 from lime_edge.compiler.compile import compile_checkpoint
-from lime_edge.compiler.formats.architecture import EMBEDDING
 from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.maths.quantize import quantize
 from lime_edge.compiler.options import CompileOptions

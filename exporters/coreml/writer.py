@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lime_edge.compiler.formats.architecture import EMBEDDING
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, mb, scale, spell
@@ -79,7 +78,7 @@ class DecoderWriter:
         x = self._embed(frame)
         for index in range(len(self.config.layers)):
             x = self._write_layer(index, x, frame, states[2 * index : 2 * index + 2])
-        x = self._norm("model.norm.weight", x)
+        x = self._norm(f"{self.config.norm}.weight", x)
         return mb.linear(x=x, weight=self._weight([self.model.head_name]), name="head")
 
     def _frame(self, ids: Var, position: Var, length: Var) -> Frame:
@@ -121,7 +120,7 @@ class DecoderWriter:
         model, ids = self.model, frame.ids
         if model.virtual is not None:
             ids = mb.minimum(x=ids, y=np.int32(self.config.vocab - 1))
-        x = mb.gather(x=self._weight([f"{EMBEDDING}.weight"]), indices=ids, axis=0, name="embeddings")
+        x = mb.gather(x=self._weight([f"{self.config.embedding}.weight"]), indices=ids, axis=0, name="embeddings")
         if model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
             expert = None if self.experts is None else self.experts.expert
@@ -131,12 +130,12 @@ class DecoderWriter:
             return x
         if branch.a is None or branch.b is None:
             return mb.mul(x=x, y=self.experts.multiply(branch, x, x, "embed"))
-        rows = mb.gather(x=self.graph.half(f"{EMBEDDING}.lime_a", branch.a), indices=ids, axis=0)
-        delta = mb.linear(x=rows, weight=self.graph.half(f"{EMBEDDING}.lime_b", branch.b))
+        rows = mb.gather(x=self.graph.half(f"{self.config.embedding}.lime_a", branch.a), indices=ids, axis=0)
+        delta = mb.linear(x=rows, weight=self.graph.half(f"{self.config.embedding}.lime_b", branch.b))
         return mb.add(x=x, y=mb.mul(x=delta, y=self.experts.multiply(branch, x, delta, "embed")))
 
     def _write_layer(self, index: int, x: Var, frame: Frame, states: list[Var]) -> Var:
-        prefix, groups = f"model.layers.{index}.", self.model.groups(index)
+        prefix, groups = self.config.prefix(index), self.model.groups(index)
         qkv = self._project(groups["qkv"], self._norm(f"{prefix}input_layernorm.weight", x), f"{prefix}qkv")
         attended = self._attend(index, qkv, frame, states)
         x = mb.add(x=x, y=self._project(groups["o"], attended, f"{prefix}o"), name=spell(f"{prefix}attended"))
@@ -185,7 +184,7 @@ class DecoderWriter:
 
     def _head_weights(self, index: int) -> Var:
         """q_norm and k_norm for every head of query and key, (1, heads + kv_heads, 1, D)."""
-        c, prefix = self.config, f"model.layers.{index}.self_attn"
+        c, prefix = self.config, self.config.prefix(index) + "self_attn"
         query, key = (self.model.vectors[f"{prefix}.{kind}_norm.weight"].numpy() for kind in "qk")
         stacked = np.stack([query] * c.heads + [key] * c.kv_heads)[None, :, None]
         return self.graph.half(f"{prefix}.qk_norm.weight", stacked)

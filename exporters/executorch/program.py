@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  registers update_cache, custom_sdpa
 from torch import Tensor, nn
 
-from lime_edge.compiler.formats.architecture import EMBEDDING
 from lime_edge.compiler.model.compiled import CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import ACTIVATIONS
 from lime_edge.compiler.model.multiplier import Multiplier
@@ -193,7 +192,7 @@ class Embedding(nn.Module):
     def __init__(self, model: CompiledModel, routed: bool):
         super().__init__()
         branch = model.group_branch(model.embedding_group) if model.swaps else None
-        self.table = PackedTable(model.weights[f"{EMBEDDING}.weight"])
+        self.table = PackedTable(model.weights[f"{model.decoder.embedding}.weight"])
         self.branch = None if branch is None else Branch(model, branch, routed)
         self.a = nn.Buffer(branch.a) if branch is not None and branch.a is not None else None
         self.b = nn.Buffer(branch.b) if branch is not None and branch.b is not None else None
@@ -216,7 +215,7 @@ class Block(nn.Module):
         super().__init__()
         c = self.config = model.decoder
         self.rope, self.window = c.layers[index].rope, c.layers[index].window
-        prefix, groups = f"model.layers.{index}.", list_groups(model, index)
+        prefix, groups = model.decoder.prefix(index), list_groups(model, index)
         self.qkv, self.o, self.gate, self.up, self.down = (
             Projection(model, groups[kind], routed) for kind in ("qkv", "o", "gate", "up", "down")
         )
@@ -274,7 +273,7 @@ class DecoderProgram(nn.Module):
         self.embedding = Embedding(model, routed)
         self.virtual = VirtualPrompt(model, routed) if model.virtual is not None else None
         self.blocks = nn.ModuleList(Block(model, i, sizes.cache, routed) for i in range(len(c.layers)))
-        self.norm = Norm(model.vectors["model.norm.weight"], c.norm_eps)
+        self.norm = Norm(model.vectors[f"{c.norm}.weight"], c.norm_eps)
         self.head = Product([model.weights[model.head_name]])
         cos, sin = c.rope_tables(sizes.cache)
         self.cos, self.sin = nn.Buffer(torch.cat([cos, cos], -1)), nn.Buffer(torch.cat([sin, sin], -1))

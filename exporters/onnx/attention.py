@@ -79,8 +79,9 @@ class AttentionWriter:
         if c.qk_norm or rotates:
             query, key, value = self._split(qkv, group, path)
         if c.qk_norm:
-            query = self._head_norm(f"model.layers.{index}.self_attn.q_norm.weight", query, c.heads, f"{path}/q_norm")
-            key = self._head_norm(f"model.layers.{index}.self_attn.k_norm.weight", key, c.kv_heads, f"{path}/k_norm")
+            norms = c.prefix(index) + "self_attn"
+            query = self._head_norm(f"{norms}.q_norm.weight", query, c.heads, f"{path}/q_norm")
+            key = self._head_norm(f"{norms}.k_norm.weight", key, c.kv_heads, f"{path}/k_norm")
         if rotates:
             query, key = self._rotate(query, f"{path}/q_rotation"), self._rotate(key, f"{path}/k_rotation")
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]

@@ -111,7 +111,7 @@ class DecoderWriter:
         return g.node("Add", [y, scaled], f"{path}/lime/Add")
 
     def _look_up(self) -> str:
-        g, name = self.graph, "model.embed_tokens.weight"
+        g, name = self.graph, f"{self.config.embedding}.weight"
         stored = self.model.weights[name]
         if not isinstance(stored, QuantizedTensor):
             table = g.constant(name, stored.numpy())
@@ -148,7 +148,7 @@ class DecoderWriter:
 
     def _write_layer(self, index: int, stream: str, update: str) -> tuple[str, str]:
         """One layer. `update` is what the layer before adds to the stream; returns (stream, update)."""
-        path, prefix = f"/model/layers.{index}", f"model.layers.{index}."
+        path, prefix = f"/model/layers.{index}", self.config.prefix(index)
         groups = self.model.groups(index)
         x, stream = self._norm(f"{prefix}input_layernorm.weight", f"{path}/input_norm", stream, update)
         qkv = self._project(groups["qkv"], x, f"{path}/attn/qkv_proj")
@@ -237,7 +237,7 @@ class DecoderWriter:
     def _write_head(self, stream: str, update: str) -> None:
         """Final norm, the last `logits_to_keep` positions (0: all), logits."""
         g, model = self.graph, self.model
-        x, _ = self._norm("model.norm.weight", "/model/norm", stream, update)
+        x, _ = self._norm(f"{self.config.norm}.weight", "/model/norm", stream, update)
         if g.half:
             start = g.input(LOGITS_START, TensorProto.INT64, [1])
         else:
@@ -246,7 +246,7 @@ class DecoderWriter:
         x = g.node("Slice", [x, start, end, "axis_1"], "/head/Slice")
         name = model.head_name
         stored = model.weights[name]
-        tied = name == "model.embed_tokens.weight"
+        tied = name == f"{self.config.embedding}.weight"
         if tied and not isinstance(stored, QuantizedTensor):
             g.node("FusedMatMul", [x, name], "/lm_head/MatMul", domain=MICROSOFT, transB=1)
         else:

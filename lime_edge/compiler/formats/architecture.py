@@ -14,7 +14,7 @@ from lime_edge.compiler.formats.backbone import Layer
 from lime_edge.compiler.formats.families import FAMILIES, Attention, Scales
 from lime_edge.errors import Faults
 
-EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 PLACES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -45,6 +45,21 @@ class Decoder:
     rope_scale: float
     scales: Scales = Scales()
     gguf: tuple[str, bool] | None = None
+    stem: str = "model"  # its module in the model: names of tensors begin with it, the head's apart
+
+    @property
+    def embedding(self) -> str:
+        """The token table's module name."""
+        return f"{self.stem}.embed_tokens"
+
+    @property
+    def norm(self) -> str:
+        """The last norm's module name."""
+        return f"{self.stem}.norm"
+
+    def prefix(self, layer: int) -> str:
+        """What the names of one layer's modules begin with."""
+        return f"{self.stem}.layers.{layer}."
 
     def rope_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for positions 0..length-1, each (length, head_dim/2) float32.
@@ -57,7 +72,7 @@ class Decoder:
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         """Every linear of one layer in computation order: name -> (out, in)."""
-        prefix = f"model.layers.{layer}."
+        prefix = self.prefix(layer)
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             f"{prefix}self_attn.q_proj": (query, self.hidden),
@@ -80,9 +95,9 @@ class Decoder:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the state dict: name -> shape. A tied head is not listed."""
-        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab, self.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab, self.hidden)}
         for index in range(len(self.layers)):
-            prefix = f"model.layers.{index}."
+            prefix = self.prefix(index)
             for name, shape in self.linears(index).items():
                 shapes[f"{name}.weight"] = shape
                 if self.has_bias(name):
@@ -92,15 +107,15 @@ class Decoder:
                 shapes[f"{prefix}self_attn.k_norm.weight"] = (self.head_dim,)
             shapes[f"{prefix}input_layernorm.weight"] = (self.hidden,)
             shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden,)
-        shapes["model.norm.weight"] = (self.hidden,)
+        shapes[f"{self.norm}.weight"] = (self.hidden,)
         if not self.tied:
-            shapes["lm_head.weight"] = (self.vocab, self.hidden)
+            shapes[f"{HEAD}.weight"] = (self.vocab, self.hidden)
         return shapes
 
 
 def list_layers(decoder: Decoder) -> dict[str, Layer]:
     """Every module that can be a site, in computation order."""
-    layers = {EMBEDDING: Layer((decoder.vocab, decoder.hidden), True, False, (-1, "head"))}
+    layers = {decoder.embedding: Layer((decoder.vocab, decoder.hidden), True, False, (-1, "head"))}
     for index in range(len(decoder.layers)):
         for name, shape in decoder.linears(index).items():
             place = PLACES[name.rsplit(".", 1)[-1].removesuffix("_proj")]
@@ -114,11 +129,11 @@ def list_scales(decoder: Decoder) -> dict[str, float]:
     A tied head multiplies by the scaled table: the last norm takes that back.
     """
     scales = decoder.scales
-    found = {EMBEDDING: scales.embedding, "model.norm": scales.logits}
+    found = {decoder.embedding: scales.embedding, decoder.norm: scales.logits}
     if decoder.tied:
-        found |= {"lm_head": scales.embedding, "model.norm": scales.logits / scales.embedding}
+        found |= {HEAD: scales.embedding, decoder.norm: scales.logits / scales.embedding}
     for index in range(len(decoder.layers)):
-        prefix = f"model.layers.{index}."
+        prefix = decoder.prefix(index)
         found[f"{prefix}self_attn.q_proj"] = scales.query
         found[f"{prefix}self_attn.o_proj"] = found[f"{prefix}mlp.down_proj"] = scales.residual
     return {name: scale for name, scale in found.items() if scale != 1.0}

@@ -12,15 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lime_edge.bundle.inside import is_folder, is_plain
 from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
-from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers, list_scales, read_decoder
+from lime_edge.compiler.formats.architecture import HEAD, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
 from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
 from lime_edge.compiler.formats.files import AGAIN, INDEX, SINGLE, list_shards, read_json, read_shards, reading
 from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
-
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class DecoderBackbone(Backbone):
     def split_state(self, sites: Container[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Matrices, and norms and biases. A head that is tied to an adapted table keeps the old table."""
         weights = {name: tensor for name, tensor in self.tensors.items() if tensor.ndim == 2}
-        if self.decoder.tied and EMBEDDING in sites:
-            weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"]
+        if self.decoder.tied and self.decoder.embedding in sites:
+            weights[f"{HEAD}.weight"] = weights[f"{self.decoder.embedding}.weight"]
         return weights, {name: tensor for name, tensor in self.tensors.items() if tensor.ndim != 2}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lime_edge.bundle.sites import Site, SiteTable
-from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder, list_layers
+from lime_edge.compiler.formats.architecture import HEAD, Decoder, list_layers
 from lime_edge.compiler.formats.backbone import Layer
 from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
 from lime_edge.compiler.maths.quantize import QuantizedTensor
@@ -216,7 +216,7 @@ class CompiledModel(Compiled):
     @property
     def head_name(self) -> str:
         """The tensor that makes logits: the embedding table when tied and not quantized apart."""
-        return "lm_head.weight" if "lm_head.weight" in self.weights else f"{EMBEDDING}.weight"
+        return f"{HEAD}.weight" if f"{HEAD}.weight" in self.weights else f"{self.decoder.embedding}.weight"
 
     @property
     def swaps(self) -> bool:
@@ -226,7 +226,7 @@ class CompiledModel(Compiled):
     @property
     def embedding_group(self) -> Group:
         """The token table as a group of one."""
-        return Group((EMBEDDING,), (self.decoder.hidden,))
+        return Group((self.decoder.embedding,), (self.decoder.hidden,))
 
     def all_branches(self) -> list[GroupBranch]:
         """Every group's branch, in computation order; groups without one are left out."""

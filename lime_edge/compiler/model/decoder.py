@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lime_edge.compiler.formats.architecture import EMBEDDING, Decoder
+from lime_edge.compiler.formats.architecture import Decoder
 from lime_edge.compiler.formats.backbone import Source
 from lime_edge.compiler.maths.prompt_tuning import route_prompt
 from lime_edge.compiler.model.compiled import CompiledModel, Group
@@ -79,7 +79,7 @@ class Embedding(nn.Module):
     def __init__(self, model: CompiledModel):
         super().__init__()
         branch = model.group_branch(model.embedding_group)
-        self.table = nn.Buffer(model.weight(f"{EMBEDDING}.weight"))
+        self.table = nn.Buffer(model.weight(f"{model.decoder.embedding}.weight"))
         self.multiplier = Multiplier(model, branch) if branch else None
         self.a = nn.Buffer(branch.a) if branch and branch.a is not None else None
         self.b = nn.Buffer(branch.b) if branch and branch.b is not None else None
@@ -145,7 +145,7 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.config = index, model.decoder
         self.attention = model.decoder.layers[index]
-        groups, prefix = model.groups(index), f"model.layers.{index}."
+        groups, prefix = model.groups(index), model.decoder.prefix(index)
         eps = self.config.norm_eps
         self.qkv, self.o = Projection(model, groups["qkv"]), Projection(model, groups["o"])
         self.gate_up, self.down = Projection(model, groups["gate_up"]), Projection(model, groups["down"])
@@ -204,9 +204,9 @@ class DecoderModule(nn.Module):
         self.config: Decoder = model.decoder
         self.embedding = Embedding(model)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
-        self.norm = Norm(model.vectors["model.norm.weight"], self.config.norm_eps)
+        self.norm = Norm(model.vectors[f"{self.config.norm}.weight"], self.config.norm_eps)
         self.virtual = Prefix(model) if model.virtual is not None else None
-        tied = model.head_name == f"{EMBEDDING}.weight"
+        tied = model.head_name == f"{self.config.embedding}.weight"
         self.head = self.embedding.table if tied else nn.Buffer(model.weight(model.head_name))
 
     @torch.no_grad()
