@@ -145,7 +145,7 @@ def redraw_weights(model: nn.Module, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         values = torch.randn(parameter.shape, generator=random)
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") or (parameter.ndim == 1 and name.endswith(".weight")):
             values = 1.0 + 0.2 * values
         elif name.endswith("bias"):
             values = 0.3 * values

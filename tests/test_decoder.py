@@ -225,8 +225,8 @@ def test_unsupported_options_are_refused_together() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model("llama", hidden_act="relu", num_attention_heads=4, num_key_value_heads=3)
-    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config.rope_parameters = {"rope_type": "proportional", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(LimeEdgeError) as caught:
         read_decoder(config, "model")
-    for part in ("rope_type", "dynamic", "hidden_act", "relu", "num_key_value_heads"):
+    for part in ("rope_type", "proportional", "hidden_act", "relu", "num_key_value_heads"):
         assert part in str(caught.value), f"{part} is not named in: {caught.value}"

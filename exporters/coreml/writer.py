@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lime_edge.compiler.formats.architecture import Decoder
+from lime_edge.compiler.maths.block import HeadNorm, Place, Source, run_block
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, mb, scale, spell
@@ -24,6 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": lambda x: mb.silu(x=x),
     "gelu": lambda x: mb.gelu(x=x, mode="EXACT"),
     "gelu_pytorch_tanh": lambda x: mb.gelu(x=x, mode="TANH_APPROXIMATION"),
+    "relu2": lambda x: mb.square(x=mb.relu(x=x)),
 }
 
 
@@ -33,7 +36,7 @@ class Frame:
 
     ids, position, length: the inputs. rows: (1, S) position of every row. real: (1, S) bool, not padding.
     write: (1, 1, S, L) float16, the cache row that each real row goes to. keep: (1, 1, L, 1), 1 where none does.
-    cos, sin: (1, 1, S, D/2). masks: by window, (1, 1, S, L), added to scores.
+    tables: of every rotation, cos and sin (1, 1, S, pairs). masks: by window, (1, 1, S, L), added to scores.
     """
 
     ids: Var
@@ -42,8 +45,7 @@ class Frame:
     real: Var
     write: Var
     keep: Var
-    cos: Var
-    sin: Var
+    tables: list[tuple[Var, Var]]
     masks: dict[int | None, Var]
 
 
@@ -77,9 +79,9 @@ class DecoderWriter:
             self.experts.begin(frame.index, frame.real, length, expert)
         x = self._embed(frame)
         for index in range(len(self.config.layers)):
-            x = self._write_layer(index, x, frame, states[2 * index : 2 * index + 2])
-        x = self._norm(f"{self.config.norm}.weight", x)
-        return mb.linear(x=x, weight=self._weight([self.model.head_name]), name="head")
+            x = run_block(self.config.block, LayerWriter(self, index, frame, states[2 * index : 2 * index + 2]), x)
+        logits = mb.linear(x=self.norm(self.config.norm, x), weight=self._weight([self.model.head_name]), name="head")
+        return logits if self.config.logit_cap is None else cap(logits, self.config.logit_cap)
 
     def _frame(self, ids: Var, position: Var, length: Var) -> Frame:
         c = self.config
@@ -93,18 +95,19 @@ class DecoderWriter:
         write = mb.cast(x=written, dtype="fp16", name="cache_write")
         touched = mb.reduce_sum(x=mb.transpose(x=write, perm=[0, 1, 3, 2]), axes=[-1], keep_dims=True)
         keep = mb.sub(x=np.float16(1), y=touched, name="cache_keep")
-        cos, sin = self._rotation(rows)
+        tables = [self._rotation(rows, which) for which in range(len(c.rotations))]
         behind = mb.sub(x=column, y=slots, name="slots_behind")
         windows = {layer.window for layer in c.layers}
         masks = {window: self._mask(behind, window) for window in sorted(windows, key=lambda w: w or 0)}
-        return Frame(ids, index, length, real, write, keep, cos, sin, masks)
+        return Frame(ids, index, length, real, write, keep, tables, masks)
 
-    def _rotation(self, rows: Var) -> tuple[Var, Var]:
-        """cos and sin (1, 1, S, D/2) of every row; the tables are float32, and rounded after the lookup."""
-        found = []
-        for kind, table in zip(("cos", "sin"), self.config.rope_tables(self.capacity + self.longest), strict=True):
-            values = mb.gather(x=self.graph.constant(f"{kind}_table", table.numpy()), indices=rows, axis=0)
-            found.append(mb.expand_dims(x=mb.cast(x=values, dtype="fp16"), axes=[1], name=f"rope_{kind}"))
+    def _rotation(self, rows: Var, which: int) -> tuple[Var, Var]:
+        """cos and sin (1, 1, S, pairs) of every row; the tables are float32, and rounded after the lookup."""
+        found, mark = [], f"_{which}" if which else ""
+        tables = self.config.rope_tables(self.capacity + self.longest, which)
+        for kind, table in zip(("cos", "sin"), tables, strict=True):
+            values = mb.gather(x=self.graph.constant(f"{kind}_table{mark}", table.numpy()), indices=rows, axis=0)
+            found.append(mb.expand_dims(x=mb.cast(x=values, dtype="fp16"), axes=[1], name=f"rope_{kind}{mark}"))
         return found[0], found[1]
 
     def _mask(self, behind: Var, window: int | None) -> Var:
@@ -134,44 +137,54 @@ class DecoderWriter:
         delta = mb.linear(x=rows, weight=self.graph.half(f"{self.config.embedding}.lime_b", branch.b))
         return mb.add(x=x, y=mb.mul(x=delta, y=self.experts.multiply(branch, x, delta, "embed")))
 
-    def _write_layer(self, index: int, x: Var, frame: Frame, states: list[Var]) -> Var:
-        prefix, groups = self.config.prefix(index), self.model.groups(index)
-        qkv = self._project(groups["qkv"], self._norm(f"{prefix}input_layernorm.weight", x), f"{prefix}qkv")
-        attended = self._attend(index, qkv, frame, states)
-        x = mb.add(x=x, y=self._project(groups["o"], attended, f"{prefix}o"), name=spell(f"{prefix}attended"))
-        gate, up = self._gate_up(groups["gate_up"], self._norm(f"{prefix}post_attention_layernorm.weight", x), prefix)
-        gated = mb.mul(x=ACTIVATIONS[self.config.activation](gate), y=up)
-        return mb.add(x=x, y=self._project(groups["down"], gated, f"{prefix}down"), name=spell(f"{prefix}output"))
+    def norm(self, name: str, x: Var) -> Var:
+        """A norm of the residual stream."""
+        vectors = self.model.vectors
+        y = normalise(x, self.graph.half(f"{name}.weight", vectors[f"{name}.weight"]), self.config, [-1])
+        return (
+            mb.add(x=y, y=self.graph.half(f"{name}.bias", vectors[f"{name}.bias"])) if f"{name}.bias" in vectors else y
+        )
 
-    def _norm(self, name: str, x: Var) -> Var:
-        weight = self.graph.half(name, self.model.vectors[name])
-        return normalise(x, weight, self.config.norm_eps)
+    def feed(self, index: int, x: Var) -> Var:
+        """The MLP."""
+        prefix, groups = self.config.prefix(index), self.model.groups(index)
+        act, group = ACTIVATIONS[self.config.block.activation], groups["gate_up"]
+        if self.config.block.gated:
+            gate, up = self._gate_up(group, x, prefix)
+            gated = mb.mul(x=act(gate), y=up)
+        else:
+            gated = act(self.project(group, x, f"{prefix}up"))
+        return self.project(groups["down"], gated, f"{prefix}down")
 
     def _gate_up(self, group: Group, x: Var, prefix: str) -> list[Var]:
-        if self.model.group_branch(group) is not None:
-            return mb.split(x=self._project(group, x, f"{prefix}gate_up"), num_splits=2, axis=-1)
+        if self.model.group_branch(group) is not None or len(group.names) == 1:
+            return mb.split(x=self.project(group, x, f"{prefix}gate_up"), num_splits=2, axis=-1)
         alone = [Group((name,), (width,)) for name, width in zip(group.names, group.widths, strict=True)]
-        return [self._project(one, x, f"{prefix}{one.names[0].rsplit('.', 1)[-1]}") for one in alone]
+        return [self.project(one, x, f"{prefix}{one.names[0].rsplit('.', 1)[-1]}") for one in alone]
 
-    def _attend(self, index: int, qkv: Var, frame: Frame, states: list[Var]) -> Var:
+    def attend(self, index: int, qkv: Var, frame: Frame, states: list[Var]) -> Var:
         """Causal grouped-query attention over the cache: (1, S, N) -> (1, S, heads * D).
 
         The heads that share keys are rows of one product, so that no key is repeated.
         """
-        c, attention = self.config, self.config.layers[index]
+        c, plan, rotation = self.config, self.config.block, self.config.rotation_of(index)
         heads = mb.reshape(x=qkv, shape=[1, -1, c.heads + 2 * c.kv_heads, c.head_dim])
         heads = mb.transpose(x=heads, perm=[0, 2, 1, 3])
         turned, value = mb.split(x=heads, split_sizes=[c.heads + c.kv_heads, c.kv_heads], axis=1)
-        if c.qk_norm:
-            turned = normalise(turned, self._head_weights(index), c.norm_eps)
-        if attention.rope:
-            turned = rotate(turned, frame.cos, frame.sin)
+        if plan.head_norm is not None and not plan.head_norm.rotated:
+            turned = self._norm_heads(index, turned, plan.head_norm)
+        if rotation is not None:
+            turned = rotate(turned, *frame.tables[rotation], c.head_dim, plan.interleaved)
+        if plan.head_norm is not None and plan.head_norm.rotated:
+            turned = self._norm_heads(index, turned, plan.head_norm)
         query, key = mb.split(x=turned, split_sizes=[c.heads, c.kv_heads], axis=1)
         query = scale(query, c.head_dim**-0.5)
         keys, values = (self._store(state, new, frame) for state, new in zip(states, (key, value), strict=True))
         query = mb.reshape(x=query, shape=[1, c.kv_heads, -1, c.head_dim])
         scores = mb.reshape(x=mb.matmul(x=query, y=keys, transpose_y=True), shape=[1, c.heads, -1, self.capacity])
-        shares = mb.softmax(x=mb.add(x=scores, y=frame.masks[attention.window]), axis=-1)
+        if plan.cap is not None:
+            scores = cap(scores, plan.cap)
+        shares = mb.softmax(x=mb.add(x=scores, y=frame.masks[c.layers[index].window]), axis=-1)
         shares = mb.reshape(x=shares, shape=[1, c.kv_heads, -1, self.capacity])
         out = mb.reshape(x=mb.matmul(x=shares, y=values), shape=[1, c.heads, -1, c.head_dim])
         return mb.reshape(x=mb.transpose(x=out, perm=[0, 2, 1, 3]), shape=[1, -1, c.heads * c.head_dim])
@@ -182,14 +195,20 @@ class DecoderWriter:
         added = mb.matmul(x=frame.write, y=new, transpose_x=True)
         return mb.coreml_update_state(state=state, value=mb.add(x=kept, y=added))
 
-    def _head_weights(self, index: int) -> Var:
-        """q_norm and k_norm for every head of query and key, (1, heads + kv_heads, 1, D)."""
+    def _norm_heads(self, index: int, x: Var, norm: HeadNorm) -> Var:
+        """The norm on the heads of query and key together, (1, heads + kv_heads, S, D). Source: decoder.HeadNorm."""
         c, prefix = self.config, self.config.prefix(index) + "self_attn"
-        query, key = (self.model.vectors[f"{prefix}.{kind}_norm.weight"].numpy() for kind in "qk")
-        stacked = np.stack([query] * c.heads + [key] * c.kv_heads)[None, :, None]
-        return self.graph.half(f"{prefix}.qk_norm.weight", stacked)
+        counts = {norm.query: c.heads, norm.key: c.kv_heads}
+        vectors = [(self.model.vectors[f"{prefix}.{name}.weight"].numpy(), count) for name, count in counts.items()]
+        rows = [np.tile(v, (count, 1)) if norm.width == "head" else v.reshape(count, -1) for v, count in vectors]
+        weight = self.graph.half(f"{prefix}.qk_norm.weight", np.concatenate(rows)[None, :, None])
+        if norm.width != "all":
+            return normalise(x, weight, c, [-1])
+        parts = mb.split(x=x, split_sizes=[c.heads, c.kv_heads], axis=1)
+        ones = self.graph.half("one", np.ones(1))
+        return mb.mul(x=mb.concat(values=[normalise(part, ones, c, [1, 3]) for part in parts], axis=1), y=weight)
 
-    def _project(self, group: Group, x: Var, name: str) -> Var:
+    def project(self, group: Group, x: Var, name: str) -> Var:
         """A group of linears on one input, with what the expert does to them (see decoder.Projection)."""
         weight, bias = self._weight([f"{part}.weight" for part in group.names]), self.model.group_bias(group)
         added = None if bias is None else self.graph.half(f"{name}.bias", bias)
@@ -209,22 +228,88 @@ class DecoderWriter:
         return self.graph.matrix("+".join(names), [self.model.weights[name] for name in names])
 
 
-def normalise(x: Var, weight: Var, eps: float) -> Var:
-    """RMSNorm over the last axis. Its mean is taken of values divided by the largest, so that no square overflows:
-    1 / rms(x) = 1 / (peak sqrt(mean((x / peak)^2) + eps / peak^2)).
+def normalise(x: Var, weight: Var, config: Decoder, axes: list[int]) -> Var:
+    """RMSNorm or LayerNorm over some axes, without the bias. Its means are taken of values divided by the largest, so
+    that no square overflows: 1 / rms(x) = 1 / (peak sqrt(mean((x / peak)^2) + eps / peak^2)).
     """
-    peak = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
+    peak = mb.reduce_max(x=mb.abs(x=x), axes=axes, keep_dims=True)
     peak = mb.maximum(x=peak, y=np.float16(SMALLEST_PEAK))
     y = mb.real_div(x=x, y=peak)
-    root = mb.real_div(x=np.float16(eps**0.5), y=peak)
-    mean = mb.add(x=mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True), y=mb.mul(x=root, y=root))
+    root = mb.real_div(x=np.float16(config.norm_eps**0.5), y=peak)
+    if config.block.norm == "layer":
+        y = mb.sub(x=y, y=mb.reduce_mean(x=y, axes=axes, keep_dims=True))
+    mean = mb.add(x=mb.reduce_mean(x=mb.mul(x=y, y=y), axes=axes, keep_dims=True), y=mb.mul(x=root, y=root))
+    if config.block.norm == "layer":
+        return mb.mul(x=mb.mul(x=y, y=mb.rsqrt(x=mean, epsilon=np.float16(0))), y=weight)
     inverse = mb.real_div(x=mb.rsqrt(x=mean, epsilon=np.float16(0)), y=peak)
     return mb.mul(x=mb.mul(x=x, y=inverse), y=weight)
 
 
-def rotate(x: Var, cos: Var, sin: Var) -> Var:
-    """Rotate half against half: (1, N, S, D). Source: decoder.rotate."""
-    first, second = mb.split(x=x, num_splits=2, axis=-1)
+def cap(x: Var, limit: float) -> Var:
+    """limit * tanh(x / limit). Source: decoder.cap."""
+    return scale(mb.tanh(x=scale(x, 1.0 / limit)), limit)
+
+
+def rotate(x: Var, cos: Var, sin: Var, width: int, interleaved: bool) -> Var:
+    """Rotate every head's first elements, as many as the tables say: (1, N, S, D). Source: decoder.rotate.
+
+    Args:
+        width: D.
+    """
+    pairs = cos.shape[-1]
+    turned, rest = x, None
+    if 2 * pairs < width:
+        turned, rest = mb.split(x=x, split_sizes=[2 * pairs, width - 2 * pairs], axis=-1)
+    if interleaved:  # neighbours as an axis of their own, and that axis cut
+        shape = mb.reshape(x=turned, shape=[1, x.shape[1], -1, pairs, 2])
+        first, second = (mb.squeeze(x=one, axes=[-1]) for one in mb.split(x=shape, num_splits=2, axis=-1))
+    else:
+        first, second = mb.split(x=turned, num_splits=2, axis=-1)
     left = mb.sub(x=mb.mul(x=first, y=cos), y=mb.mul(x=second, y=sin))
     right = mb.add(x=mb.mul(x=second, y=cos), y=mb.mul(x=first, y=sin))
-    return mb.concat(values=[left, right], axis=-1)
+    if interleaved:
+        turned = mb.reshape(x=mb.stack(values=[left, right], axis=-1), shape=[1, x.shape[1], -1, 2 * pairs])
+        return turned if rest is None else mb.concat(values=[turned, rest], axis=-1)
+    return mb.concat(values=[left, right] if rest is None else [left, right, rest], axis=-1)
+
+
+@dataclass(frozen=True)
+class LayerWriter:
+    """The operations of a layer's plan as those of an ML program (`maths.block.Operations`).
+
+    states: keys and values of the layer.
+    """
+
+    writer: DecoderWriter
+    index: int
+    frame: Frame
+    states: list[Var]
+
+    def read(self, place: Place, stream: Var) -> tuple[Var, Var]:
+        """The stream normalised, where there is a norm, and the stream."""
+        known = self.writer.config.block.norms.find(place) is not None
+        return (self.normalise(place, stream) if known else stream), stream
+
+    def normalise(self, place: Place, x: Var) -> Var:
+        """Through the norm of that place."""
+        config = self.writer.config
+        return self.writer.norm(f"{config.prefix(self.index)}{config.block.norms.find(place)}", x)
+
+    def attend(self, x: Var) -> Var:
+        """Attention, and the products before and after it."""
+        writer, prefix, groups = (
+            self.writer,
+            self.writer.config.prefix(self.index),
+            self.writer.model.groups(self.index),
+        )
+        qkv = writer.project(groups["qkv"], x, f"{prefix}qkv")
+        return writer.project(groups["o"], writer.attend(self.index, qkv, self.frame, self.states), f"{prefix}o")
+
+    def feed(self, x: Var) -> Var:
+        """The MLP."""
+        return self.writer.feed(self.index, x)
+
+    def add(self, stream: Var, x: Var, source: Source) -> Var:
+        """The residual sum, by a name that a person finds."""
+        name = "attended" if source == "attention" else "output"
+        return mb.add(x=stream, y=x, name=spell(f"{self.writer.config.prefix(self.index)}{name}"))

@@ -15,12 +15,21 @@ import torch.nn.functional as F
 from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  registers update_cache, custom_sdpa
 from torch import Tensor, nn
 
+from lime_edge.compiler.formats.architecture import Decoder
+from lime_edge.compiler.maths.block import Place, Source, run_block
 from lime_edge.compiler.model.compiled import CompiledModel, Group, GroupBranch
 from lime_edge.compiler.model.decoder import ACTIVATIONS
 from lime_edge.compiler.model.multiplier import Multiplier
+from lime_edge.exporters.executorch.norms import HeadNorm, Norm, WideNorm
 from lime_edge.exporters.executorch.prompt import VirtualPrompt
 from lime_edge.exporters.executorch.weights import PackedTable, Product
 
+NORMS: dict[Place, str] = {
+    "before_attention": "input_norm",
+    "after_attention": "attention_norm",
+    "before_mlp": "post_norm",
+    "after_mlp": "mlp_norm",
+}
 HIDDEN_SCORE = -1e30  # of a key outside the window: finite, so that a tile with no visible key makes no NaN
 
 
@@ -41,47 +50,14 @@ class Sizes:
 class Call:
     """What every layer of one call reads.
 
-    start: tokens in the cache before. cos, sin: (1, S, heads + 2 kv_heads, D), neutral for values. masks: by
-    window, (S, cache). expert: the residual's pieces by offset; None routes.
+    start: tokens in the cache before. tables: cos and sin of every rotation, (1, S, heads + 2 kv_heads, D), neutral
+    for values. masks: by window, (S, cache). expert: the residual's pieces by offset; None routes.
     """
 
     start: int
-    cos: Tensor
-    sin: Tensor
+    tables: list[tuple[Tensor, Tensor]]
     expert: dict[int, Tensor] | None
-    masks: dict[int, Tensor] = field(default_factory=dict)
-
-
-class Norm(nn.Module):
-    """RMSNorm whose mean is a product, which XNNPACK takes and `mean` not. Source: arXiv 1910.07467 eq. 4."""
-
-    def __init__(self, weight: Tensor, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Buffer(weight), eps
-        self.mean = nn.Buffer(torch.full((1, weight.numel()), 1.0 / weight.numel()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm of every query and key head, values left as they are: one call for all heads of a layer."""
-
-    def __init__(self, query: Tensor, key: Tensor, heads: int, kv_heads: int, eps: float):
-        super().__init__()
-        width, self.eps = query.numel(), eps
-        rows = [query.expand(heads, -1), key.expand(kv_heads, -1), torch.zeros(kv_heads, width)]
-        self.weight = nn.Buffer(torch.cat(rows).contiguous())
-        keep = torch.zeros(heads + 2 * kv_heads, width)
-        keep[heads + kv_heads :] = 1.0
-        self.keep = nn.Buffer(keep)
-        self.mean = nn.Buffer(torch.full((1, width), 1.0 / width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (1, S, heads + 2 kv_heads, D)."""
-        scale = torch.rsqrt(F.linear(x * x, self.mean) + self.eps)
-        return x * (scale * self.weight + self.keep)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -92,15 +68,22 @@ def activate(name: str, x: Tensor) -> Tensor:
     if name == "gelu_pytorch_tanh":
         inner = (2.0 / math.pi) ** 0.5 * (x + 0.044715 * (x * x * x))
         return 0.5 * x * (1.0 + torch.tanh(inner))
+    if name == "relu2":
+        positive = F.relu(x)
+        return positive * positive
     return ACTIVATIONS[name](x)
 
 
 def list_groups(model: CompiledModel, layer: int) -> dict[str, Group]:
-    """The products of a layer: q, k and v in one; gate and up apart, so that nothing must be split afterwards."""
+    """The products of a layer: q, k and v in one; gate and up apart, so that nothing must be split afterwards.
+
+    A checkpoint's own product of gate and up stays one, "gate_up": its experts act on the whole.
+    """
     groups = model.groups(layer)
-    pair = groups.pop("gate_up")
-    members = {kind: Group((n,), (w,)) for kind, n, w in zip(("gate", "up"), pair.names, pair.widths, strict=True)}
-    return groups | members
+    pair, down = groups.pop("gate_up"), groups.pop("down")
+    for name, width in zip(pair.names, pair.widths, strict=True):
+        groups[name.rsplit(".", 1)[-1].removesuffix("_proj")] = Group((name,), (width,))
+    return groups | {"down": down}
 
 
 def list_branches(model: CompiledModel) -> list[GroupBranch]:
@@ -209,52 +192,130 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer over its own cache."""
+    """One decoder layer over its own cache, put together as the plan says."""
 
     def __init__(self, model: CompiledModel, index: int, cache: int, routed: bool):
         super().__init__()
         c = self.config = model.decoder
-        self.rope, self.window = c.layers[index].rope, c.layers[index].window
-        prefix, groups = model.decoder.prefix(index), list_groups(model, index)
-        self.qkv, self.o, self.gate, self.up, self.down = (
-            Projection(model, groups[kind], routed) for kind in ("qkv", "o", "gate", "up", "down")
-        )
-        self.input_norm = Norm(model.vectors[f"{prefix}input_layernorm.weight"], c.norm_eps)
-        self.post_norm = Norm(model.vectors[f"{prefix}post_attention_layernorm.weight"], c.norm_eps)
-        self.head_norm = None
-        if c.qk_norm:
-            query, key = (model.vectors[f"{prefix}self_attn.{kind}_norm.weight"] for kind in "qk")
-            self.head_norm = HeadNorm(query, key, c.heads, c.kv_heads, c.norm_eps)
-        turn = torch.zeros(c.head_dim, c.head_dim)  # F.linear(x, turn): minus the second half, then the first
-        half = c.head_dim // 2
-        turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
-        self.turn = nn.Buffer(turn)
+        self.plan, self.rotation, self.window = c.block, c.rotation_of(index), c.layers[index].window
+        prefix, groups = c.prefix(index), list_groups(model, index)
+        for kind, group in groups.items():
+            self.add_module(kind, Projection(model, group, routed))
+        for place, name in NORMS.items():
+            if (norm_name := self.plan.norms.find(place)) is not None:
+                self.add_module(name, Norm(model, prefix + norm_name))
+        norm, self.head_norm, self.wide_norm = self.plan.head_norm, None, None
+        if norm is not None and norm.width == "all":
+            assert not norm.rotated, "no family turns all heads before it normalises them"
+            self.wide_norm = WideNorm(model, index)
+        elif norm is not None:
+            self.head_norm = HeadNorm(model, index)
+        self.turn = nn.Buffer(make_turn(c, self.rotation or 0))
         self.register_buffer("k_cache", torch.zeros(1, cache, c.kv_heads, c.head_dim))
         self.register_buffer("v_cache", torch.zeros(1, cache, c.kv_heads, c.head_dim))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """x: (1, S, hidden) -> the same shape."""
-        x = x + self.o(self.attend(self.qkv(self.input_norm(x), call.expert), call), call.expert)
-        h = self.post_norm(x)
-        gated = activate(self.config.activation, self.gate(h, call.expert)) * self.up(h, call.expert)
-        return x + self.down(gated, call.expert)
+        return run_block(self.plan, Step(self, call), x)
+
+    def feed(self, x: Tensor, call: Call) -> Tensor:
+        """The MLP."""
+        name = self.plan.activation
+        if "gate_up" in self.plan.fused:
+            gate, up = self.multiply("gate_up", x, call).split(self.config.intermediate, dim=-1)
+            gated = activate(name, gate) * up
+        elif self.plan.gated:
+            gated = activate(name, self.multiply("gate", x, call)) * self.multiply("up", x, call)
+        else:
+            gated = activate(name, self.multiply("up", x, call))
+        return self.multiply("down", gated, call)
+
+    def multiply(self, kind: str, x: Tensor, call: Call) -> Tensor:
+        """One of the layer's products, with what the expert does to it."""
+        out: Tensor = self.get_submodule(kind)(x, call.expert)
+        return out
 
     def attend(self, qkv: Tensor, call: Call) -> Tensor:
         """Causal grouped-query attention over the cache. qkv: (1, S, N) -> (1, S, heads * D)."""
         c = self.config
+        if self.wide_norm is not None:
+            qkv = self.wide_norm(qkv)
         x = qkv.view(1, -1, c.heads + 2 * c.kv_heads, c.head_dim)  # with -1 XNNPACK takes it, with a length not
-        if self.head_norm is not None:
+        rotated = self.plan.head_norm is not None and self.plan.head_norm.rotated
+        if self.head_norm is not None and not rotated:
             x = self.head_norm(x)
-        if self.rope:
-            x = x * call.cos + F.linear(x, self.turn) * call.sin
+        if self.rotation is not None:
+            cos, sin = call.tables[self.rotation]
+            x = x * cos + F.linear(x, self.turn) * sin
+        if self.head_norm is not None and rotated:
+            x = self.head_norm(x)
         query, key, value = x.split_with_sizes([c.heads, c.kv_heads, c.kv_heads], dim=2)
         ops, scale = torch.ops.llama, c.head_dim**-0.5
         k_cache, v_cache = self.get_buffer("k_cache"), self.get_buffer("v_cache")
         ops.update_cache(key, k_cache, call.start)
         ops.update_cache(value, v_cache, call.start)
+        if self.plan.cap is not None:
+            return attend_capped(query * scale, k_cache, v_cache, call.masks[self.window], self.plan.cap)
         mask = None if self.window is None else call.masks[self.window]
         out = ops.custom_sdpa(query, k_cache, v_cache, call.start, mask, 0.0, mask is None, scale)
         return out.view(1, qkv.shape[1], c.heads * c.head_dim)
+
+
+def make_turn(c: Decoder, rotation: int) -> Tensor:
+    """(D, D): F.linear(x, turn) is what sin multiplies: of a pair (a, b) minus b, then a; 0 where nothing turns."""
+    turn = torch.zeros(c.head_dim, c.head_dim)
+    pairs = c.rotations[rotation].width // 2
+    first = torch.arange(pairs) * (2 if c.block.interleaved else 1)
+    second = first + (1 if c.block.interleaved else pairs)
+    turn[first[:, None], second], turn[second[:, None], first] = -torch.eye(pairs), torch.eye(pairs)
+    return turn
+
+
+def attend_capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, limit: float) -> Tensor:
+    """Attention whose scores are capped, which the fused operator cannot.
+
+    Args:
+        query: (1, S, heads, D), scaled. keys, values: (1, cache, kv_heads, D). mask: (S, cache), added to scores.
+    Returns:
+        (1, S, heads * D).
+    """
+    heads, width = query.shape[2:]
+    shared = heads // keys.shape[2]
+    keys, values = (x.repeat_interleave(shared, dim=2).permute(0, 2, 1, 3) for x in (keys, values))
+    scores = torch.tanh(query.permute(0, 2, 1, 3) @ keys.transpose(2, 3) / limit) * limit
+    out = torch.softmax(scores + mask, dim=-1) @ values
+    return out.permute(0, 2, 1, 3).reshape(1, query.shape[1], heads * width)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block in one call: the operations of its plan (`maths.block.Operations`)."""
+
+    block: Block
+    call: Call
+
+    def read(self, place: Place, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream normalised, where there is a norm, and the stream."""
+        known = self.block.plan.norms.find(place) is not None
+        return (self.normalise(place, stream) if known else stream), stream
+
+    def normalise(self, place: Place, x: Tensor) -> Tensor:
+        """Through the norm of that place."""
+        out: Tensor = self.block.get_submodule(NORMS[place])(x)
+        return out
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention, and the products before and after it."""
+        block, call = self.block, self.call
+        return block.multiply("o", block.attend(block.multiply("qkv", x, call), call), call)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The MLP."""
+        return self.block.feed(x, self.call)
+
+    def add(self, stream: Tensor, x: Tensor, source: Source) -> Tensor:
+        """The residual sum."""
+        return stream + x
 
 
 class DecoderProgram(nn.Module):
@@ -273,10 +334,11 @@ class DecoderProgram(nn.Module):
         self.embedding = Embedding(model, routed)
         self.virtual = VirtualPrompt(model, routed) if model.virtual is not None else None
         self.blocks = nn.ModuleList(Block(model, i, sizes.cache, routed) for i in range(len(c.layers)))
-        self.norm = Norm(model.vectors[f"{c.norm}.weight"], c.norm_eps)
+        self.norm = Norm(model, c.norm)
         self.head = Product([model.weights[model.head_name]])
-        cos, sin = c.rope_tables(sizes.cache)
-        self.cos, self.sin = nn.Buffer(torch.cat([cos, cos], -1)), nn.Buffer(torch.cat([sin, sin], -1))
+        for which in range(len(c.rotations)):
+            for name, table in zip(name_tables(which), widen(c, c.rope_tables(sizes.cache, which)), strict=True):
+                self.register_buffer(name, table)
         turned = torch.zeros(c.heads + 2 * c.kv_heads, 1)
         turned[: c.heads + c.kv_heads] = 1.0
         self.turned, self.kept = nn.Buffer(turned), nn.Buffer(1.0 - turned)
@@ -299,7 +361,8 @@ class DecoderProgram(nn.Module):
         call = self.prepare(start, length, pieces)
         for block in self.blocks:
             x = block(x, call)
-        return self.head(self.norm(x.index_select(1, rows)))
+        logits, limit = self.head(self.norm(x.index_select(1, rows))), self.config.logit_cap
+        return logits if limit is None else torch.tanh(logits / limit) * limit
 
     def embed(self, ids: Tensor, expert: Tensor | None, pieces: dict[int, Tensor] | None) -> Tensor:
         """(1, S, hidden), virtual tokens put in where there are any."""
@@ -311,10 +374,32 @@ class DecoderProgram(nn.Module):
     def prepare(self, start: int, length: int, pieces: dict[int, Tensor] | None) -> Call:
         """Rotations and masks, once for all layers."""
         positions = torch.arange(length) + start
-        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self.cos, self.sin))
-        call = Call(start, (cos * self.turned + self.kept).unsqueeze(0), (sin * self.turned).unsqueeze(0), pieces)
-        for window in {layer.window for layer in self.config.layers if layer.window is not None}:
+        tables = []
+        for which in range(len(self.config.rotations)):
+            pair = (self.get_buffer(name) for name in name_tables(which))
+            cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in pair)
+            tables.append(((cos * self.turned + self.kept).unsqueeze(0), (sin * self.turned).unsqueeze(0)))
+        call = Call(start, tables, pieces)
+        masked = {layer.window for layer in self.config.layers if layer.window is not None or self.config.block.cap}
+        for window in masked:
             distance = positions[:, None] - torch.arange(self.sizes.cache)[None, :]
-            seen = (distance >= 0) & (distance < window)
+            seen = distance >= 0
+            if window is not None:
+                seen = seen & (distance < window)
             call.masks[window] = torch.where(seen, 0.0, HIDDEN_SCORE)
         return call
+
+
+def name_tables(rotation: int) -> tuple[str, str]:
+    """The buffers of a rotation's cos and sin."""
+    return (f"cos_{rotation}", f"sin_{rotation}") if rotation else ("cos", "sin")
+
+
+def widen(c: Decoder, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin for every element of a head, (L, D): both of a pair alike, neutral where nothing turns."""
+    if c.block.interleaved:
+        cos, sin = (table.repeat_interleave(2, dim=-1) for table in tables)
+    else:
+        cos, sin = (torch.cat([table, table], -1) for table in tables)
+    rest = c.head_dim - cos.shape[-1]
+    return F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto
 
-from lime_edge.compiler.model.compiled import CompiledModel, Group
+from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.errors import Faults
 from lime_edge.exporters.onnx.graph import MICROSOFT, Graph
 
@@ -30,7 +32,10 @@ class AttentionWriter:
 
     def __init__(self, model: CompiledModel, graph: Graph):
         self.model, self.graph, self.config = model, graph, model.decoder
-        self.fuses_rotation = model.decoder.head_dim % ROTATED_MULTIPLE == 0
+        norm, c = model.decoder.block.head_norm, model.decoder
+        widths = [c.head_dim, *(rotation.width for rotation in c.rotations)]
+        fits = all(width % ROTATED_MULTIPLE == 0 for width in widths)
+        self.fuses_rotation = fits and not (norm is not None and norm.rotated)
 
     def declare(self) -> None:
         """Declare the mask and the caches, and compute what all layers read."""
@@ -40,9 +45,9 @@ class AttentionWriter:
             for kind in ("key", "value"):
                 shape: list[int | str] = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
                 g.input(f"past_key_values.{index}.{kind}", g.real, shape)
-        cos, sin = c.rope_tables(c.context)
-        g.constant("cos_cache", cos.numpy())
-        g.constant("sin_cache", sin.numpy())
+        for which in range(len(c.rotations)):
+            for name, table in zip(name_tables(which), c.rope_tables(c.context, which), strict=True):
+                g.constant(name, table.numpy())
         axis = g.constant("axis_1", np.array([1], np.int64))
         one = g.constant("one", np.array([1], np.int64))
         count = g.node("ReduceSum", ["attention_mask", axis], "/mask/ReduceSum", keepdims=0)
@@ -71,28 +76,31 @@ class AttentionWriter:
         )
         g.node("Add", [start, steps], "/rotation/Add", [POSITIONS])
 
-    def write(self, index: int, qkv: str, group: Group, path: str) -> str:
+    def write(self, index: int, qkv: str, path: str) -> str:
         """Causal grouped-query attention over the cache: (B, S, N) -> (B, S, heads * D)."""
         g, c, attention = self.graph, self.config, self.config.layers[index]
-        rotates = attention.rope and not self.fuses_rotation
-        query, key, value = qkv, "", ""
-        if c.qk_norm or rotates:
-            query, key, value = self._split(qkv, group, path)
-        if c.qk_norm:
-            norms = c.prefix(index) + "self_attn"
-            query = self._head_norm(f"{norms}.q_norm.weight", query, c.heads, f"{path}/q_norm")
-            key = self._head_norm(f"{norms}.k_norm.weight", key, c.kv_heads, f"{path}/k_norm")
-        if rotates:
-            query, key = self._rotate(query, f"{path}/q_rotation"), self._rotate(key, f"{path}/k_rotation")
+        rotation, norm = c.rotation_of(index), c.block.head_norm
+        rotates = rotation is not None and not self.fuses_rotation
+        heads, (query, key, value) = {"q": c.heads, "k": c.kv_heads}, (qkv, "", "")
+        if norm is not None or rotates:
+            query, key, value = self._split(qkv, path)
+        if norm is not None and not norm.rotated:
+            query, key = (self._norm(index, x, kind, path) for kind, x in zip(heads, (query, key), strict=True))
+        if rotation is not None and rotates:
+            pairs = zip(heads, (query, key), strict=True)
+            query, key = (self._rotate(x, rotation, heads[kind], f"{path}/{kind}_rotation") for kind, x in pairs)
+        if norm is not None and norm.rotated:
+            query, key = (self._norm(index, x, kind, path) for kind, x in zip(heads, (query, key), strict=True))
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
             shape: list[int | str] = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
             g.output(name, g.real, shape)
         inputs = [query, key, value, *past, "seqlens_k", "total_sequence_length_i32"]
-        fused = attention.rope and self.fuses_rotation
-        if fused:
-            inputs += ["cos_cache", "sin_cache"]
+        fused = rotation is not None and self.fuses_rotation
+        if rotation is not None and fused:
+            inputs += name_tables(rotation)
+        cap: dict[str, Any] = {} if c.block.cap is None else {"softcap": c.block.cap}
         return g.node(
             "GroupQueryAttention",
             inputs,
@@ -102,28 +110,53 @@ class AttentionWriter:
             num_heads=c.heads,
             kv_num_heads=c.kv_heads,
             do_rotary=int(fused),
-            rotary_interleaved=0,
+            rotary_interleaved=int(fused and c.block.interleaved),
             scale=c.head_dim**-0.5,
             local_window_size=-1 if attention.window is None else attention.window,
+            **cap,
         )
 
-    def _split(self, qkv: str, group: Group, path: str) -> list[str]:
-        sizes = self.graph.constant(f"{path}/sizes", np.array(group.widths, np.int64))
+    def _split(self, qkv: str, path: str) -> list[str]:
+        sizes = self.graph.constant(f"{path}/sizes", np.array(self.config.head_widths, np.int64))
         parts = [f"{path}/{part}" for part in "qkv"]
         self.graph.node("Split", [qkv, sizes], f"{path}/Split", parts, axis=-1)
         return parts
 
-    def _rotate(self, x: str, path: str) -> str:
-        """Half against half in every head, whose width the tables tell: (B, S, heads * D). Source: decoder.rotate."""
-        inputs = [x, POSITIONS, "cos_cache", "sin_cache"]
-        return self.graph.node("RotaryEmbedding", inputs, path, domain=MICROSOFT, interleaved=0)
+    def _rotate(self, x: str, rotation: int, heads: int, path: str) -> str:
+        """Every head's first elements, as many as the tables tell: (B, S, heads * D). Source: decoder.rotate."""
+        width = self.config.rotations[rotation].width
+        partial = width < self.config.head_dim
+        part: dict[str, Any] = {"rotary_embedding_dim": width, "num_heads": heads} if partial else {}
+        inputs = [x, POSITIONS, *name_tables(rotation)]
+        interleaved = int(self.config.block.interleaved)
+        return self.graph.node("RotaryEmbedding", inputs, path, domain=MICROSOFT, interleaved=interleaved, **part)
 
-    def _head_norm(self, name: str, x: str, heads: int, path: str) -> str:
-        """RMSNorm over each head's width: (B, S, heads * D) -> the same."""
-        g, c = self.graph, self.config
+    def _norm(self, index: int, x: str, kind: str, path: str) -> str:
+        """The norm on queries ("q") or keys ("k"): (B, S, heads * D) -> the same. Source: decoder.HeadNorm."""
+        g, c, plan, path = self.graph, self.config, self.config.block, f"{path}/{kind}_norm"
+        assert plan.head_norm is not None
+        heads, short = (c.heads, plan.head_norm.query) if kind == "q" else (c.kv_heads, plan.head_norm.key)
+        name, width = f"{c.prefix(index)}self_attn.{short}.weight", plan.head_norm.width
+        vector = self.model.vectors[name].numpy()
+        op = "SimplifiedLayerNormalization" if plan.norm == "rms" else "LayerNormalization"
+        if width == "all":
+            return g.node(op, [x, g.constant(name, vector)], f"{path}/Norm", epsilon=c.norm_eps, axis=-1)
         split = g.constant(f"{path}/split", np.array([0, 0, heads, c.head_dim], np.int64))
         merge = g.constant(f"{path}/merge", np.array([0, 0, heads * c.head_dim], np.int64))
         x = g.node("Reshape", [x, split], f"{path}/Split")
-        weight = g.constant(name, self.model.vectors[name].numpy())
-        x = g.node("SimplifiedLayerNormalization", [x, weight], f"{path}/Norm", epsilon=c.norm_eps, axis=-1)
+        shared = vector if width == "head" else np.ones(c.head_dim, np.float32)
+        x = g.node(
+            op,
+            [x, g.constant(name if width == "head" else f"{path}/ones", shared)],
+            f"{path}/Norm",
+            epsilon=c.norm_eps,
+            axis=-1,
+        )
+        if width == "each":  # the operator has one vector for all heads
+            x = g.node("Mul", [x, g.constant(name, vector.reshape(heads, -1))], f"{path}/Weight")
         return g.node("Reshape", [x, merge], f"{path}/Merge")
+
+
+def name_tables(rotation: int) -> list[str]:
+    """The names of a rotation's tables of cos and sin."""
+    return [f"{kind}_cache_{rotation}" if rotation else f"{kind}_cache" for kind in ("cos", "sin")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from onnx import TensorProto
 
 from lime_edge import __version__
+from lime_edge.compiler.maths.block import Place, Source, run_block
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.exporters.onnx.attention import AttentionWriter, check_head_width
@@ -26,6 +28,12 @@ from lime_edge.targets.entries import OnnxOptions
 FILE = "model.onnx"
 ROUTED_FILE = "routed.onnx"
 Progress = Callable[[str, int, int], None]
+NORM_PATHS: dict[Place, str] = {
+    "before_attention": "input_norm",
+    "after_attention": "attn_norm",
+    "before_mlp": "post_norm",
+    "after_mlp": "mlp_norm",
+}
 
 
 def write_decoder(model: CompiledModel, directory: Path, options: OnnxOptions, progress: Progress) -> dict[str, Any]:
@@ -66,6 +74,14 @@ def write_decoder(model: CompiledModel, directory: Path, options: OnnxOptions, p
     return facts
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream, and what is still to be added to it: one operator adds and normalises."""
+
+    sum: str
+    update: str = ""
+
+
 class DecoderWriter:
     """Writes a CompiledModel's decoder into a Graph, layer by layer."""
 
@@ -83,16 +99,16 @@ class DecoderWriter:
         self.attention.declare()
         if self.experts is not None:
             self.experts.declare()
-        stream = self._embed()
+        embedded = self._embed()
         if self.model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
-            stream = prepend_virtual(self.model, self.graph, stream, routed)
-        self.attention.find_positions(stream)
-        update = ""
+            embedded = prepend_virtual(self.model, self.graph, embedded, routed)
+        self.attention.find_positions(embedded)
+        stream = Stream(embedded)
         for index in range(total):
             progress("write onnx", index, total)
-            stream, update = self._write_layer(index, stream, update)
-        self._write_head(stream, update)
+            stream = run_block(self.config.block, LayerWriter(self, index), stream)
+        self._write_head(stream)
         progress("write onnx", total, total)
 
     def _embed(self) -> str:
@@ -146,53 +162,61 @@ class DecoderWriter:
         factor = g.node("Gather", [scales, "input_ids"], "/model/embed_tokens/GatherScale")
         return g.node("Mul", [rows, factor], "/model/embed_tokens/Mul")
 
-    def _write_layer(self, index: int, stream: str, update: str) -> tuple[str, str]:
-        """One layer. `update` is what the layer before adds to the stream; returns (stream, update)."""
-        path, prefix = f"/model/layers.{index}", self.config.prefix(index)
-        groups = self.model.groups(index)
-        x, stream = self._norm(f"{prefix}input_layernorm.weight", f"{path}/input_norm", stream, update)
-        qkv = self._project(groups["qkv"], x, f"{path}/attn/qkv_proj")
-        attended = self.attention.write(index, qkv, groups["qkv"], f"{path}/attn")
-        update = self._project(groups["o"], attended, f"{path}/attn/o_proj")
-        x, stream = self._norm(f"{prefix}post_attention_layernorm.weight", f"{path}/post_norm", stream, update)
-        gated = self._gate(groups["gate_up"], x, f"{path}/mlp")
-        return stream, self._project(groups["down"], gated, f"{path}/mlp/down_proj")
-
-    def _norm(self, name: str, path: str, stream: str, update: str) -> tuple[str, str]:
-        """Add the update to the stream and normalise the sum: (normalised, new stream)."""
+    def norm_sum(self, name: str, path: str, stream: Stream) -> tuple[str, Stream]:
+        """Add what is pending to the stream and normalise the sum: (normalised, new stream)."""
         g, eps = self.graph, self.config.norm_eps
-        weight = g.constant(name, self.model.vectors[name].numpy())
-        if not update:
-            out = g.node("SimplifiedLayerNormalization", [stream, weight], f"{path}/Norm", epsilon=eps, axis=-1)
-            return out, stream
-        if self.joins_norms and (fused := fuse_norm(g, update, stream, weight, eps, path)):
-            return fused
+        if not stream.update:
+            return self.norm(name, path, stream.sum), stream
+        plain = self.config.block.norm == "rms"
+        gains = self._gains(name)
+        if plain and self.joins_norms and (fused := fuse_norm(g, stream.update, stream.sum, gains[0], eps, path)):
+            return fused[0], Stream(fused[1])
         outputs = [f"{path}/SkipNorm/output", "", "", f"{path}/SkipNorm/sum"]
         g.node(
-            "SkipSimplifiedLayerNormalization",
-            [stream, update, weight],
+            "SkipSimplifiedLayerNormalization" if plain else "SkipLayerNormalization",
+            [stream.sum, stream.update, *gains],
             f"{path}/SkipNorm",
             outputs,
             domain=MICROSOFT,
             epsilon=eps,
         )
-        return outputs[0], outputs[3]
+        return outputs[0], Stream(outputs[3])
 
-    def _gate(self, group: Group, x: str, path: str) -> str:
-        """activation(gate) * up, from one product."""
-        g, both = self.graph, self._project(group, x, f"{path}/gate_up_proj")
-        if self.config.activation == "silu":
+    def norm(self, name: str, path: str, x: str) -> str:
+        """A norm alone."""
+        op = "SimplifiedLayerNormalization" if self.config.block.norm == "rms" else "LayerNormalization"
+        return self.graph.node(op, [x, *self._gains(name)], f"{path}/Norm", epsilon=self.config.norm_eps, axis=-1)
+
+    def _gains(self, name: str) -> list[str]:
+        """The norm's weight, and its bias where it has one."""
+        names = (f"{name}.weight", f"{name}.bias")
+        return [self.graph.constant(key, self.model.vectors[key].numpy()) for key in names if key in self.model.vectors]
+
+    def gate(self, group: Group, x: str, path: str) -> str:
+        """activation(gate) * up, from one product; activation(up) where there is no gate."""
+        g, plan = self.graph, self.config.block
+        both = self.project(group, x, f"{path}/{'gate_up' if plan.gated else 'up'}_proj")
+        if not plan.gated:
+            return self._activate(both, f"{path}/act")
+        if plan.activation == "silu":
             name = HALF + SWIGLU if g.half else SWIGLU
             if name not in g.functions:
                 g.functions[name] = make_swiglu(g.half)
             return g.node(name, [both], f"{path}/SwiGLU", domain=LIME)
         names = [f"{path}/gate", f"{path}/up"]
         g.node("Split", [both], f"{path}/Split", names, axis=-1, num_outputs=2)
-        approximate = "tanh" if self.config.activation == "gelu_pytorch_tanh" else "none"
-        active = g.node("Gelu", names[:1], f"{path}/act", approximate=approximate)
-        return g.node("Mul", [active, names[1]], f"{path}/Mul")
+        return g.node("Mul", [self._activate(names[0], f"{path}/act"), names[1]], f"{path}/Mul")
 
-    def _project(self, group: Group, x: str, path: str) -> str:
+    def _activate(self, x: str, path: str) -> str:
+        g, name = self.graph, self.config.block.activation
+        if name == "relu2":
+            positive = g.node("Relu", [x], f"{path}/Relu")
+            return g.node("Mul", [positive, positive], f"{path}/Square")
+        if name == "silu":
+            return g.node("QuickGelu", [x], path, domain=MICROSOFT, alpha=1.0)
+        return g.node("Gelu", [x], path, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
+
+    def project(self, group: Group, x: str, path: str) -> str:
         """A group of linears on one input, with what the expert does to them (see decoder.Projection)."""
         names, bias = [f"{name}.weight" for name in group.names], self.model.group_bias(group)
         branch = self.model.group_branch(group)
@@ -234,10 +258,10 @@ class DecoderWriter:
             accuracy_level=0 if g.half else 4,  # a GPU computes in float16 whatever is said
         )
 
-    def _write_head(self, stream: str, update: str) -> None:
+    def _write_head(self, stream: Stream) -> None:
         """Final norm, the last `logits_to_keep` positions (0: all), logits."""
         g, model = self.graph, self.model
-        x, _ = self._norm(f"{self.config.norm}.weight", "/model/norm", stream, update)
+        x, _ = self.norm_sum(self.config.norm, "/model/norm", stream)
         if g.half:
             start = g.input(LOGITS_START, TensorProto.INT64, [1])
         else:
@@ -251,6 +275,60 @@ class DecoderWriter:
             g.node("FusedMatMul", [x, name], "/lm_head/MatMul", domain=MICROSOFT, transB=1)
         else:
             self._matmul([name], None, x, "/lm_head")  # a tied head's codes are the table's, stored once
+        if (limit := self.config.logit_cap) is not None:
+            most = g.constant("/lm_head/limit", np.array(limit, np.float32))
+            share = g.node("Tanh", [g.node("Div", [g.nodes[-1].output[0], most], "/lm_head/Div")], "/lm_head/Tanh")
+            g.node("Mul", [share, most], "/lm_head/Cap")
         if g.half:
             g.node("Cast", [g.nodes[-1].output[0]], "/lm_head/Cast", to=TensorProto.FLOAT)
         g.nodes[-1].output[0] = "logits"
+
+
+@dataclass(frozen=True)
+class LayerWriter:
+    """The operations of a layer's plan as nodes (`maths.block.Operations`)."""
+
+    writer: DecoderWriter
+    index: int
+
+    @property
+    def path(self) -> str:
+        """What the names of its nodes begin with."""
+        return f"/model/layers.{self.index}"
+
+    def read(self, place: Place, stream: Stream) -> tuple[str, Stream]:
+        """What is pending added, and the sum normalised where there is a norm."""
+        name = self.writer.config.block.norms.find(place)
+        if name is not None:
+            return self.writer.norm_sum(self._name(name), f"{self.path}/{NORM_PATHS[place]}", stream)
+        stream = self._join(stream, f"{self.path}/{NORM_PATHS[place]}")
+        return stream.sum, stream
+
+    def normalise(self, place: Place, x: str) -> str:
+        """A norm alone."""
+        name = self.writer.config.block.norms.find(place)
+        assert name is not None
+        return self.writer.norm(self._name(name), f"{self.path}/{NORM_PATHS[place]}", x)
+
+    def attend(self, x: str) -> str:
+        """Attention, and the products before and after it."""
+        groups, path = self.writer.model.groups(self.index), f"{self.path}/attn"
+        qkv = self.writer.project(groups["qkv"], x, f"{path}/qkv_proj")
+        return self.writer.project(groups["o"], self.writer.attention.write(self.index, qkv, path), f"{path}/o_proj")
+
+    def feed(self, x: str) -> str:
+        """The MLP."""
+        groups, path = self.writer.model.groups(self.index), f"{self.path}/mlp"
+        return self.writer.project(groups["down"], self.writer.gate(groups["gate_up"], x, path), f"{path}/down_proj")
+
+    def add(self, stream: Stream, x: str, source: Source) -> Stream:
+        """x is to be added; what was, is added now."""
+        return Stream(self._join(stream, f"{self.path}/{source}").sum, x)
+
+    def _join(self, stream: Stream, path: str) -> Stream:
+        if not stream.update:
+            return stream
+        return Stream(self.writer.graph.node("Add", [stream.sum, stream.update], f"{path}/Residual"))
+
+    def _name(self, norm: str) -> str:
+        return self.writer.config.prefix(self.index) + norm

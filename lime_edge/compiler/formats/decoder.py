@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from lime_edge.compiler.formats.files import AGAIN, INDEX, SINGLE, list_shards, 
 from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
+
+HEAD_NORM = re.compile(r"(.+\.self_attn\.[qk]_layernorm)\.norms\.(\d{1,6})\.weight")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class DecoderBackbone(Backbone):
     def traits(self) -> dict[str, str | int]:
         """Family, heads, and the slowest rotation, to four digits: a GGUF file rounds numbers of the configuration."""
         d = self.decoder
-        return {"family": d.family, "heads": d.heads, "kv_heads": d.kv_heads, "rope": f"{d.rope_frequencies[-1]:.3e}"}
+        slowest = d.rotations[0].frequencies[-1]
+        return {"family": d.family, "heads": d.heads, "kv_heads": d.kv_heads, "rope": f"{slowest:.3e}"}
 
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """All tensors; a tied head is not among them."""
@@ -80,7 +84,7 @@ def read_decoder_backbone(path: Path) -> DecoderBackbone:
         config, tensors = _read_directory(path)
     with reading(f"{path}: not a model that can be built", "is this what save_pretrained writes?"):
         decoder = read_decoder(config, str(path))
-    tensors = _check_tensors(decoder, tensors, str(path))
+    tensors = _check_tensors(decoder, flatten_norms(tensors), str(path))
     name = plain_name(gguf.stem if gguf else path.resolve().name)
     return DecoderBackbone(str(path), name, decoder, tensors, _read_eos(path, config, decoder.vocab))
 
@@ -145,6 +149,21 @@ def _read_gguf(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     return model.config, model.state_dict()
 
 
+def flatten_norms(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Norms of the heads as one vector each, where a checkpoint has a tensor or a row for every head.
+
+    `self_attn.q_layernorm.norms.3.weight` (StableLM) and `self_attn.q_norm.weight` (heads, D) (Command R) alike.
+    """
+    heads: dict[str, dict[int, torch.Tensor]] = {}
+    flat: dict[str, torch.Tensor] = {}
+    for name, tensor in found.items():
+        if match := HEAD_NORM.fullmatch(name):
+            heads.setdefault(f"{match[1]}.weight", {})[int(match[2])] = tensor
+        else:
+            flat[name] = tensor.flatten() if name.endswith("_norm.weight") else tensor
+    return flat | {name: torch.cat([rows[index] for index in sorted(rows)]) for name, rows in heads.items()}
+
+
 def _check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     refuse_checkpoint(found, where, "a backbone")
     wanted = decoder.tensors()
@@ -161,7 +180,8 @@ def _check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str)
             elif not torch.isfinite(tensor).all():
                 faults.add(f"tensor {name} holds NaN or infinite values")
             else:
-                checked[name] = tensor.detach().float().contiguous()
+                offset = decoder.offset_norms and name.endswith("norm.weight")
+                checked[name] = tensor.detach().float().contiguous() + offset
         for name in found.keys() - wanted.keys():
             tied_head = decoder.tied and name == "lm_head.weight"
             if not tied_head and not name.endswith("rotary_emb.inv_freq"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lime_edge.bundle.sites import Site, SiteTable
-from lime_edge.compiler.formats.architecture import HEAD, Decoder, list_layers
+from lime_edge.compiler.formats.architecture import HEAD, PLACES, Decoder, list_layers
 from lime_edge.compiler.formats.backbone import Layer
 from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
 from lime_edge.compiler.maths.quantize import QuantizedTensor
@@ -238,18 +238,11 @@ class CompiledModel(Compiled):
 
     def groups(self, layer: int) -> dict[str, Group]:
         """The four groups of a layer: qkv, o, gate_up, down."""
-        names = self.decoder.linears(layer)
-        by_kind = {name.rsplit(".", 1)[-1]: (name, shape[0]) for name, shape in names.items()}
-        members = {
-            "qkv": ("q_proj", "k_proj", "v_proj"),
-            "o": ("o_proj",),
-            "gate_up": ("gate_proj", "up_proj"),
-            "down": ("down_proj",),
-        }
-        return {
-            key: Group(tuple(by_kind[k][0] for k in kinds), tuple(by_kind[k][1] for k in kinds))
-            for key, kinds in members.items()
-        }
+        members: dict[str, list[tuple[str, int]]] = {}
+        for name, shape in self.decoder.linears(layer).items():
+            place = PLACES[name.rsplit(".", 1)[-1].removesuffix("_proj")]
+            members.setdefault(place, []).append((name, shape[0]))
+        return {place: Group(*map(tuple, zip(*found, strict=True))) for place, found in members.items()}
 
     def group_branch(self, group: Group) -> GroupBranch | None:
         """The branches of a group's sites as one, or None when no member is a branching site."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lime_edge.compiler.formats.architecture import Decoder
-from lime_edge.compiler.formats.backbone import Source
+from lime_edge.compiler.formats.backbone import Source as Input
+from lime_edge.compiler.maths.block import PLACES, BlockPlan, Place, Source, run_block
 from lime_edge.compiler.maths.prompt_tuning import route_prompt
 from lime_edge.compiler.model.compiled import CompiledModel, Group
 from lime_edge.compiler.model.multiplier import Multiplier
@@ -19,7 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
 }
+Tables = tuple[Tensor, Tensor]  # cos and sin of the call's positions, (S, pairs) each
 
 
 @dataclass
@@ -117,69 +120,153 @@ class Prefix(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm: x / rms(x) * weight. Source: arXiv 1910.07467 eq. 4."""
+    """x / rms(x) * weight; of kind "layer" after the mean is subtracted, and with a bias where there is one.
 
-    def __init__(self, weight: Tensor, eps: float):
+    Source: arXiv 1910.07467 eq. 4, 1607.06450 eq. 4.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, kind: str = "rms", bias: Tensor | None = None):
         super().__init__()
-        self.weight = nn.Buffer(weight)
-        self.eps = eps
+        self.weight, self.bias = nn.Buffer(weight), None if bias is None else nn.Buffer(bias)
+        self.eps, self.kind = eps, kind
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return y if self.bias is None else y + self.bias
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate half against half (not interleaved). x: (B, N, S, D); cos, sin: (S, D/2).
+class HeadNorm(nn.Module):
+    """The norm on queries or on keys, (B, heads, S, D)."""
 
-    Source: RoFormer (arXiv 2104.09864) eq. 34, in the half-split layout of Llama checkpoints.
+    def __init__(self, weight: Tensor, heads: int, plan: BlockPlan, eps: float):
+        super().__init__()
+        assert plan.head_norm is not None
+        self.width, self.plan, self.eps = plan.head_norm.width, plan, eps
+        self.weight = nn.Buffer(weight if self.width == "head" else weight.view(heads, 1, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every head, or all heads of a token at once."""
+        over = (1, 3) if self.width == "all" else (3,)
+        if self.plan.norm == "layer":
+            x = x - x.mean(over, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * self.weight
+
+
+def make_norm(model: CompiledModel, name: str) -> Norm:
+    """A norm of the residual stream, of the kind that the model's are."""
+    bias = model.vectors.get(f"{name}.bias")
+    return Norm(model.vectors[f"{name}.weight"], model.decoder.norm_eps, model.decoder.block.norm, bias)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first elements of every head, as many as the tables say: half against half, or each against its
+    neighbour. x: (B, N, S, D); cos, sin: (S, pairs).
+
+    Source: RoFormer (arXiv 2104.09864) eq. 34; half-split in the layout of Llama checkpoints.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class Block(nn.Module):
-    """One decoder layer: attention with an explicit cache, then a gated MLP."""
+    """One decoder layer: attention with an explicit cache, and an MLP, put together as the plan says."""
 
     def __init__(self, model: CompiledModel, index: int):
         super().__init__()
-        self.index, self.config = index, model.decoder
-        self.attention = model.decoder.layers[index]
+        self.index, self.config, self.plan = index, model.decoder, model.decoder.block
+        self.attention, self.rotation = model.decoder.layers[index], model.decoder.rotation_of(index)
         groups, prefix = model.groups(index), model.decoder.prefix(index)
-        eps = self.config.norm_eps
         self.qkv, self.o = Projection(model, groups["qkv"]), Projection(model, groups["o"])
         self.gate_up, self.down = Projection(model, groups["gate_up"]), Projection(model, groups["down"])
-        self.input_norm = Norm(model.vectors[f"{prefix}input_layernorm.weight"], eps)
-        self.post_norm = Norm(model.vectors[f"{prefix}post_attention_layernorm.weight"], eps)
+        names = {place: self.plan.norms.find(place) for place in PLACES}
+        self.norms = nn.ModuleDict({place: make_norm(model, prefix + name) for place, name in names.items() if name})
         self.q_norm = self.k_norm = None
-        if self.config.qk_norm:
-            self.q_norm = Norm(model.vectors[f"{prefix}self_attn.q_norm.weight"], eps)
-            self.k_norm = Norm(model.vectors[f"{prefix}self_attn.k_norm.weight"], eps)
+        if (norm := self.plan.head_norm) is not None:
+            query, key = (model.vectors[f"{prefix}self_attn.{name}.weight"] for name in (norm.query, norm.key))
+            self.q_norm = HeadNorm(query, self.config.heads, self.plan, self.config.norm_eps)
+            self.k_norm = HeadNorm(key, self.config.kv_heads, self.plan, self.config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, expert: Tensor | None) -> Tensor:
-        """x: (B, S, hidden) -> the same shape."""
-        x = x + self.o(self.attend(self.qkv(self.input_norm(x), expert), cos, sin, cache), expert)
-        gate, up = self.gate_up(self.post_norm(x), expert).chunk(2, dim=-1)
-        return x + self.down(ACTIVATIONS[self.config.activation](gate) * up, expert)
+    def forward(self, x: Tensor, tables: Sequence[Tables], cache: Cache, expert: Tensor | None) -> Tensor:
+        """x: (B, S, hidden) -> the same shape. tables: of every rotation that the model has."""
+        return run_block(self.plan, Step(self, tables, cache, expert), x)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
+    def attend(self, qkv: Tensor, tables: Sequence[Tables], cache: Cache) -> Tensor:
         """Causal grouped-query attention over the cache. qkv: (B, S, N) -> (B, S, heads * head_dim)."""
-        c = self.config
+        c, norm = self.config, self.plan.head_norm
         batch, length = qkv.shape[:2]
         split = qkv.view(batch, length, -1, c.head_dim).transpose(1, 2)
         query, key, value = split.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and norm is not None and not norm.rotated:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.attention.rope:
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.rotation is not None:
+            query, key = (rotate(x, *tables[self.rotation], self.plan.interleaved) for x in (query, key))
+        if self.q_norm is not None and self.k_norm is not None and norm is not None and norm.rotated:
+            query, key = self.q_norm(query), self.k_norm(key)
         past = cache.keys[self.index].shape[2] if self.index < len(cache.keys) else 0
         key, value = cache.append(self.index, key, value)
         mask = causal_mask(length, past, self.attention.window, qkv.device)
         repeats = c.heads // c.kv_heads
-        out = F.scaled_dot_product_attention(
-            query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), attn_mask=mask
-        )
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        if self.plan.cap is None:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            scores = cap(query @ key.transpose(2, 3) * c.head_dim**-0.5, self.plan.cap)
+            out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
         return out.transpose(1, 2).reshape(batch, length, -1)
+
+    def feed(self, x: Tensor, expert: Tensor | None) -> Tensor:
+        """The MLP. x: (B, S, hidden) -> the same shape."""
+        both, act = self.gate_up(x, expert), ACTIVATIONS[self.plan.activation]
+        if not self.plan.gated:
+            return self.down(act(both), expert)
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(act(gate) * up, expert)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block in one call: the operations of its plan (`maths.block.Operations`)."""
+
+    block: Block
+    tables: Sequence[Tables]
+    cache: Cache
+    expert: Tensor | None
+
+    def read(self, place: Place, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream normalised, where there is a norm, and the stream."""
+        return (self.normalise(place, stream) if place in self.block.norms else stream), stream
+
+    def normalise(self, place: Place, x: Tensor) -> Tensor:
+        """Through the norm of that place."""
+        return self.block.norms[place](x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention, and the products before and after it."""
+        block = self.block
+        return block.o(block.attend(block.qkv(x, self.expert), self.tables, self.cache), self.expert)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The MLP."""
+        return self.block.feed(x, self.expert)
+
+    def add(self, stream: Tensor, x: Tensor, source: Source) -> Tensor:
+        """The residual sum."""
+        return stream + x
+
+
+def cap(x: Tensor, limit: float | None) -> Tensor:
+    """limit * tanh(x / limit), or x where there is no limit. Source: Gemma 2 (arXiv 2408.00118), section 2."""
+    return x if limit is None else limit * torch.tanh(x / limit)
 
 
 def causal_mask(length: int, past: int, window: int | None, device: torch.device) -> Tensor:
@@ -204,7 +291,7 @@ class DecoderModule(nn.Module):
         self.config: Decoder = model.decoder
         self.embedding = Embedding(model)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
-        self.norm = Norm(model.vectors[f"{self.config.norm}.weight"], self.config.norm_eps)
+        self.norm = make_norm(model, self.config.norm)
         self.virtual = Prefix(model) if model.virtual is not None else None
         tied = model.head_name == f"{self.config.embedding}.weight"
         self.head = self.embedding.table if tied else nn.Buffer(model.weight(model.head_name))
@@ -226,12 +313,17 @@ class DecoderModule(nn.Module):
         if self.virtual is not None and past == 0:
             prompt = self.virtual(x, expert)
             x, added = torch.cat([prompt, x], dim=1), prompt.shape[1]
-        cos, sin = (t[past:].to(x) for t in self.config.rope_tables(past + x.shape[1]))
+        tables = self.make_tables(past, past + x.shape[1])
         for block in self.blocks:
-            x = block(x, cos, sin, cache, expert)
-        return F.linear(self.norm(x[:, added:]), self.head)
+            x = block(x, tables, cache, expert)
+        return cap(F.linear(self.norm(x[:, added:]), self.head), self.config.logit_cap)
 
-    def list_readers(self) -> dict[Source, nn.Module]:
+    def make_tables(self, start: int, end: int) -> list[Tables]:
+        """cos and sin of positions start..end-1, for every rotation."""
+        found = (self.config.rope_tables(end, which) for which in range(len(self.config.rotations)))
+        return [(cos[start:].to(self.embedding.table), sin[start:].to(self.embedding.table)) for cos, sin in found]
+
+    def list_readers(self) -> dict[Input, nn.Module]:
         """For every input that is multiplied, the product that reads it."""
         places = ("qkv", "o", "gate_up", "down")
         return {(index, place): getattr(block, place) for index, block in enumerate(self.blocks) for place in places}
@@ -245,10 +337,9 @@ class DecoderModule(nn.Module):
         Args:
             ids: (B, S) int64, padded on the right. real: (B, S) bool, not read. residual: (sum_H,) float32.
         """
-        cos, sin = (table.to(self.embedding.table) for table in self.config.rope_tables(ids.shape[1]))
-        cache, x = Cache(), self.embedding(ids, residual)
+        tables, cache, x = self.make_tables(0, ids.shape[1]), Cache(), self.embedding(ids, residual)
         for block in self.blocks:
-            x = block(x, cos, sin, cache, residual)
+            x = block(x, tables, cache, residual)
 
     @torch.no_grad()
     def greedy(self, input_ids: Tensor, expert: Tensor | None, count: int, eos: tuple[int, ...] = ()) -> list[int]:
