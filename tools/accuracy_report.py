@@ -64,6 +64,9 @@ def write_report(answers: Path, folders: dict[str, Path], docs: Path) -> None:
         if any(record["base"] for record in own):
             facts[adapter] = score_adapter(own, folder, environments)
     docs.mkdir(exist_ok=True)
+    page = docs / "accuracy.json"
+    if page.is_file() and (twin := json.loads(page.read_text()).get("twin")):
+        facts["twin"] = twin  # measured by tools/twin_accuracy.py
     (docs / "accuracy.json").write_text(json.dumps(facts, indent=1) + "\n")
     (docs / "accuracy.md").write_text(render(facts))
 
@@ -120,8 +123,34 @@ def render(facts: dict[str, Any]) -> str:
     for adapter in ("demo", "starter"):
         if adapter in facts:
             lines += [f"## The {adapter} adapter", ""] + render_adapter(facts[adapter])
+    if "twin" in facts:
+        lines += render_twin(facts["twin"])
     lines.append(TAIL)
     return "\n".join(lines)
+
+
+def render_twin(facts: dict[str, Any]) -> list[str]:
+    """The activated twin beside the adapter that always acts: a column per bundle, a row per task."""
+    bundles = list(facts["bundles"])
+    lines = [
+        "## The activated twin",
+        "",
+        f"`{facts['command']}`: both adapters through `generate_many`, {facts['machine']}.",
+        "",
+        "| task | " + " | ".join(bundles) + " |",
+        "|" + "---|" * (len(bundles) + 1),
+    ]
+    for task in facts["bundles"][bundles[0]]:
+        lines.append(f"| {task} | " + " | ".join(f"{facts['bundles'][name][task]:.4f}" for name in bundles) + " |")
+    return [*lines, ""]
+
+
+def write_twin(facts: dict[str, Any], docs: Path) -> None:
+    """Put the twin's figures into both documents."""
+    page = docs / "accuracy.json"
+    whole = json.loads(page.read_text()) | {"twin": facts}
+    page.write_text(json.dumps(whole, indent=1) + "\n")
+    (docs / "accuracy.md").write_text(render(whole))
 
 
 def render_adapter(facts: dict[str, Any]) -> list[str]:

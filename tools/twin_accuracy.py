@@ -1,6 +1,6 @@
 """The activated twin of the demo adapter beside the first: exact answers per task, on a bundle's own runtime.
 
-    python tools/twin_accuracy.py build/activated.lime [--limit 150] [--threads 2] > answers.json
+    python tools/twin_accuracy.py "always, int4=build/demo.lime" "activated, int4=build/activated.lime" [--write]
 
 Every test input of examples/demo_adapter/eval is answered by its task's own expert, 16 rows at a time
 (`Session.generate_many`), and compared as `lime-edge eval` compares: exact match after strip, 16 new tokens.
@@ -12,7 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from accuracy_report import write_twin
+
 import lime_edge
+from lime_edge.bench.machine import describe_machine
 from lime_edge.checks.evaluate import read_examples
 
 TESTS = Path("examples/demo_adapter/eval")
@@ -35,14 +38,28 @@ def measure(bundle: Path, limit: int, threads: int | None) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the accuracies and their mean as JSON."""
+    """Print the accuracies and their means as JSON; --write puts them into docs/accuracy.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundles", nargs="+", metavar="NAME=BUNDLE")
     parser.add_argument("--limit", type=int, default=150, help="examples of each task")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    found = measure(arguments.bundle, arguments.limit, arguments.threads)
-    print(json.dumps({"bundle": arguments.bundle.name, "mean": sum(found.values()) / len(found), **found}, indent=1))
+    found = {}
+    for word in arguments.bundles:
+        name, bundle = word.rsplit("=", 1)
+        tasks = measure(Path(bundle), arguments.limit, arguments.threads)
+        found[name] = {"mean": sum(tasks.values()) / len(tasks)} | tasks
+    machine = describe_machine()
+    words = " ".join(f'"{word}"' for word in arguments.bundles)
+    facts = {
+        "command": f"python tools/twin_accuracy.py {words} --limit {arguments.limit}",
+        "machine": f"{machine['cpu']}, {machine['cores']} cores",
+        "bundles": found,
+    }
+    print(json.dumps(facts, indent=1))
+    if arguments.write:
+        write_twin(facts, Path("docs"))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def open_rows(session: Asked, count: int, capacity: int, memory: int | None) -> 
     opening = getattr(session.engine, "open_rows", None)
     if opening is None:
         raise LimeEdgeError(
-            f"{session.target}: this engine runs one sequence at a time",
+            f"{session.target}: this engine runs one sequence at a time (docs/many-skills.md says why)",
             "export with `target=onnx` for rows, or ask one after another",
         )
     with Faults("generate_many") as faults:
