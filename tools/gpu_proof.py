@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ import lime_edge
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.evaluate import evaluate, read_examples
 from lime_edge.checks.verify import verify_bundle
-from lime_edge.runtimes.onnx.operators import explain_cuda_absence, find_cuda_library
+from lime_edge.runtimes.onnx.operators import explain_cuda_absence
 from lime_edge.targets.entries import OnnxFacts
 
 PROMPT, STEPS, REPEATS, LENGTH = 512, 128, 7, 1024
@@ -52,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     facts: dict[str, Any] = {"machine": describe()}
     steps: dict[str, Callable[[], Any]] = {
-        "placement": lambda: list_placement(given.bundle),
+        "placement": lambda: lime_edge.open(given.bundle, target="onnx").placement,
         "decode": lambda: time_decode(given.bundle, given.single),
         "prefill": lambda: time_prefill(given.bundle),
         "switch": lambda: time_switch(given.bundle),
@@ -81,34 +79,6 @@ def describe() -> dict[str, str]:
     return {"card": card, "onnxruntime": onnxruntime.__version__, "lime_edge": lime_edge.__version__} | {
         "operators": explain_cuda_absence() or "the CUDA operators"
     }
-
-
-def list_placement(bundle: Path) -> dict[str, Any]:
-    """Nodes by execution provider as ONNX Runtime's log names them, those on the CPU by their types."""
-    code = (
-        "import sys, contextlib\n"
-        "with contextlib.suppress(ImportError):\n    import torch\n"
-        "import onnxruntime as ort\n"
-        "s = ort.SessionOptions(); s.log_severity_level = 0\n"
-        "if sys.argv[2]: s.register_custom_ops_library(sys.argv[2])\n"
-        "ort.InferenceSession(sys.argv[1], s, providers=[('CUDAExecutionProvider', {'enable_cuda_graph': '1'}),"
-        " 'CPUExecutionProvider'])\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(bundle / "onnx/model.onnx"), str(find_cuda_library() or "")],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    counts: dict[str, Counter[str]] = {}
-    where = ""
-    for line in found.stderr.splitlines():
-        if "Node(s) placed on" in line or "All nodes placed on" in line:
-            where = line.split("placed on [")[1].split("]")[0]
-        elif where and "VerifyEachNodeIsAssignedToAnEp" in line and "]   " in line:
-            counts.setdefault(where, Counter())[line.rsplit("]   ", 1)[1].split(" (")[0].strip()] += 1
-    assert found.returncode == 0, found.stderr[-1500:]
-    return {name: dict(types) for name, types in counts.items()}
 
 
 def greedy(session: Any, ids: list[int], count: int) -> list[int]:

@@ -40,13 +40,14 @@ class BatchOptions:
     """What to measure.
 
     sizes: rows at once. prompt_tokens: in each row's cache when decoding begins. gen_tokens: steps a round.
-    repeat: rounds.
+    repeat: rounds. providers: see SessionOptions.
     """
 
     sizes: tuple[int, ...]
     prompt_tokens: int = 128
     gen_tokens: int = 32
     repeat: int = 5
+    providers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         with Faults("bench, `batch`") as faults:
@@ -107,13 +108,13 @@ def bench_batch(
         LimeEdgeError: what opening raises; an engine that runs one sequence at a time; a bundle without an expert.
     """
     bundle = Bundle.open(path)
-    session = open_decoder(bundle, target, SessionOptions(threads, options.capacity))
+    session = open_decoder(bundle, target, SessionOptions(threads, options.capacity, options.providers))
     if not session.experts:
         raise LimeEdgeError(f"{path}: no expert to decode with", "lime-edge experts add BUNDLE FILE")
     series = _start(session, options, MIXED, SAME)
     if session.operators:
         with _without_operators():
-            plain = open_decoder(bundle, target, SessionOptions(threads, options.capacity))
+            plain = open_decoder(bundle, target, SessionOptions(threads, options.capacity, options.providers))
         series |= _start(plain, options, PLAIN)
     _time_rounds(series, bundle.manifest.backbone.vocab, options, progress)
     return {

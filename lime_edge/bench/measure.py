@@ -51,7 +51,8 @@ class BenchOptions:
 
     prompt_tokens: length of the prompt; several lengths make several runs. gen_tokens: decoded per round. repeat,
     warmup: rounds counted, rounds thrown away first. depth: tokens in the cache before decoding is timed, None: the
-    prompt's. baseline: a `single` bundle of the same backbone. sysfs: where the kernel shows its sensors.
+    prompt's. baseline: a `single` bundle of the same backbone. providers: see SessionOptions. sysfs: where the
+    kernel shows its sensors.
     """
 
     prompt_tokens: int | tuple[int, ...] = 128
@@ -60,6 +61,7 @@ class BenchOptions:
     warmup: int = 1
     depth: int | None = None
     baseline: Path | None = None
+    providers: tuple[str, ...] = ()
     sysfs: Path = SYS
 
     def __post_init__(self) -> None:
@@ -118,7 +120,9 @@ class Job:
         Raises:
             LimeEdgeError: what opening raises, or the runtime only imitates its engine.
         """
-        session = open_any(bundle, self.target, SessionOptions(self.threads, self.options.load.filled))
+        session = open_any(
+            bundle, self.target, SessionOptions(self.threads, self.options.load.filled, self.options.providers)
+        )
         if session.provider.startswith(INTERPRETER):
             raise LimeEdgeError(
                 f"{self.target} runs in an interpreter here: its times say nothing about a device",
@@ -248,7 +252,7 @@ def _bench_target(job: Job, copy: float | None) -> list[dict[str, Any]]:
     del session, baseline  # the memory of the machine belongs to the fresh process now
     tell = job.tell("memory")
     tell(0, len(found) + 2)
-    modules = find_imports(MemoryRequest(str(job.bundle.path), job.target, job.selection, job.threads, 1, None, 1))
+    modules = find_imports(_ask_memory(job, job.selection, 1, None, 1))
     tell(1, len(found) + 2)
     experts = _count_experts(job)
     runs = []
@@ -316,30 +320,26 @@ def _size_experts(bundle: Bundle) -> dict[str, int | None] | None:
     }
 
 
+def _ask_memory(
+    job: Job, selection: Selection, tokens: int, before: int | None, decoded: int, modules: tuple[str, ...] = ()
+) -> MemoryRequest:
+    path, providers = str(job.bundle.path), job.options.providers
+    return MemoryRequest(path, job.target, selection, job.threads, tokens, before, decoded, modules, providers)
+
+
 def _count_experts(job: Job) -> dict[str, Any] | None:
     """Memory with 1, 10, 100 experts; None where no expert can be installed."""
     manifest = job.bundle.manifest
     if manifest.adapter.single or not manifest.experts:
         return None
     tokens = min(job.options.lengths)
-    return measure_experts(MemoryRequest(str(job.bundle.path), job.target, FIRST, job.threads, tokens, None, 1))
+    return measure_experts(_ask_memory(job, FIRST, tokens, None, 1))
 
 
 def _measure_stages(job: Job, length: int, modules: tuple[str, ...], experts: dict[str, Any] | None) -> dict[str, Any]:
     """Memory by stage in a fresh process; the routed graph counts when it is what runs."""
     options = job.options
-    stages = measure_stages(
-        MemoryRequest(
-            str(job.bundle.path),
-            job.target,
-            job.selection,
-            job.threads,
-            length,
-            options.depth,
-            options.gen_tokens,
-            modules,
-        )
-    )
+    stages = measure_stages(_ask_memory(job, job.selection, length, options.depth, options.gen_tokens, modules))
     peak, imports = stages["switches"]["peak_bytes"], stages["imports"]["rss_bytes"]
     net = None if peak is None or imports is None else peak - imports
     return {

@@ -37,7 +37,8 @@ class MemoryRequest:
     """What the fresh process does.
 
     tokens: of the prompt (encoders: of the text). before: tokens in the cache before decoding, None for the
-    prompt's. decoded: tokens decoded after it. modules: what the engine imports, see `find_imports`.
+    prompt's. decoded: tokens decoded after it. modules: what the engine imports, see `find_imports`. providers: see
+    SessionOptions.
     """
 
     path: str
@@ -48,6 +49,7 @@ class MemoryRequest:
     before: int | None
     decoded: int
     modules: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
 
 
 def find_imports(request: MemoryRequest) -> tuple[str, ...]:
@@ -170,7 +172,8 @@ def _import_engine(request: MemoryRequest) -> Bundle:
 def _open(bundle: Bundle, request: MemoryRequest) -> ExpertSwitch:
     from lime_edge.session.open import open_any
 
-    session = open_any(bundle, request.target, SessionOptions(request.threads, _describe_load(request).filled))
+    options = SessionOptions(request.threads, _describe_load(request).filled, tuple(request.providers))
+    session = open_any(bundle, request.target, options)
     if request.selection != FIRST:
         session.use(request.selection)
     return session

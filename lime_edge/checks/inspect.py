@@ -11,7 +11,9 @@ from lime_edge import terminal
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.fields import Fit, Manifest, Quantization, SiteSurvival, Survival
 from lime_edge.bundle.golden import FILE as GOLDEN
-from lime_edge.session.open import explain_operators
+from lime_edge.errors import EXIT_MISSING, LimeEdgeError
+from lime_edge.session.engines import Placement
+from lime_edge.session.open import explain_operators, open_any
 from lime_edge.targets.facts import TargetFacts
 
 LOUD = 1.0  # median error of a kind of layer above which the rounding is louder than the experts
@@ -19,15 +21,46 @@ LOST = 0.75  # median share of the effect below which it counts as rounded away
 SURVIVAL_HINT = "measure with lime-edge eval; `keep_int8`, `calibration`, `fold=none` or `quant=int8` hold more"
 
 
-def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False) -> None:
+def show_bundle(path: Path, as_json: bool, sites: bool, verify: bool = False, placement: bool = False) -> None:
     """Print a bundle's facts as tables or JSON."""
     opened = Bundle.open(path, verify)
+    places = find_places(opened) if placement else {}
     if as_json:
-        terminal.print_json(describe_bundle(opened) | ({"verified": True} if verify else {}))
+        found = {"verified": True} if verify else {}
+        terminal.print_json(describe_bundle(opened) | found | ({"placement": places} if placement else {}))
         return
     print_bundle(opened, sites)
+    for target, place in places.items():
+        print_places(target, place)
     if verify:
         terminal.tell(f"all {len(opened.manifest.files)} files are as they were written (sha256)")
+
+
+def find_places(bundle: Bundle) -> dict[str, Placement | None]:
+    """Where the nodes of every target's model run on this machine; None: the engine is not here, or tells nothing.
+
+    Raises:
+        LimeEdgeError: a model that its engine refuses.
+    """
+    found: dict[str, Placement | None] = {}
+    for target in bundle.manifest.targets:
+        try:
+            found[target] = open_any(bundle, target).placement
+        except LimeEdgeError as error:
+            if error.exit_code != EXIT_MISSING:
+                raise
+            found[target] = None
+    return found
+
+
+def print_places(target: str, places: Placement | None) -> None:
+    """A line per provider and type of node, most frequent first."""
+    if places is None:
+        terminal.tell(f"{target}: its engine is not here, or does not tell where nodes run")
+        return
+    rows = [[provider, node, str(count)] for provider, nodes in places.items() for node, count in nodes.items()]
+    columns = {"provider": "left", "node": "left", "how many": "right"}
+    terminal.print_table(f"where the nodes of {target} run here", columns, rows)
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -26,12 +26,14 @@ def verify_bundle(
     selections: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = lambda *_: None,
+    providers: tuple[str, ...] = (),
 ) -> Report:
     """Compare every file's sha256, then every target with the golden outputs that its export stored.
 
     Args:
         targets: some of the bundle's; by default all, as far as their engines are here. selections: some of the
-            golden ones, as one types them; all by default. progress: called with (target, done, total).
+            golden ones, as one types them; all by default. progress: called with (target, done, total). providers:
+            see SessionOptions.
     Raises:
         LimeEdgeError: a damaged file, no golden outputs, an unknown target or selection, no engine.
     """
@@ -50,12 +52,12 @@ def verify_bundle(
     wanted = choose_selections(golden, bundle, selections)
     computes = {name: find_compute(bundle, name) for name in targets or present}
     checks: list[Check] = []
-    providers = {}
+    options, used = SessionOptions(threads, None, providers), {}
     for target in computes:
-        providers[target], found = verify_target(bundle, golden, target, wanted, threads, bool(targets), progress)
+        used[target], found = verify_target(bundle, golden, target, wanted, options, bool(targets), progress)
         checks += found
-    refuse_nothing(path, checks, providers, count_tokens(golden))
-    return Report(str(path), len(bundle.manifest.files), computes, providers, tuple(checks))
+    refuse_nothing(path, checks, used, count_tokens(golden))
+    return Report(str(path), len(bundle.manifest.files), computes, used, tuple(checks))
 
 
 def choose_selections(golden: Golden, bundle: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ def verify_target(
     golden: Golden,
     target: str,
     wanted: Sequence[str],
-    threads: int | None,
+    options: SessionOptions,
     insist: bool,
     progress: Progress,
 ) -> tuple[str, list[Check]]:
@@ -87,7 +89,7 @@ def verify_target(
         What the engine runs on (empty where none was opened), and the checks.
     """
     try:
-        session = open_any(bundle, target, SessionOptions(threads))
+        session = open_any(bundle, target, options)
     except LimeEdgeError as error:
         if error.exit_code == EXIT_MISSING and insist:
             raise

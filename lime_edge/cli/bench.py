@@ -16,11 +16,13 @@ from lime_edge.cli.options import (
     Hosts,
     Json,
     On,
+    Provider,
     Quiet,
     RemotePython,
     SitePackages,
     Threads,
     Wheels,
+    read_providers,
     split_names,
 )
 from lime_edge.cli.remote import Where, bench_there, clean_only, end
@@ -40,6 +42,8 @@ BENCH_EXAMPLES = """
  lime-edge bench smollm2.lime --baseline single.lime --json > after.json
 
  lime-edge bench smollm2.lime --batch 1,2,4,8,16
+
+ lime-edge bench smollm2.lime --provider cuda      (a GPU, whatever the bundle was made for)
 
  lime-edge bench --compare before.json after.json
 
@@ -64,6 +68,7 @@ def bench(
         ),
     ] = None,
     threads: Threads = None,
+    provider: Provider = None,
     prompt_tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Tokens of the (random) prompt; a run for each length.")
     ] = "128",
@@ -116,7 +121,7 @@ def bench(
         if expert or depth or baseline or report or where.elsewhere:
             raise LimeEdgeError("--batch goes without --expert, --depth, --baseline, --report and --on")
         lengths, sizes = _read_numbers("--prompt-tokens", prompt_tokens), _read_numbers("--batch", batch)
-        found = _measure_batch(bundle, split_names(target), threads, sizes, lengths, gen_tokens, repeat)
+        found = _measure_batch(bundle, split_names(target), threads, sizes, lengths, gen_tokens, repeat, provider)
         _print_batch(found, as_json, as_csv, as_markdown)
         return
     if report is not None:
@@ -127,10 +132,15 @@ def bench(
         words = _repeat_options(expert, threads, prompt_tokens, gen_tokens, repeat, depth)
         words += ["--target", ",".join(split_names(target))] if target else []
         words += ["--baseline", baseline] if baseline else []
-        extras = None if depth or baseline or target else _name_extras(expert, threads, lengths, gen_tokens, repeat)
+        words += ["--provider", provider] if provider else []
+        extras = (
+            None
+            if depth or baseline or target or provider
+            else _name_extras(expert, threads, lengths, gen_tokens, repeat)
+        )
         facts, outcomes = bench_there(where, [bundle, *words], tuple(split_names(target)), extras)
     else:
-        facts = _measure(bundle, expert, target, threads, lengths, gen_tokens, repeat, depth, baseline)
+        facts = _measure(bundle, expert, target, threads, lengths, gen_tokens, repeat, depth, baseline, provider)
     if facts is not None:
         _print_document(facts, as_json, as_csv, as_markdown)
         if report is not None:
@@ -169,12 +179,14 @@ def _measure(
     repeat: int,
     depth: int | None,
     baseline: Path | None,
+    provider: str | None,
 ) -> dict[str, Any]:
     from lime_edge.bench.measure import FIRST, BenchOptions, bench_bundle
     from lime_edge.bundle.experts import parse_selection
 
     selection = FIRST if expert is None else parse_selection(expert)
-    options = BenchOptions(lengths, gen_tokens, repeat, depth=depth, baseline=baseline)
+    providers = read_providers(provider)
+    options = BenchOptions(lengths, gen_tokens, repeat, depth=depth, baseline=baseline, providers=providers)
     with terminal.show_steps() as progress:
         return bench_bundle(bundle, split_names(targets) or None, selection, threads, options, progress)
 
@@ -199,12 +211,13 @@ def _measure_batch(
     lengths: tuple[int, ...],
     gen_tokens: int,
     repeat: int,
+    provider: str | None,
 ) -> dict[str, Any]:
     from lime_edge.bench.batch import BatchOptions, bench_batch
 
     if len(targets) > 1 or len(lengths) > 1:
         raise LimeEdgeError("--batch takes one --target and one length of --prompt-tokens")
-    options = BatchOptions(sizes, lengths[0], gen_tokens, repeat)
+    options = BatchOptions(sizes, lengths[0], gen_tokens, repeat, read_providers(provider))
     with terminal.show_steps() as progress:
         return bench_batch(bundle, targets[0] if targets else None, threads, options, progress)
 

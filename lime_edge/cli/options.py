@@ -47,6 +47,11 @@ def split_names(given: list[str] | None) -> list[str]:
     return [name.strip() for part in given or () for name in part.split(",") if name.strip()]
 
 
+def read_providers(given: str | None) -> tuple[str, ...]:
+    """What --provider says: "cuda,cpu" to ("cuda", "cpu")."""
+    return tuple(split_names([given] if given else None))
+
+
 def _hush(wanted: bool) -> bool:
     if wanted:
         terminal.be_quiet()
@@ -64,6 +69,10 @@ Target = Annotated[
     typer.Option(help="Which artifact to run; the bundle's first by default.", autocompletion=TARGET_NAMES),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Engine threads; the bundle's default otherwise.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,...", help="ONNX Runtime's execution providers, as cuda or cpu; else the bundle's."),
+]
 ExpertOption = Annotated[
     str | None,
     typer.Option(

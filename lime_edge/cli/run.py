@@ -14,6 +14,7 @@ from lime_edge.cli.options import (
     Hosts,
     Json,
     On,
+    Provider,
     Quiet,
     RemotePython,
     SitePackages,
@@ -21,6 +22,7 @@ from lime_edge.cli.options import (
     Target,
     Threads,
     Wheels,
+    read_providers,
 )
 from lime_edge.cli.remote import Where, run_there
 from lime_edge.cli.streams import read_prompt
@@ -58,6 +60,7 @@ def run(
     expert: SkillsOption = None,
     target: Target = None,
     threads: Threads = None,
+    provider: Provider = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens the cache holds.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
@@ -92,13 +95,13 @@ def run(
     if where.elsewhere:
         numbers = {"temperature": temperature, "top-k": top_k, "top-p": top_p, "max-new-tokens": max_new_tokens}
         given = {"expert": expert, "target": target, "threads": threads, "max-length": max_length, "seed": seed}
-        asked = numbers | given | {"system": system}
+        asked = numbers | given | {"system": system, "provider": provider}
         words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
         words += [word for one in stop or () for word in ("--stop", one)] + (["--raw"] if raw else [])
         run_there(where, bundle, text, words, target, as_json)
         return
     options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
-    session = open_bundle(bundle, target, threads, max_length)
+    session = open_bundle(bundle, target, threads, max_length, provider)
     if expert is not None and asks_for_many(expert, session.experts):
         if text is None:
             raise LimeEdgeError(f"`expert`: {expert!r} answers one prompt: it is missing", "a chat has one expert")
@@ -112,11 +115,14 @@ def run(
         answer_once(session, text, options, system, raw, as_json)
 
 
-def open_bundle(path: Path, target: str | None, threads: int | None, max_length: int | None = None) -> Session:
+def open_bundle(
+    path: Path, target: str | None, threads: int | None, max_length: int | None = None, provider: str | None = None
+) -> Session:
     """The session of a language model's bundle; a spinner while its engine is loaded."""
     from lime_edge.bundle.bundle import Bundle
     from lime_edge.session.engines import SessionOptions
     from lime_edge.session.open import open_decoder
 
+    options = SessionOptions(threads, max_length, read_providers(provider))
     with terminal.show_wait(f"opening {path}"):  # some engines import for seconds
-        return open_decoder(Bundle.open(path), target, SessionOptions(threads, max_length))
+        return open_decoder(Bundle.open(path), target, options)

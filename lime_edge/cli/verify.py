@@ -14,11 +14,13 @@ from lime_edge.cli.options import (
     Hosts,
     Json,
     On,
+    Provider,
     Quiet,
     RemotePython,
     SitePackages,
     Threads,
     Wheels,
+    read_providers,
     split_names,
 )
 from lime_edge.cli.remote import Where, verify_there
@@ -54,6 +56,7 @@ def verify(
         list[str] | None, typer.Option("--expert", "-e", help="Only this selection; may be repeated.")
     ] = None,
     threads: Threads = None,
+    provider: Provider = None,
     on: On = None,
     hosts: Hosts = None,
     wheels: Wheels = None,
@@ -79,10 +82,12 @@ def verify(
         words = ["--target", ",".join(split_names(target))] if target else []
         words += [word for name in expert or () for word in ("--expert", name)]
         words += ["--threads", str(threads)] if threads else []
+        words += ["--provider", provider] if provider else []
         verify_there(where, bundle, words, tuple(split_names(target)), as_json)
         return
     with terminal.show_steps() as progress:
-        report = verify_bundle(bundle, split_names(target), expert or (), threads, progress)
+        providers = read_providers(provider)
+        report = verify_bundle(bundle, split_names(target), expert or (), threads, progress, providers)
     if as_json:
         terminal.print_json(report.describe())
     else:

@@ -12,6 +12,7 @@ import numpy as np
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import Faults, LimeEdgeError
 
+Placement = dict[str, dict[str, int]]  # execution provider -> type of node -> how many
 MOST = {"threads": 1024, "max_length": 1 << 24}  # as lime.json has them
 
 
@@ -20,8 +21,8 @@ class SessionOptions:
     """How to load.
 
     threads: of the engine, None for the bundle's default. max_length: tokens the cache holds, None
-    for the model's context or 2048, whichever is less. providers: execution providers to try, in
-    order, instead of the bundle's.
+    for the model's context or 2048, whichever is less. providers: execution providers to use, in
+    order, instead of the bundle's: short names (cpu, cuda) or ONNX Runtime's own; each has to be there.
     Raises:
         LimeEdgeError: threads or max_length that no engine takes.
     """
@@ -43,7 +44,8 @@ class SwitchableEngine(Protocol):
     """What every engine provides: a model that takes an expert residual.
 
     provider: the execution provider it took. operators: whether the graph's functions run as compiled operators,
-    None where it knows none. subtract: its own p - p_ref, None for numpy's.
+    None where it knows none. subtract: its own p - p_ref, None for numpy's. An engine that knows where its nodes run
+    has a property `placement` besides.
     """
 
     provider: str

@@ -23,7 +23,7 @@ from lime_edge.bundle.experts import (
     read_expert,
 )
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.engines import SwitchableEngine, blame_engine
+from lime_edge.session.engines import Placement, SwitchableEngine, blame_engine
 from lime_edge.session.owner import Owner
 
 BLEND = "write a blend as {NAME: WEIGHT, NAME: WEIGHT}; the weights sum to 1"
@@ -67,6 +67,11 @@ class ExpertSwitch:
     def operators(self) -> bool | None:
         """Whether the graph's functions run as compiled operators; None where the engine knows none."""
         return self._switchable.operators
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the pinned graph's nodes run: execution provider -> type of node -> how many; None: nobody knows."""
+        return getattr(self._switchable, "placement", None)
 
     def use(self, selection: Selection) -> None:
         """Switch the expert; nothing is reloaded ("routed" loads its graph once).

@@ -8,11 +8,11 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.runtimes.onnx.caches import Caches, Prefix
 from lime_edge.runtimes.onnx.calls import BoundGraph, Shared
-from lime_edge.runtimes.onnx.loading import Graphs, choose_operators, plan_providers
+from lime_edge.runtimes.onnx.loading import Graphs, choose_operators, list_placement, plan_providers
 from lime_edge.runtimes.onnx.operators import find_subtract
 from lime_edge.runtimes.onnx.places import CUDA, choose_place
 from lime_edge.runtimes.onnx.rows import OnnxRows
-from lime_edge.session.engines import SessionOptions
+from lime_edge.session.engines import Placement, SessionOptions
 from lime_edge.targets.entries import OnnxFacts
 
 DEFAULT_LENGTH = 2048
@@ -51,6 +51,11 @@ class OnnxEngine:
         calls = set(facts.functions) & (REPLACED_ON_GPU if self.provider == CUDA else REPLACED)
         self.subtract = find_subtract()
         self.operators: bool | None = bool(calls) and choose_operators(plan_providers(bundle, options)) is not None
+
+    @property
+    def placement(self) -> Placement:
+        """Where the pinned graph's nodes run."""
+        return list_placement(self._graphs.pinned)
 
     def _share(self, rows: int, capacity: int) -> Shared:
         dtype = np.float16 if self._half else np.float32

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.runtimes.onnx.loading import load_graph
+from lime_edge.runtimes.onnx.loading import list_placement, load_graph
 from lime_edge.runtimes.onnx.operators import find_subtract
-from lime_edge.session.engines import SessionOptions
+from lime_edge.session.engines import Placement, SessionOptions
 from lime_edge.targets.entries import OnnxFacts
 
 EXPERT = "expert"
@@ -33,6 +33,11 @@ class OnnxEncoderEngine:
         self.operators: bool | None = None
         self.subtract = find_subtract()
         self._residual = np.zeros(0, np.float32)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the pinned graph's nodes run."""
+        return list_placement(self._pinned)
 
     def set_expert(self, residual: np.ndarray) -> None:
         """Use d (sum_H,) float32 from the next call on; it must not change while in use."""

@@ -37,6 +37,7 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     override val operators: Boolean get() = loader.usesOperators
 
     private val pinned = loader.load(facts.file)
+    private val experts = ExpertTensors(environment, pinned)
     private var routed: OrtSession? = null
     private var active = pinned
     private val inputs = LinkedHashMap<String, OnnxTensor>() // of the pinned graph; the routed one has no expert
@@ -68,8 +69,7 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
     override fun setExpert(residual: FloatBuffer) {
         active = pinned
         if (!facts.expertInput) return
-        val shape = if (expertRank == 2) longArrayOf(1, residual.remaining().toLong()) else longArrayOf(residual.remaining().toLong())
-        inputs.put(EXPERT, OnnxTensor.createTensor(environment, residual, shape))?.close()
+        inputs[EXPERT] = experts.of(residual)
     }
 
     override fun setRouted() {
@@ -126,16 +126,16 @@ internal class OnnxDecoder(bundle: LimeBundle, options: SessionOptions, private 
         routed?.close()
         pinned.close()
         loader.close()
+        inputs.remove(EXPERT)
+        experts.close()
         (inputs.values + outputs.values + listOf(tokenTensor, rowTensor)).toSet().forEach { it.close() }
     }
-
-    private val expertRank: Int get() = (pinned.inputInfo[EXPERT]!!.info as TensorInfo).shape.size
 
     internal companion object {
         private const val IDS = "input_ids"
         private const val MASK = "attention_mask"
         private const val VIRTUAL = "virtual_ids"
-        private const val EXPERT = "expert"
+        private const val EXPERT = ExpertTensors.EXPERT
         private const val LOGITS = "logits"
         private const val DEFAULT_LENGTH = 2048
 

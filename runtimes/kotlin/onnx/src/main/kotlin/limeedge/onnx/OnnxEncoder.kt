@@ -19,6 +19,7 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
     private val pinned = loader.load(facts.file)
     private var routed: OrtSession? = null
     private var active = pinned
+    private val experts = ExpertTensors(environment, pinned)
     private var expert: OnnxTensor? = null
 
     init {
@@ -37,10 +38,7 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
     override fun setExpert(residual: FloatBuffer) {
         active = pinned
         if (!facts.expertInput) return
-        val rank = (pinned.inputInfo[EXPERT]!!.info as TensorInfo).shape.size
-        val shape = if (rank == 2) longArrayOf(1, residual.remaining().toLong()) else longArrayOf(residual.remaining().toLong())
-        expert?.close()
-        expert = OnnxTensor.createTensor(environment, residual, shape)
+        expert = experts.of(residual)
     }
 
     override fun setRouted() {
@@ -77,10 +75,10 @@ internal class OnnxEncoder(bundle: LimeBundle, private val loader: OnnxEngines.L
         routed?.close()
         pinned.close()
         loader.close()
-        expert?.close()
+        experts.close()
     }
 
     private companion object {
-        private const val EXPERT = "expert"
+        private const val EXPERT = ExpertTensors.EXPERT
     }
 }
