@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium clean help
+.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin test-swift demo-swift check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium debootstrap clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,11 +36,12 @@ demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills be
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
 
-check: $(VENV)/.dev sshd chromium  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin
+check: $(VENV)/.dev sshd chromium debootstrap  ## every other test that needs no real model: all lowerings, sanitizers, clean installations, Kotlin, Swift
 	$(PYTEST) -m 'check and not small' --ignore tests/fuzz
 	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
 	runtimes/kotlin/check.sh $(BIN)/python
+	runtimes/swift/check.sh $(BIN)/python
 
 fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads one, an hour in all
 	$(BIN)/python tests/fuzz/campaign.py --seconds 3600
@@ -63,6 +64,12 @@ test-kotlin: $(VENV)/.dev  ## the Kotlin library on the JVM against Python's ans
 
 demo-kotlin: $(VENV)/.base build/demo.lime  ## the demo bundle in Kotlin: Python's tokens, speed beside Python, a project of 15 lines
 	runtimes/kotlin/check.sh $(BIN)/python demo build/demo.lime
+
+test-swift: $(VENV)/.dev debootstrap  ## the Swift package against Python's answers (Linux: a Debian chroot with Swift, made as root; part of make check)
+	runtimes/swift/check.sh $(BIN)/python
+
+demo-swift: $(VENV)/.base build/demo.lime debootstrap  ## the demo bundle in Swift: Python's tokens, speed and switches beside Python
+	runtimes/swift/check.sh $(BIN)/python demo build/demo.lime
 
 lint: $(VENV)/.dev docs  ## the site; ruff; mypy and lint-imports on an installed copy, which alone has the mapped packages
 	$(BIN)/ruff check .
@@ -133,6 +140,11 @@ wheel: $(VENV)/.base  ## dist/: a wheel for machines like this one, and the sour
 	$(BIN)/pip install --quiet 'build>=1.3,<2'
 	$(BIN)/python -m lime_edge.bench.remote.package dist >/dev/null
 	@ls dist
+
+debootstrap:  # what makes the Debian that the Swift package is built in, where there is no Swift
+	@command -v debootstrap >/dev/null || [ -x /usr/sbin/debootstrap ] || apt-get install -y -qq debootstrap >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq debootstrap >/dev/null; } || \
+	  echo "no debootstrap here: make test-swift cannot make its chroot (apt-get install debootstrap)"
 
 sshd:  # what the tests of --on log in to, on a port of their own; no service is started
 	@command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || apt-get install -y -qq openssh-server >/dev/null || \
