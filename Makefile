@@ -41,7 +41,7 @@ check: $(VENV)/.dev sshd chromium debootstrap  ## every other test that needs no
 	LIME_EDGE_FUZZ_SECONDS=7 $(PYTEST) tests/fuzz
 	$(BIN)/python tools/sanitize_operators.py
 	runtimes/kotlin/check.sh $(BIN)/python
-	runtimes/swift/check.sh $(BIN)/python
+	runtimes/swift/check.sh $(BIN)/python vectors build/kotlin/vectors
 
 fuzz: $(VENV)/.dev  ## damaged files of every kind through everything that reads one, an hour in all
 	$(BIN)/python tests/fuzz/campaign.py --seconds 3600

@@ -18,6 +18,7 @@ PAGES = {  # page of the site -> file of the repository
     "devices/android.md": "examples/android/README.md",
     "devices/kotlin.md": "runtimes/kotlin/README.md",
     "devices/ios.md": "examples/ios/README.md",
+    "devices/swift.md": "runtimes/swift/README.md",
     "devices/demo_adapter.md": "examples/demo_adapter/README.md",
     "devices/matrix.png": "examples/demo_adapter/matrix.png",
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compile the Swift package and run its suite on Linux, against answers that this checkout's Python writes first.
 #
-#   runtimes/swift/check.sh PYTHON                     the suite (make test-swift, part of make check)
+#   runtimes/swift/check.sh PYTHON [vectors FOLDER]    the suite (make test-swift, part of make check); FOLDER below this
+#                                                      checkout: what tools/write_phone_vectors.py wrote already
 #   runtimes/swift/check.sh PYTHON demo BUNDLE         the real demo bundle: answers, speed beside Python (make demo-swift)
 #
 # Swift 6.0 from Debian trixie, in a chroot that chroot.sh makes (root; its folder: LIME_EDGE_SWIFT_CHROOT). Everything but making it
@@ -15,13 +16,14 @@ build="$root/build/swift"
 mkdir -p "$build/lib"
 "$here/chroot.sh" make
 cd "$root"
+vectors="$build/vectors"
 
 # swift ARGUMENTS: in the chroot, warnings as errors, the whole output in swift.log and what tells something on the screen.
 options=(-c release --scratch-path "$build/build" -Xswiftc -enable-testing -Xswiftc -warnings-as-errors -Xcc -Werror)
 swift() {
     local command="$1"
     shift
-    "$here/chroot.sh" run env "LIME_EDGE_VECTORS=$build/vectors" "LIME_EDGE_ONNXRUNTIME=$build/lib/libonnxruntime.so.1" OMP_NUM_THREADS=1 \
+    "$here/chroot.sh" run env "LIME_EDGE_VECTORS=$vectors" "LIME_EDGE_ONNXRUNTIME=$build/lib/libonnxruntime.so.1" OMP_NUM_THREADS=1 \
         "LIME_EDGE_DEMO=${demo:-}" swift "$command" "${options[@]}" "$@" >"$build/swift.log" 2>&1 || {
         grep -E 'error:|✘|recorded an issue|Fatal|exited' "$build/swift.log" | cut -c1-400 | head -60
         echo "all of it: $build/swift.log" >&2
@@ -36,7 +38,7 @@ if [ "${2:-}" = demo ]; then
     demo="$build/demo.lime" # inside the checkout, where the chroot sees it
     rm -rf "$demo"
     cp -r "$(cd "$3" && pwd)" "$demo"
-    "$python" tools/write_phone_vectors.py "$build/vectors" --demo "$demo"
+    "$python" tools/write_phone_vectors.py "$vectors" --demo "$demo"
     swift build --build-tests
     swift test --skip-build --filter answers
     grep -E '^demo:' "$build/swift.log"
@@ -45,9 +47,11 @@ if [ "${2:-}" = demo ]; then
     exit
 fi
 
-if [ ! -e "$build/vectors/tokenizers.json" ] || [ -z "${LIME_EDGE_KEEP_VECTORS:-}" ]; then
-    rm -rf "$build/vectors"
-    "$python" tools/write_phone_vectors.py "$build/vectors" 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
+if [ "${2:-}" = vectors ]; then
+    vectors="$(cd "$3" && pwd)"
+else
+    rm -rf "$vectors"
+    "$python" tools/write_phone_vectors.py "$vectors" 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
 fi
 echo "== the package, by $("$here/chroot.sh" run swift --version 2>/dev/null | head -n 1)"
 swift build --build-tests

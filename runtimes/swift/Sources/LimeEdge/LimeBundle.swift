@@ -66,6 +66,12 @@ public final class LimeBundle: Sendable {
     /// A file of the bundle that lime.json lists.
     public func file(_ path: String) -> URL { folder.appendingPathComponent(path) }
 
+    /// What tells one package (a folder of files) from another: over the paths and hashes of its files, hex.
+    package func packageIdentity(_ path: String) -> String {
+        let files = manifest.files.filter { $0.key == path || $0.key.hasPrefix("\(path)/") }.sorted { $0.key < $1.key }
+        return Sha256.digest(Array(files.map { "\($0.key) \($0.value.sha256)\n" }.joined().utf8))
+    }
+
     /// Compare what an engine or a tokenizer is about to read with its hashes: every large file below `prefix` that was not seen
     /// before or has changed since.
     ///

@@ -77,7 +77,7 @@ import Testing
         let golden = try #require(try Golden.read(bundle))
         let session = try await openSession("lora")
         let index = try #require(golden.selections.firstIndex(of: "expert1"))
-        let best = try #require(golden.outputs["logits"]?.expected[index].best)
+        let best = try #require(golden.outputs["logits"]).expected[index].best
         try await session.use("expert2")
         var rows: [[Float]] = []
         for (call, inputs) in golden.calls.enumerated() {
