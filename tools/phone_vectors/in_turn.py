@@ -52,7 +52,7 @@ def ask(process: Process, number: int, mark: str) -> dict[str, Any]:
     for line in process.stdout:
         if line.startswith(mark):
             return json.loads(line.removeprefix(mark))
-    raise SystemExit(f"{process.args}: ended before its answer to round {number}")
+    raise SystemExit(f"{process.args!r}: ended before its answer to round {number}")
 
 
 def report(rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
