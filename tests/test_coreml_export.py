@@ -24,9 +24,9 @@ from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.compiler.model.decoder import Cache, DecoderModule, Prefix
 from lime_edge.compiler.model.multiplier import Multiplier
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml.decoder import store_as_half, write_decoder
+from lime_edge.exporters.coreml.decoder import write_decoder
 from lime_edge.exporters.coreml.entry import check_options
-from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
+from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
 from lime_edge.runtimes.coreml.decoder import plan_calls
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
@@ -70,7 +70,7 @@ def open_on(path: Path, provider: str) -> Session:
 
 def make_oracle(compiled: CompiledModel) -> DecoderModule:
     """The oracle with every float of the package rounded to float16; integers and scales are as they are."""
-    module = DecoderModule(store_as_half(compiled))
+    module = DecoderModule(store_as_half(compiled, "Core ML"))
     for part in module.modules():
         held = [*part.banks, *part.references] if isinstance(part, Multiplier) else []
         for tensor in held + ([part.bank] if isinstance(part, Prefix) else []):

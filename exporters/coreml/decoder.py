@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lime_edge import __version__
-from lime_edge.compiler.maths.prompt_tuning import VirtualTokens
-from lime_edge.compiler.maths.quantize import QuantizedTensor
-from lime_edge.compiler.model.compiled import Branch, CompiledModel
-from lime_edge.errors import Faults
+from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, types
-from lime_edge.exporters.coreml.overflow import LIMIT, find_peak
 from lime_edge.exporters.coreml.writer import DecoderWriter
+from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
 from lime_edge.targets.entries import CoremlOptions
 
 FILE = "model.mlpackage"
@@ -45,7 +41,7 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoremlOptions,
     """
     begun = time.perf_counter()
     capacity, lengths = choose_lengths(model, options)
-    stored = store_as_half(model)
+    stored = store_as_half(model, "Core ML")
     peak = find_peak(stored, directory.parent / "tokenizer")  # the staged bundle's
     graph = Graph(options.minimum_os)
     routed = model.routing is not None and model.swaps
@@ -86,43 +82,6 @@ def choose_lengths(model: CompiledModel, options: CoremlOptions) -> tuple[int, t
     capacity = -(-min(options.max_seq_len, model.decoder.context) // ROWS) * ROWS
     fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
     return capacity, tuple(sorted({1} | fitting))
-
-
-def store_as_half(model: CompiledModel) -> CompiledModel:
-    """The model as the package holds it: every float rounded to float16 (kept as float32), integers as they are.
-
-    Raises:
-        LimeEdgeError: a value beyond float16.
-    """
-    with Faults("Core ML export", "float16 holds values up to 65504") as faults:
-
-        def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            rounded = tensor.half().float()
-            if not torch.isfinite(rounded).all():
-                faults.add(name, "at most 65504", f"{tensor.abs().max():.6g}")
-            return rounded
-
-        weights = {name: t if isinstance(t, QuantizedTensor) else half(name, t) for name, t in model.weights.items()}
-        vectors = {name: half(name, tensor) for name, tensor in model.vectors.items()}
-        branches = {
-            name: Branch(
-                None if b.a is None else half(f"{name}.A", b.a), None if b.b is None else half(f"{name}.B", b.b), b.rows
-            )
-            for name, b in model.branches.items()
-        }
-        for name, vector in model.experts.items():  # its residual is what the program is given
-            half(f"expert {name}", vector.float() - model.reference)
-        virtual = model.virtual
-        if virtual is not None:
-            projection = None if virtual.input_proj is None else half("input_proj", virtual.input_proj)
-            virtual = VirtualTokens(
-                half("prompt base", virtual.base),
-                half("prompt delta", virtual.delta),
-                half("prompt", virtual.original),
-                virtual.conditioning,
-                projection,
-            )
-    return replace(model, weights=weights, vectors=vectors, branches=branches, virtual=virtual)
 
 
 def write_function(

@@ -72,8 +72,8 @@ def read_told(told: Mapping[str, Any], targets: list[str], device: object) -> di
 
 
 def _read(one: Option, given: Any, device: object) -> Any:
-    if given is None and one.of_device:
-        return getattr(device, one.name)
+    if given is None:  # nobody said it
+        return getattr(device, one.name) if one.of_device else one.default
     return one.read(given) if one.read is not None else given
 
 

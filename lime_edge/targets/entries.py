@@ -36,6 +36,19 @@ def read_lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
+def check_activations(activations: str) -> None:
+    """Refuse another word.
+
+    Raises:
+        LimeEdgeError: not one of ACTIVATIONS.
+    """
+    if activations not in ACTIVATIONS:
+        raise LimeEdgeError(
+            f"`activations`: expected {' or '.join(ACTIVATIONS)}, found {activations!r}",
+            "float16 is for GPUs; processors compute in float32",
+        )
+
+
 @dataclass(frozen=True)
 class OnnxOptions:
     """How to write ONNX graphs.
@@ -45,15 +58,14 @@ class OnnxOptions:
     """
 
     activations: str = option(
-        "float32", "float32, or float16 for GPUs; the device's own by default", words=ACTIVATIONS, of_device=True
+        "float32",
+        "float32, or float16 for GPUs; by default the device's own, for Core AI float16",
+        words=ACTIVATIONS,
+        of_device=True,
     )
 
     def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            raise LimeEdgeError(
-                f"`activations`: expected {' or '.join(ACTIVATIONS)}, found {self.activations!r}",
-                "float16 is for GPUs; processors compute in float32",
-            )
+        check_activations(self.activations)
 
 
 class OnnxFacts(TargetFacts, frozen=True, tag_field="target", tag="onnx", kw_only=True):
@@ -129,6 +141,40 @@ class CoremlFacts(TargetFacts, frozen=True, tag_field="target", tag="coreml", kw
     lengths: Annotated[tuple[Tokens, ...], Meta(max_length=64, description="token counts that a call may have")] = ()
 
 
+@dataclass(frozen=True)
+class CoreaiOptions:
+    """How to write a .aimodel.
+
+    max_seq_len: tokens of the static cache, the model's context where that is less; iPhones are reported to answer
+    wrongly from 2,048 on. prompt_lengths: lengths of calls besides 1 (decode), a function for each. activations:
+    "float16", or "float32": twice as large, and what proves the numbers where the engine computes exactly.
+    """
+
+    max_seq_len: int = option(1024, CACHE, least=1)
+    prompt_lengths: tuple[int, ...] = option((32, 128), "enumerated prompt lengths", read=read_lengths)
+    activations: str = option("float16", "float16, or float32 to prove the numbers", words=ACTIVATIONS)
+
+    def __post_init__(self) -> None:
+        check_activations(self.activations)
+
+
+class CoreaiFacts(TargetFacts, frozen=True, tag_field="target", tag="coreai", kw_only=True):
+    """Core AI's artifact."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "decoder": ("layers", "max_length", "lengths"),
+        "encoder": ("inputs", "outputs"),
+    }
+    routed: Annotated[Literal["routed"] | None, Meta(description="the functions that route, of the same file")] = None
+
+    minimum: Annotated[Literal["iOS27"], Meta(description="oldest system; macOS 27 is the same")]
+    compute_unit: Annotated[Literal["gpu", "cpu", "neural_engine"], Meta(description="to prefer")]
+    max_length: Annotated[Tokens | None, Meta(description="rows of the cache")] = None
+    lengths: Annotated[
+        tuple[Tokens, ...], Meta(max_length=64, description="tokens of a call: each has a function, main_32")
+    ] = ()
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -142,6 +188,7 @@ TARGETS = {
         ),
         Target("ExecuTorch", "executorch", ExecutorchOptions, ExecutorchFacts, STATIC, packages=("executorch",)),
         Target("Core ML", "coreml", CoremlOptions, CoremlFacts, STATIC, packages=("coremltools",)),
+        Target("Core AI", "coreai", CoreaiOptions, CoreaiFacts, STATIC, packages=("coreai-core",)),
     )
 }
 DEFAULT = next(iter(TARGETS))  # where nobody says another

@@ -1,0 +1,123 @@
+"""Core AI: one .aimodel, the cache as two states, the expert as an input, the compiler's own integers as weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lime_edge import __version__
+from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.exporters.coreai.convert import (
+    FILE,
+    LENGTH,
+    MAIN,
+    NOTES,
+    OLDEST,
+    PROVIDERS,
+    ROUTED,
+    Function,
+    describe_versions,
+    measure,
+    write_program,
+)
+from lime_edge.exporters.coreai.program import DecoderProgram
+from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
+from lime_edge.targets.entries import CoreaiOptions
+
+EXPERT = "expert"
+STATES = ("keys", "values")
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+EXAMPLE = 3  # tokens of the call that is traced: neither 0 nor 1, which torch would take for constants
+Progress = Callable[[str, int, int], None]
+
+
+def write_decoder(model: CompiledModel, directory: Path, options: CoreaiOptions, progress: Progress) -> dict[str, Any]:
+    """Write model.aimodel: main_1, main_32, ... and, for a checkpoint that routes, routed_1, ... on the same weights.
+
+    Args:
+        model: compiled; its integers are only re-packed. directory: exists, empty. options: what to write.
+        progress: called with (step, done, total).
+    Returns:
+        The target's manifest entry.
+    Raises:
+        LimeEdgeError: values beyond float16, or a model that cannot be converted.
+    """
+    begun = time.perf_counter()
+    capacity, lengths = choose_lengths(model, options)
+    routed = model.routing is not None and model.swaps
+    progress("write coreai", 0, 2)
+    facts: dict[str, Any] = {}
+    if options.activations == "float16":
+        model = store_as_half(model, "Core AI")
+        facts["peak"] = asdict(find_peak(model, directory.parent / "tokenizer")) | {"limit": LIMIT}  # the staged one
+    progress("write coreai", 1, 2)
+    functions = {MAIN: make_function(model, capacity, lengths, options.activations, routed=False)}
+    if routed:
+        functions[ROUTED] = make_function(model, capacity, lengths, options.activations, routed=True)
+    path = directory / FILE
+    write_program(functions, path, describe(model))
+    progress("write coreai", 2, 2)
+    return facts | {
+        "file": f"coreai/{FILE}",
+        "routed": ROUTED if routed else None,
+        "providers": PROVIDERS,
+        "minimum": OLDEST,
+        "compute_unit": "gpu",
+        "packages": describe_versions(),
+        "expert_input": model.swaps,
+        "virtual_tokens": 0 if model.virtual is None else len(model.virtual.base),
+        "layers": len(model.decoder.layers),
+        "max_length": capacity,
+        "lengths": lengths,
+        "compute": options.activations,
+        "notes": NOTES,
+        "weight_hash": model.weight_hash(),
+        "bytes": measure(path),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def choose_lengths(model: CompiledModel, options: CoreaiOptions) -> tuple[int, tuple[int, ...]]:
+    """Rows of the cache; and the lengths of calls, 1 among them, none longer than the cache."""
+    capacity = min(options.max_seq_len, model.decoder.context)
+    fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
+    return capacity, tuple(sorted({1} | fitting))
+
+
+def make_function(
+    model: CompiledModel, capacity: int, lengths: tuple[int, ...], activations: str, routed: bool
+) -> Function:
+    """`main` or `routed`: input_ids (1, S), position (1,), and expert (sum_H,) or length (1,); logits (1, S, V)."""
+    c, dtype = model.decoder, DTYPES[activations]
+    module = DecoderProgram(model, capacity, max(lengths), routed).eval().to(dtype)
+    cache = (len(c.layers), 1, c.kv_heads, capacity, c.head_dim)
+    inputs = {
+        "input_ids": torch.zeros(1, EXAMPLE, dtype=torch.int32),
+        "position": torch.zeros(1, dtype=torch.int32),
+        **{name: torch.zeros(cache, dtype=dtype) for name in STATES},
+    }
+    if routed:
+        inputs["length"] = torch.full((1,), EXAMPLE, dtype=torch.int32)
+    elif module.takes_expert:
+        inputs[EXPERT] = torch.zeros(model.sites.total, dtype=dtype)
+    return Function(module, inputs, ("logits",), {"input_ids": {1: LENGTH}}, STATES, lengths)
+
+
+def describe(model: CompiledModel) -> dict[str, str]:
+    """Metadata of the file."""
+    kind = f"single expert {model.single}" if model.single else f"{len(model.experts)} experts"
+    return {
+        "version": __version__,
+        "description": f"{model.decoder.family} decoder with a LiME adapter ({kind}), {model.quant}",
+        "experts": ",".join(model.experts),
+        "fingerprint": model.fingerprint,
+        "sites": model.sites.hash,
+        "fold": model.fold,
+        "quant": model.quant,
+        "variant": model.variant.name,
+    }

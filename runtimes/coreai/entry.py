@@ -1,0 +1,5 @@
+"""What runs a bundle on Core AI, by kind of model. It imports the engine; `health` does without."""
+
+from lime_edge.runtimes.coreai.decoder import CoreaiEngine
+
+ENGINES = {"decoder": CoreaiEngine}
