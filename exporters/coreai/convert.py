@@ -1,4 +1,4 @@
-"""From torch modules to a .aimodel: trace, convert, make a static function of every length, save."""
+"""From torch modules to a .aimodel: trace, convert, save."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
 
 FILE = "model.aimodel"
 MAIN, ROUTED = "main", "routed"
-LENGTH = "length"  # the axis whose sizes are enumerated
 MOST = 4096  # of an axis that varies
 PROVIDERS = ("CoreAI", "CoreAI-interpreter")
 OLDEST = "iOS27"  # and macOS 27: the first that have Core AI
@@ -40,17 +39,15 @@ NOTES = (  # what others have reported of it; nobody has run our files on a devi
 class Function:
     """One function to write.
 
-    module: traced; its arguments are the inputs, in order. inputs: example tensors by name. axes: by input,
-    {axis: name} of those that vary. states: names of the inputs that are written in place. outputs: names.
-    lengths: of the axis LENGTH; each becomes a function NAME_SIZE of its own. Empty: the axes stay open.
+    module: traced; its arguments are the inputs, in order. inputs: example tensors by name. outputs: names. states: names
+    of the inputs that are written in place. axes: by input, {axis: name} of those that vary; the others are fixed.
     """
 
     module: nn.Module
     inputs: Mapping[str, torch.Tensor]
     outputs: Sequence[str]
-    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     states: Sequence[str] = ()
-    lengths: Sequence[int] = ()
+    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 def write_program(functions: Mapping[str, Function], path: Path, metadata: Mapping[str, str]) -> None:
@@ -73,9 +70,6 @@ def write_program(functions: Mapping[str, Function], path: Path, metadata: Mappi
             program = converter.to_coreai()
         except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
             raise refuse(next(iter(functions.values())), error) from error
-        for name, function in functions.items():
-            if function.lengths:
-                program.set_static_shape_config(name, spell_shapes(function))
         program.save_asset(path, describe(metadata))
 
 
@@ -101,17 +95,6 @@ def trace(converter: Any, name: str, function: Function) -> None:
 def takes_any(module: nn.Module) -> bool:
     """Whether its forward is `*tensors`, which torch.export takes as one argument."""
     return bool(module.forward.__code__.co_flags & 0x04)
-
-
-def spell_shapes(function: Function) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The static shapes of every length, as coreai takes them: the key, in quotes, ends the function's name."""
-    return {
-        f'"{length}"': {
-            entry: tuple(length if axis in varying else size for axis, size in enumerate(function.inputs[entry].shape))
-            for entry, varying in function.axes.items()
-        }
-        for length in function.lengths
-    }
 
 
 def lower_put_rows(values: dict[str, Any], node: Any, location: Any) -> Any:

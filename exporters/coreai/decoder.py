@@ -14,7 +14,6 @@ from lime_edge import __version__
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.coreai.convert import (
     FILE,
-    LENGTH,
     MAIN,
     NOTES,
     OLDEST,
@@ -32,7 +31,6 @@ from lime_edge.targets.entries import CoreaiOptions
 EXPERT = "expert"
 STATES = ("keys", "values")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-EXAMPLE = 3  # tokens of the call that is traced: neither 0 nor 1, which torch would take for constants
 Progress = Callable[[str, int, int], None]
 
 
@@ -56,9 +54,9 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoreaiOptions,
         model = store_as_half(model, "Core AI")
         facts["peak"] = asdict(find_peak(model, directory.parent / "tokenizer")) | {"limit": LIMIT}  # the staged one
     progress("write coreai", 1, 2)
-    functions = {MAIN: make_function(model, capacity, lengths, options.activations, routed=False)}
+    functions = make_functions(model, capacity, lengths, options.activations, routed=False)
     if routed:
-        functions[ROUTED] = make_function(model, capacity, lengths, options.activations, routed=True)
+        functions |= make_functions(model, capacity, lengths, options.activations, routed=True)
     path = directory / FILE
     write_program(functions, path, describe(model))
     progress("write coreai", 2, 2)
@@ -89,23 +87,29 @@ def choose_lengths(model: CompiledModel, options: CoreaiOptions) -> tuple[int, t
     return capacity, tuple(sorted({1} | fitting))
 
 
-def make_function(
+def make_functions(
     model: CompiledModel, capacity: int, lengths: tuple[int, ...], activations: str, routed: bool
-) -> Function:
-    """`main` or `routed`: input_ids (1, S), position (1,), and expert (sum_H,) or length (1,); logits (1, S, V)."""
+) -> dict[str, Function]:
+    """main_S or routed_S of every length S: input_ids (1, S), position (1,), and expert (sum_H,) or length (1,).
+
+    Every shape is fixed: with an open length, some of a routed function's stay open in the file.
+    """
     c, dtype = model.decoder, DTYPES[activations]
     module = DecoderProgram(model, capacity, max(lengths), routed).eval().to(dtype)
     cache = (len(c.layers), 1, c.kv_heads, capacity, c.head_dim)
-    inputs = {
-        "input_ids": torch.zeros(1, EXAMPLE, dtype=torch.int32),
-        "position": torch.zeros(1, dtype=torch.int32),
-        **{name: torch.zeros(cache, dtype=dtype) for name in STATES},
-    }
-    if routed:
-        inputs["length"] = torch.full((1,), EXAMPLE, dtype=torch.int32)
-    elif module.takes_expert:
-        inputs[EXPERT] = torch.zeros(model.sites.total, dtype=dtype)
-    return Function(module, inputs, ("logits",), {"input_ids": {1: LENGTH}}, STATES, lengths)
+    found = {}
+    for length in lengths:
+        inputs = {
+            "input_ids": torch.zeros(1, length, dtype=torch.int32),
+            "position": torch.zeros(1, dtype=torch.int32),
+            **{name: torch.zeros(cache, dtype=dtype) for name in STATES},
+        }
+        if routed:
+            inputs["length"] = torch.full((1,), length, dtype=torch.int32)
+        elif module.takes_expert:
+            inputs[EXPERT] = torch.zeros(model.sites.total, dtype=dtype)
+        found[f"{ROUTED if routed else MAIN}_{length}"] = Function(module, inputs, ("logits",), STATES)
+    return found
 
 
 def describe(model: CompiledModel) -> dict[str, str]:
