@@ -5,6 +5,7 @@ float32 activations prove the program. float16, which is what devices get, is co
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -283,24 +284,25 @@ def read_matrices(text: str, function: str) -> list[Matrix]:
     """Every quantized matrix of one function."""
     blobs = dict(re.findall(r'(resource_\d+): "0x([0-9A-F]+)"', text[text.index("{-#") :]))
     body = cut_functions(text)[function]
-    constants = re.findall(
-        r'(%\w+) = coreai.constant dense(?:_resource<(\w+)>|<(?:"0x([0-9A-F]+)")?.*?>) : tensor<([\dx]+)x(\w+)>', body
-    )
+    constants = re.findall(r"(%\w+) = coreai.constant dense(?:_resource<(\w+)>|<(.*?)>) : tensor<([\dx]+)x(\w+)>", body)
     values = {}
     for name, resource, inline, shape, kind in constants:
-        data = bytes.fromhex(blobs[resource][8:] if resource else inline)  # a blob begins with its alignment
-        values[name] = kind, unpack(data, tuple(map(int, shape.split("x"))), kind) if data and kind in DTYPES else None
+        if kind in DTYPES:
+            data = bytes.fromhex(blobs[resource][8:]) if resource else inline  # a blob begins with its alignment
+            values[name] = kind, unpack(data, tuple(map(int, shape.split("x"))), kind)
     found = []
     for codes, scales in re.findall(r"coreai.blockwise_shift_scale (%\w+), (%\w+),", body):
         (kind, integers), (_, steps) = values[codes], values[scales]
-        assert integers is not None and steps is not None, f"{codes}, {scales}: not constants with values"
         found.append(Matrix(kind, integers, steps.astype(np.float32)))
     return found
 
 
-def unpack(data: bytes, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """Constants from bytes; two int4 in a byte, the first low."""
-    raw = np.frombuffer(data, DTYPES[kind])
+def unpack(data: bytes | str, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Constants from bytes, two int4 in a byte, the first low; or as they are printed: bytes, a list, one for all."""
+    if isinstance(data, str) and not data.startswith('"0x'):
+        numbers = np.array(json.loads(data))
+        return np.broadcast_to(numbers.astype(np.int8 if kind[0] == "s" else DTYPES[kind]), shape)
+    raw = np.frombuffer(bytes.fromhex(data[3:-1]) if isinstance(data, str) else data, DTYPES[kind])
     if kind == "si4":
         nibbles = np.stack([raw & 15, raw >> 4], -1).reshape(-1)[: int(np.prod(shape))].astype(np.int8)
         raw = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)

@@ -25,7 +25,6 @@ except ImportError as error:  # pragma: no cover - exercised in a bare environme
 
 FILE = "model.aimodel"
 MAIN, ROUTED = "main", "routed"
-MOST = 4096  # of an axis that varies
 PROVIDERS = ("CoreAI", "CoreAI-interpreter")
 OLDEST = "iOS27"  # and macOS 27: the first that have Core AI
 NOTES = (  # what others have reported of it; nobody has run our files on a device
@@ -39,15 +38,16 @@ NOTES = (  # what others have reported of it; nobody has run our files on a devi
 class Function:
     """One function to write.
 
-    module: traced; its arguments are the inputs, in order. inputs: example tensors by name. outputs: names. states: names
-    of the inputs that are written in place. axes: by input, {axis: name} of those that vary; the others are fixed.
+    module: traced; its arguments are the inputs, in order. inputs: example tensors by name. outputs: names.
+    states: names of the inputs that are written in place. axes: by input, {axis: (name, largest)} of those that vary;
+    the others are fixed.
     """
 
     module: nn.Module
     inputs: Mapping[str, torch.Tensor]
     outputs: Sequence[str]
     states: Sequence[str] = ()
-    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    axes: Mapping[str, Mapping[int, tuple[str, int]]] = field(default_factory=dict)
 
 
 def write_program(functions: Mapping[str, Function], path: Path, metadata: Mapping[str, str]) -> None:
@@ -75,8 +75,7 @@ def write_program(functions: Mapping[str, Function], path: Path, metadata: Mappi
 
 def trace(converter: Any, name: str, function: Function) -> None:
     """Hand one function to the converter."""
-    axes = {axis for varying in function.axes.values() for axis in varying.values()}
-    sizes = {axis: torch.export.Dim(axis, min=1, max=MOST) for axis in axes}
+    sizes = {size: torch.export.Dim(size[0], min=1, max=size[1]) for size in list_sizes(function)}
     shapes = [
         {axis: sizes[size] for axis, size in function.axes[entry].items()} if function.axes.get(entry) else None
         for entry in function.inputs
@@ -90,6 +89,11 @@ def trace(converter: Any, name: str, function: Function) -> None:
         output_names=list(function.outputs),
         entrypoint_name=name,
     )
+
+
+def list_sizes(function: Function) -> set[tuple[str, int]]:
+    """Every axis that varies."""
+    return {size for varying in function.axes.values() for size in varying.values()}
 
 
 def takes_any(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.coreai.decoder import write_decoder
+from lime_edge.exporters.coreai.encoder import write_encoder
 from lime_edge.targets.entries import CoreaiOptions
 
-WRITERS = {"decoder": write_decoder}
+WRITERS = {"decoder": write_decoder, "encoder": write_encoder}
 
 
 def check_options(kind: str, options: CoreaiOptions, quant: str, group: int) -> None:
