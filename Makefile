@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TARGETS_EXTRAS := onnx,export,executorch,coreml,report,serve
+TARGETS_EXTRAS := onnx,export,executorch,coreml,coreai,report,serve
 EXPORT_DEMO = $(BIN)/lime-edge export "$$($(BIN)/python -c 'from lime_edge.cli.demo import find_backbone as f; print(f())')" \
 	  --adapter examples/demo_adapter/adapter
 WORKERS ?= 2
@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin test-swift demo-swift check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium debootstrap clean help
+.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin test-swift demo-swift check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo coreai-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium debootstrap clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -116,6 +116,11 @@ executorch-demo: $(VENV)/.base  ## SmolLM2-135M int4 as ExecuTorch, its numbers 
 coreml-demo: $(VENV)/.base  ## SmolLM2-135M int4 as a Core ML package, its numbers proven by the interpreter (4 minutes)
 	$(EXPORT_DEMO) -o build/coreml.lime --target coreml --force
 	$(BIN)/lime-edge verify build/coreml.lime
+
+coreai-demo: $(VENV)/.base  ## SmolLM2-135M int4 for Core AI, and with float32 activations, whose numbers Apple's interpreter proves (10 minutes)
+	$(EXPORT_DEMO) -o build/coreai.lime --target coreai --force
+	$(EXPORT_DEMO) -o build/coreai-float32.lime --target coreai --activations float32 --force
+	$(BIN)/lime-edge verify build/coreai-float32.lime
 
 performance: $(VENV)/.base  ## where a decode step's time goes, and what other branches would cost, into docs/performance.md
 	$(BIN)/python tools/performance.py

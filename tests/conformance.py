@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoder_conformance import EXACT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -231,7 +232,7 @@ class BundleEngine(Engine):
     def __init__(self, fixture: ModelFixture, folder: Path, target: str):
         imported = folder / "imported"
         import_checkpoint(fixture.directory, imported, ImportOptions())
-        options = ExportOptions((target,), tokenizer=False)
+        options = ExportOptions((target,), tokenizer=False, target_options=EXACT)
         export_bundle(
             imported / "backbone",
             imported / "adapter",
@@ -293,6 +294,7 @@ TARGETS: dict[str, Callable[[Path], Iterator[Check]]] = {
     "onnx": partial(check_exported, target="onnx"),
     "executorch": partial(check_exported, target="executorch"),
     "coreml": check_coreml,
+    "coreai": partial(check_exported, target="coreai"),
 }
 
 

@@ -174,6 +174,7 @@ def test_hosted_ci_runs_the_steps_of_the_script() -> None:
         "lime_edge.session.decoder",
         "lime_edge.runtimes.onnx.decoder",
         "lime_edge.runtimes.coreml.decoder",
+        "lime_edge.runtimes.coreai.decoder",
         "lime_edge.bench.measure",
         "lime_edge.checks.verify",
         "lime_edge.cli.app",

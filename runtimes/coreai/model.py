@@ -27,7 +27,8 @@ try:
 except ImportError as error:
     raise need((error.name or "coreai").split(".")[0], "coreai") from error
 
-SYSTEM, INTERPRETER = "CoreAI", "CoreAI-interpreter"
+SYSTEM, INTERPRETER = "CoreAI", "CoreAI-interpreter"  # "CoreAI:cpu" prefers a unit
+UNITS = ("gpu", "cpu", "neural_engine")
 T = TypeVar("T")
 
 
@@ -50,7 +51,8 @@ def choose_provider(wanted: Sequence[str]) -> str:
     Raises:
         LimeEdgeError: what is asked for is not there.
     """
-    known = ([SYSTEM] if SpecializationOptions.is_supported() else []) + [INTERPRETER]
+    system = [SYSTEM, *(f"{SYSTEM}:{unit}" for unit in UNITS)] if SpecializationOptions.is_supported() else []
+    known = [*system, INTERPRETER]
     for name in wanted or known:
         if name in known:
             return name
@@ -65,14 +67,14 @@ class Model:
     """One loaded file.
 
     Args:
-        path: .aimodel. compute_unit: to prefer, "gpu", "cpu" or "neural_engine"; read by the system's Core AI only.
+        path: .aimodel. compute_unit: of UNITS, to prefer where the provider names none; only the system's Core AI does.
     Raises:
         LimeEdgeError: Core AI refuses the file.
     """
 
     def __init__(self, path: Path, provider: str, compute_unit: str):
         self._path, self._functions = path, dict[str, Any]()
-        options = prefer(compute_unit) if provider == SYSTEM else None
+        options = None if provider == INTERPRETER else prefer(provider.partition(":")[2] or compute_unit)
         with collect_errors():
             try:
                 self._model = wait_for(load(path, options))
