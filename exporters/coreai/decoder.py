@@ -24,7 +24,7 @@ from lime_edge.exporters.coreai.convert import (
     measure,
     write_program,
 )
-from lime_edge.exporters.coreai.program import DecoderProgram
+from lime_edge.exporters.coreai.program import DecoderProgram, narrow
 from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
 from lime_edge.targets.entries import CoreaiOptions
 
@@ -95,7 +95,7 @@ def make_functions(
     Every shape is fixed: with an open length, some of a routed function's stay open in the file.
     """
     c, dtype = model.decoder, DTYPES[activations]
-    module = DecoderProgram(model, capacity, max(lengths), routed).eval().to(dtype)
+    module = narrow(DecoderProgram(model, capacity, max(lengths), routed), dtype)
     cache = (len(c.layers), 1, c.kv_heads, capacity, c.head_dim)
     found = {}
     for length in lengths:

@@ -19,7 +19,7 @@ try:
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "coreai_torch").split(".")[0], "coreai") from error
 
-CODES = {4: torch.int4, 8: torch.int8}  # what the file stores; in torch all codes are int8
+CODES = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]  # of the file; in torch all codes are int8
 
 
 class Matrix(nn.Module):

@@ -97,9 +97,7 @@ class Model:
                     raise self._refuse(error) from None
         return self._functions[name]
 
-    def run(
-        self, name: str, inputs: Mapping[str, Any], state: Mapping[str, Any] | None = None
-    ) -> dict[str, np.ndarray]:
+    def run(self, name: str, inputs: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """All outputs by name.
 
         Args:
