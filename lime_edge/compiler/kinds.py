@@ -17,11 +17,14 @@ from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint, pair
 from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
 from lime_edge.compiler.formats.encoder import EncoderBackbone, is_encoder, read_encoder_backbone
+from lime_edge.compiler.formats.vision import VisionBackbone, is_vision_language, read_vision_backbone
 from lime_edge.compiler.maths.prompt_tuning import fold_prompt
 from lime_edge.compiler.model.compiled import Compiled, CompiledModel
 from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.model.oracle import Encode, ask_decoder, ask_encoder
+from lime_edge.compiler.model.vision import CompiledVision, VisionReader
+from lime_edge.compiler.model.vision_oracle import ask_vision
 from lime_edge.compiler.options import Progress
 from lime_edge.compiler.rounding.calibrate import Render, render_exchange
 from lime_edge.compiler.rounding.grams import Reader
@@ -132,10 +135,25 @@ def assemble_encoder(checkpoint: Checkpoint[EncoderBackbone], common: Compiled) 
     return CompiledEncoder(**common.common(), backbone=checkpoint.backbone)
 
 
+def pad_vision(checkpoint: Checkpoint[VisionBackbone], single: bool) -> Padding:
+    """As a language model: the table is its."""
+    return pad_decoder(checkpoint, single)  # type: ignore[arg-type]
+
+
+def assemble_vision(checkpoint: Checkpoint[VisionBackbone], common: Compiled) -> CompiledVision:
+    """A vision-language model."""
+    return CompiledVision(**common.common(), backbone=checkpoint.backbone)
+
+
 def speak_decoder(backbone: DecoderBackbone, codec: TextCodec) -> tuple[Encode, Render]:
     """No special tokens but those of the model's chat template."""
     template = partial(codec.render_chat, open_turn=False) if codec.can_chat else None
     return codec.encode, render_exchange(template)
+
+
+def speak_vision(backbone: VisionBackbone, codec: TextCodec) -> tuple[Encode, Render]:
+    """As its language model."""
+    return speak_decoder(backbone.language, codec)
 
 
 def speak_encoder(backbone: EncoderBackbone, codec: TextCodec) -> tuple[Encode, Render]:
@@ -183,6 +201,22 @@ def describe_encoder(backbone: EncoderBackbone, compiled: CompiledEncoder) -> di
     }
 
 
+def describe_vision(backbone: VisionBackbone, compiled: CompiledVision) -> dict[str, Any]:
+    """What its language model says, under its own family, and its tower's shape."""
+    vision, features = backbone.config.vision_config, compiled.backbone.tower
+    pixels = features.inputs[0].shape
+    return describe_decoder(backbone.language, compiled.language) | {
+        "name": backbone.name,
+        "family": backbone.config.model_type,
+        "tile": pixels[2],
+        "patch": vision.patch_size,
+        "tower_layers": vision.num_hidden_layers,
+        "tower_hidden": vision.hidden_size,
+        "image_tokens": list(backbone.image_tokens),
+        "adapts_tower": compiled.adapts_tower,
+    }
+
+
 DECODER = ModelKind(
     name="decoder",
     backbone=DecoderBackbone,
@@ -209,4 +243,17 @@ ENCODER = ModelKind(
     describe=describe_encoder,
     holds_cache=False,
 )
-KINDS: tuple[ModelKind[Any, Any], ...] = (ENCODER, DECODER)  # the first that recognises a model has it
+VISION = ModelKind(
+    name="vision-language",
+    backbone=VisionBackbone,
+    recognise=is_vision_language,
+    read=read_vision_backbone,
+    place_padding=pad_vision,
+    assemble=assemble_vision,
+    run=VisionReader,
+    ask=ask_vision,
+    speak=speak_vision,
+    describe=describe_vision,
+    holds_cache=True,
+)
+KINDS: tuple[ModelKind[Any, Any], ...] = (VISION, ENCODER, DECODER)  # the first that recognises a model has it

@@ -18,6 +18,7 @@ from lime_edge.compiler.formats.hyper import (
     name_targets,
     read_hyper,
 )
+from lime_edge.compiler.formats.vision_families import VISION_FAMILIES
 from lime_edge.compiler.maths.variants import PROMPT_TUNING, SLICEFINE, find_variant
 from lime_edge.errors import Faults, LimeEdgeError
 
@@ -29,7 +30,8 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
     """
     directory = source if source.is_dir() else source.parent
     hyper = read_hyper(directory, options)
-    state = read_weights(source)
+    described = _read_model_config(directory, options.model, hyper)
+    state = respell_state(read_weights(source), described)
     with Faults(str(source), "hyper-parameters come from a file, `hyper`, or one by one from `settings`") as faults:
         _refuse_prompts(hyper, state, faults)
         check_hyper(hyper, faults)
@@ -56,8 +58,16 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
         config["target_modules"] = name_targets(sites, modules, wanted if isinstance(wanted, list) else [])
         if embeddings:
             config |= {"embedding_modules": embeddings, "pad_token_id": hyper.get("pad_token_id")}
-    described = _read_model_config(directory, options.model, hyper)
     return Imported(config, tensors, backbone, described, directory)
+
+
+def respell_state(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A state dict under the names of transformers 5: of vision-language models, four spellings occur.
+
+    Source: conformance README, "vision", "Names".
+    """
+    family = VISION_FAMILIES.get(str(config.get("model_type")))
+    return dict(state) if family is None else {family.spell(name): tensor for name, tensor in state.items()}
 
 
 def split_state(

@@ -67,6 +67,10 @@ class Backbone:
         """What makes the model another one although names and shapes of its tensors are the same."""
         return {}
 
+    def spell(self, name: str) -> str:
+        """A module's name as this model has it; another where versions of transformers differ."""
+        return name
+
     def read_state(self) -> Mapping[str, torch.Tensor]:
         """The tensors that identify the model."""
         raise NotImplementedError

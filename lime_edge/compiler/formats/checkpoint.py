@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from lime_edge.bundle.fields import Fit
@@ -38,6 +38,7 @@ def pair(backbone: B, adapter: Adapter, any_backbone: bool = False) -> Checkpoin
         LimeEdgeError: the adapter was made for another model, all faults at once: a site that the model lacks, a
             target without tensors, other widths, other values; or the model takes no such adapter.
     """
+    adapter = respell(backbone, adapter)
     layers = list_candidates(backbone, adapter)
     hint = f"this adapter was made for {adapter.base_name or 'another model'}"
     where = f"{adapter.path} does not fit {backbone.path}"
@@ -55,6 +56,13 @@ def pair(backbone: B, adapter: Adapter, any_backbone: bool = False) -> Checkpoin
     fit = judge(backbone, adapter.base_fingerprint, adapter.base_sketch, any_backbone, where)
     table = SiteTable.from_widths((name, adapter.sites[name].width) for name in layers if name in adapter.sites)
     return Checkpoint(backbone, adapter, table, fit)
+
+
+def respell(backbone: Backbone, adapter: Adapter) -> Adapter:
+    """The adapter with its sites called as the backbone calls them."""
+    sites = {backbone.spell(name): site for name, site in adapter.sites.items()}
+    targets = tuple(backbone.spell(name) for name in adapter.target_modules)
+    return replace(adapter, sites=sites, target_modules=targets)
 
 
 def list_candidates(backbone: Backbone, adapter: Adapter) -> Mapping[str, Layer]:

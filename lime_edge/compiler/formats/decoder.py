@@ -84,12 +84,12 @@ def read_decoder_backbone(path: Path) -> DecoderBackbone:
         config, tensors = _read_directory(path)
     with reading(f"{path}: not a model that can be built", "is this what save_pretrained writes?"):
         decoder = read_decoder(config, str(path))
-    tensors = _check_tensors(decoder, flatten_norms(tensors), str(path))
+    tensors = check_tensors(decoder, flatten_norms(tensors), str(path))
     name = plain_name(gguf.stem if gguf else path.resolve().name)
-    return DecoderBackbone(str(path), name, decoder, tensors, _read_eos(path, config, decoder.vocab))
+    return DecoderBackbone(str(path), name, decoder, tensors, read_eos(path, config, decoder.vocab))
 
 
-def _read_eos(path: Path, config: Any, vocab: int) -> tuple[int, ...]:
+def read_eos(path: Path, config: Any, vocab: int) -> tuple[int, ...]:
     """End-of-text ids: of generation_config.json where there is one, else of the model's config."""
     file = path / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
@@ -164,7 +164,7 @@ def flatten_norms(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return flat | {name: torch.cat([rows[index] for index in sorted(rows)]) for name, rows in heads.items()}
 
 
-def _check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+def check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     refuse_checkpoint(found, where, "a backbone")
     wanted = decoder.tensors()
     checked: dict[str, torch.Tensor] = {}

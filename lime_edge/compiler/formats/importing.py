@@ -22,12 +22,15 @@ from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.formats.adapter import write_adapter
 from lime_edge.compiler.formats.authors import read_state
 from lime_edge.compiler.formats.checkpoint import pair
-from lime_edge.compiler.formats.decoder import DecoderBackbone, read_decoder_backbone
+from lime_edge.compiler.formats.backbone import Backbone
+from lime_edge.compiler.formats.decoder import read_decoder_backbone
 from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.files import reading
 from lime_edge.compiler.formats.hyper import Imported, ImportOptions
 from lime_edge.compiler.formats.peft import read_peft
 from lime_edge.compiler.formats.sketch import draw_sketch
+from lime_edge.compiler.formats.vision import read_vision_backbone
+from lime_edge.compiler.formats.vision_families import VISION_FAMILIES
 from lime_edge.errors import LimeEdgeError
 
 BESIDE = (
@@ -42,6 +45,7 @@ BESIDE = (
     "merges.txt",
     "vocab.txt",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -98,8 +102,8 @@ def _naming(source: Path, stage: Path) -> Iterator[None]:
         raise LimeEdgeError(problem, error.hint, error.exit_code) from None
 
 
-def _write_backbone(stage: Path, imported: Imported) -> DecoderBackbone | None:
-    """Write a transformers directory; returns it read back where it is a decoder of ours."""
+def _write_backbone(stage: Path, imported: Imported) -> Backbone | None:
+    """Write a transformers directory; returns it read back where it is a language model, of text alone or of pictures too."""
     assert imported.backbone is not None and imported.directory is not None
     stage.mkdir()
     (stage / "config.json").write_text(json.dumps(imported.backbone_config, indent=2) + "\n", encoding="utf-8")
@@ -113,5 +117,7 @@ def _write_backbone(stage: Path, imported: Imported) -> DecoderBackbone | None:
     for name in BESIDE:
         if (imported.directory / name).is_file():
             shutil.copyfile(imported.directory / name, stage / name)
-    decoder = (imported.backbone_config or {}).get("model_type") in FAMILIES
-    return read_decoder_backbone(stage) if decoder else None
+    family = (imported.backbone_config or {}).get("model_type")
+    if family in VISION_FAMILIES:
+        return read_vision_backbone(stage)
+    return read_decoder_backbone(stage) if family in FAMILIES else None

@@ -196,10 +196,12 @@ class CompiledModel(Compiled):
     """A decoder language model; `lime_edge.compiler.model.decoder.DecoderModule` runs it (the oracle).
 
     virtual: prompt tuning's tokens before the prompt. header: the prompt's last tokens, from which on the experts act;
-    the original model reads what lies before them. 0: the experts act always.
+    the original model reads what lies before them. 0: the experts act always. image_tokens: ids whose rows may be
+    replaced by features of pictures; none in a model of text alone.
     """
 
     decoder: Decoder
+    image_tokens: tuple[int, ...] = ()
     virtual: VirtualTokens | None = None
     header: int = 0
 

@@ -269,6 +269,16 @@ def cap(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else limit * torch.tanh(x / limit)
 
 
+def replace_rows(x: Tensor, ids: Tensor, tokens: tuple[int, ...], features: Tensor) -> Tensor:
+    """Features in the place of image tokens, in order. x: (B, S, hidden); ids: (B, S); features: (N, hidden).
+
+    Source: transformers 5.23, LlavaOnevisionModel.forward (masked_scatter).
+    """
+    chosen = torch.isin(ids, torch.tensor(tokens))
+    assert int(chosen.sum()) == len(features), "a row for each image token"
+    return x.masked_scatter(chosen.unsqueeze(-1), features.to(x))
+
+
 def causal_mask(length: int, past: int, window: int | None, device: torch.device) -> Tensor:
     """(S, T) True where query i may see key j: j <= i, and i - j < window where there is one."""
     query = torch.arange(past, past + length, device=device)[:, None]
@@ -289,6 +299,7 @@ class DecoderModule(nn.Module):
     def __init__(self, model: CompiledModel):
         super().__init__()
         self.config: Decoder = model.decoder
+        self.image_tokens = model.image_tokens
         self.embedding = Embedding(model)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(len(self.config.layers)))
         self.norm = make_norm(model, self.config.norm)
@@ -297,19 +308,24 @@ class DecoderModule(nn.Module):
         self.head = self.embedding.table if tied else nn.Buffer(model.weight(model.head_name))
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, expert: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, expert: Tensor | None, cache: Cache | None = None, features: Tensor | None = None
+    ) -> Tensor:
         """Logits for every position.
 
         Args:
             input_ids: (B, S) int64. expert: flat residual d = p - p_ref (sum_H,), same dtype as the
                 module; None routes (one sequence, no padding). cache: filled and extended in place;
-                None for a call of its own.
+                None for a call of its own. features: (N, hidden), one row for each image token of the call, in order;
+                None where they are embedded like other tokens.
         Returns:
             (B, S, vocab).
         """
         cache = Cache() if cache is None else cache
         past, added = cache.length, 0
         x = self.embedding(input_ids, expert)
+        if features is not None:
+            x = replace_rows(x, input_ids, self.image_tokens, features)
         if self.virtual is not None and past == 0:
             prompt = self.virtual(x, expert)
             x, added = torch.cat([prompt, x], dim=1), prompt.shape[1]

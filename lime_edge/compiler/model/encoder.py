@@ -107,7 +107,8 @@ class EncoderModule(nn.Module):
         pieces = {}
         if self.adapted:
             parts = residual.split([site.width for site in self.sites])
-            pieces = {f"{site.name}.residual": part for site, part in zip(self.sites, parts, strict=True)}
+            pairs = zip(self.sites, parts, strict=True)  # of a tower: the language model's are among them
+            pieces = {f"{site.name}.residual": part for site, part in pairs if site.name in self._called}
         output = torch.func.functional_call(self.model, pieces, (), dict(inputs))
         found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
         if self.pooling is not None:
