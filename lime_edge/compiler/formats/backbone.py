@@ -58,6 +58,11 @@ class Backbone:
         return True
 
     @property
+    def sees(self) -> bool:
+        """Whether pictures go in."""
+        return not self.reads_text
+
+    @property
     def scales(self) -> Mapping[str, float]:
         """Constants that the model multiplies its modules' outputs with, by module name; they are folded."""
         return {}

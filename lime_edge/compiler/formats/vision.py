@@ -46,6 +46,11 @@ class VisionBackbone(Backbone):
         return seen | self.language.layers
 
     @property
+    def sees(self) -> bool:
+        """Text goes in, and pictures too."""
+        return True
+
+    @property
     def scales(self) -> Mapping[str, float]:
         """The decoder's."""
         return self.language.scales

@@ -81,25 +81,32 @@ def ask_decoder(model: CompiledModel, encode: Encode | None, progress: Progress 
 
     columns = {"logits": choose_columns(model.decoder.vocab, len(labels) * len(prompts) * STEPS)}
     steps = {"logits": np.arange(STEPS)}
-    outputs = _ask(labels, answer, steps, columns, True, progress)
+    outputs = ask_all(labels, answer, steps, columns, True, progress)
     return Golden(labels, {"input_ids": prompts[:, None]}, STEPS, outputs)
 
 
 def run_steps(
-    module: DecoderModule, prompts: np.ndarray, expert: Tensor | None, off: Tensor | None = None, header: int = 0
+    module: DecoderModule,
+    prompts: np.ndarray,
+    expert: Tensor | None,
+    off: Tensor | None = None,
+    header: int = 0,
+    features: Tensor | None = None,
 ) -> np.ndarray:
     """Greedy logits (P, STEPS, V) float32: after the prompts (P, L), then after each token, with the cache.
 
     Args:
         expert: see DecoderModule.forward. off: d of the original model, which reads all of a prompt but its last
-            `header` tokens, where that is not 0.
+            `header` tokens, where that is not 0. features: (N, hidden), rows for the prompts' image tokens; those come
+            before the header.
     """
     cache, ids, rows = Cache(), torch.from_numpy(prompts), []
     if header and ids.shape[1] > header:
-        module(ids[:, :-header], off, cache)
-        ids = ids[:, -header:]
+        module(ids[:, :-header], off, cache, features)
+        ids, features = ids[:, -header:], None
     for _ in range(STEPS):
-        rows.append(module(ids, expert, cache)[:, -1])
+        rows.append(module(ids, expert, cache, features)[:, -1])
+        features = None
         ids = rows[-1].argmax(-1, keepdim=True)
     return torch.stack(rows, 1).numpy()
 
@@ -125,7 +132,7 @@ def ask_encoder(model: CompiledEncoder, encode: Encode | None, progress: Progres
     rows = {name: np.unique(np.linspace(0, shape[1] - 1, ENCODER_ROWS).astype(int)) for name, shape in shapes.items()}
     total = len(labels) * len(calls[entry.name])
     columns = {name: choose_columns(shape[2], total * len(rows[name]) * len(shapes)) for name, shape in shapes.items()}
-    return Golden(labels, calls, 0, _ask(labels, answer, rows, columns, False, progress))
+    return Golden(labels, calls, 0, ask_all(labels, answer, rows, columns, False, progress))
 
 
 def _list_calls(model: CompiledEncoder, calls: np.ndarray) -> Iterator[dict[str, Tensor]]:
@@ -147,7 +154,7 @@ def as_rows(output: np.ndarray) -> np.ndarray:
     return output.reshape(-1, output.shape[-1])
 
 
-def _ask(
+def ask_all(
     labels: Iterable[str],
     answer: Callable[[str], dict[str, np.ndarray]],
     rows: Mapping[str, np.ndarray],
