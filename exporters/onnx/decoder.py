@@ -21,6 +21,7 @@ from lime_edge.exporters.onnx.experts import PinnedExperts, RoutedExperts, fuse_
 from lime_edge.exporters.onnx.external import WeightFile
 from lime_edge.exporters.onnx.functions import HALF, SWIGLU, make_swiglu
 from lime_edge.exporters.onnx.graph import LIME, LOGITS_START, LOGITS_TO_KEEP, MICROSOFT, OPSET, Graph
+from lime_edge.exporters.onnx.image_rows import replace_rows
 from lime_edge.exporters.onnx.prompt import prepend_virtual
 from lime_edge.exporters.onnx.weights import pack_weight
 from lime_edge.targets.entries import OnnxOptions
@@ -100,6 +101,8 @@ class DecoderWriter:
         if self.experts is not None:
             self.experts.declare()
         embedded = self._embed()
+        if self.model.image_tokens:
+            embedded = replace_rows(self.model, self.graph, embedded)
         if self.model.virtual is not None:
             routed = self.experts if isinstance(self.experts, RoutedExperts) else None
             embedded = prepend_virtual(self.model, self.graph, embedded, routed)

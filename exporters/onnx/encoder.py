@@ -54,12 +54,12 @@ def write_encoder(
     routed = compiled.routing is not None
     progress("write onnx", 0, 1 + routed)
     with compiled.module.replace_products(pack_product):
-        nodes = _write(compiled.module, directory / FILE, weights, takes_expert, metadata)
+        nodes = write_traced(compiled.module, directory / FILE, weights, takes_expert, metadata)
         progress("write onnx", 1, 1 + routed)
         if routed:
             compiled.module.use_routing(True)
             try:
-                _write(compiled.module, directory / ROUTED, weights, False, metadata)
+                write_traced(compiled.module, directory / ROUTED, weights, False, metadata)
             finally:
                 compiled.module.use_routing(False)
             progress("write onnx", 2, 2)
@@ -158,7 +158,9 @@ def pack_product(product: StoredProduct | StoredTable) -> nn.Module:
     return OnnxProduct(product) if isinstance(product, StoredProduct) else OnnxTable(product)
 
 
-def _write(module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool, metadata: dict[str, str]) -> int:
+def write_traced(
+    module: EncoderModule, path: Path, weights: WeightFile, takes_expert: bool, metadata: dict[str, str]
+) -> int:
     """Trace the module into one graph file; returns its number of nodes."""
     model = _trace(module, takes_expert)
     graph = model.graph

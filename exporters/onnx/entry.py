@@ -5,9 +5,10 @@ from __future__ import annotations
 from lime_edge.exporters.onnx.decoder import write_decoder
 from lime_edge.exporters.onnx.encoder import write_encoder
 from lime_edge.exporters.onnx.genai import check_genai, write_genai
+from lime_edge.exporters.onnx.vision import write_vision
 from lime_edge.targets.entries import OnnxOptions
 
-WRITERS = {"decoder": write_decoder, "encoder": write_encoder}
+WRITERS = {"decoder": write_decoder, "encoder": write_encoder, "vision-language": write_vision}
 COMPANIONS = {"genai": (check_genai, write_genai)}
 
 

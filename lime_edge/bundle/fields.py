@@ -130,6 +130,21 @@ class EncoderFacts(Strict, frozen=True, kw_only=True):
     outputs: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=64)]
 
 
+class VisionFacts(Strict, frozen=True, kw_only=True):
+    """What readers of a vision-language model need besides the language model's facts (docs/vision.md)."""
+
+    tile: Annotated[int, Meta(ge=1, le=4096, description="height and width of what the tower sees, in pixels")]
+    patch: Annotated[int, Meta(ge=1, le=4096, description="of the tower, in pixels")]
+    tower_layers: Layers
+    tower_hidden: Width
+    image_tokens: Annotated[
+        tuple[Count, ...],
+        Meta(min_length=1, max_length=8, description="ids whose rows are replaced by features: images', then videos'"),
+    ]
+    adapts_tower: Annotated[bool, Meta(description="an expert changes what is seen; else features serve all experts")]
+    processor: Annotated[FilePath | None, Meta(description="how pictures become tiles; null: pixel_values only")] = None
+
+
 class AdapterFacts(Strict, frozen=True, kw_only=True):
     """The LiME adapter."""
 
@@ -279,6 +294,7 @@ class Manifest(Strict, frozen=True, dict=True, kw_only=True):
     backbone: Backbone
     decoder: DecoderFacts | None = None
     encoder: EncoderFacts | None = None
+    vision: Annotated[VisionFacts | None, Meta(description="of a vision-language model, beside `decoder`")] = None
     adapter: AdapterFacts
     quantization: Quantization
     default: Annotated[Text, Meta(description="what a bundle opens with: an expert's name, none or routed")]

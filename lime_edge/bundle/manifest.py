@@ -163,13 +163,19 @@ def _check_experts(manifest: Manifest, faults: Faults) -> None:
 
 
 def _check_kind(manifest: Manifest, faults: Faults) -> None:
-    facts = {"decoder": manifest.decoder, "encoder": manifest.encoder}
-    wanted = "encoder" if manifest.kind == "encoder" else "decoder"
+    facts = {"decoder": manifest.decoder, "encoder": manifest.encoder, "vision": manifest.vision}
+    wanted = {"vision-language": ("decoder", "vision")}.get(manifest.kind, (manifest.kind,))
     for name, found in facts.items():
-        if (found is not None) != (name == wanted):
+        if (found is not None) != (name in wanted):
             faults.add(
-                f"{name}: {'missing in' if name == wanted else 'has no place in'} a bundle of kind {manifest.kind}"
+                f"{name}: {'missing in' if name in wanted else 'has no place in'} a bundle of kind {manifest.kind}"
             )
+    if (vision := manifest.vision) is not None:
+        for token in vision.image_tokens:
+            if token >= manifest.backbone.vocab:
+                faults.add("vision: image_tokens", f"ids below {manifest.backbone.vocab}", token)
+        if vision.processor is not None and vision.processor not in manifest.files:
+            faults.add(f"vision: {vision.processor} has no file entry")
     if (decoder := manifest.decoder) is not None:
         if decoder.heads % decoder.kv_heads:
             faults.add("decoder: heads", f"a multiple of kv_heads ({decoder.kv_heads})", decoder.heads)
@@ -192,6 +198,8 @@ def _check_target(manifest: Manifest, target: TargetFacts, faults: Faults) -> No
             faults.add(f"{where}: {path} has no file entry")
     if target.expert_input == (manifest.adapter.single is not None):
         faults.add(f"{where}: expert_input", manifest.adapter.single is None, target.expert_input)
+    if (target.vision is None) == (manifest.kind == "vision-language"):
+        faults.add(f"{where}: vision: {'missing' if target.vision is None else 'has no place'} in {manifest.kind}")
     if manifest.kind == "encoder":
         given = manifest.encoder
         if given is not None and ([i.name for i in target.inputs], target.outputs) != ([*given.inputs], given.outputs):

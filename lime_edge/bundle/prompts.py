@@ -110,6 +110,10 @@ class TextCodec:
         """Every token's own spelling and its id."""
         return self._tokenizer.get_vocab()
 
+    def name_token(self, token: int) -> str | None:
+        """A token's own spelling, None where there is no such id."""
+        return self._tokenizer.id_to_token(token)
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], open_turn: bool = True) -> str:
         """The text of a conversation: as the template was reduced where that holds, else by the template itself.
 

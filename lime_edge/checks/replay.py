@@ -8,6 +8,7 @@ from lime_edge.bundle.golden import Golden
 from lime_edge.session.decoder import Session
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.switching import ExpertSwitch
+from lime_edge.session.vision import VisionSession
 
 DECIDING = "logits"  # the output whose largest value is a decision
 
@@ -19,6 +20,8 @@ def replay(session: ExpertSwitch, golden: Golden, label: str) -> dict[str, np.nd
         label: that selection, as the golden outputs call it.
     """
     match session:
+        case VisionSession():
+            return run_vision(session, golden, label)
         case Session():
             return run_decoder(session, golden, label)
         case EncoderSession():
@@ -41,10 +44,22 @@ def count_tokens(golden: Golden) -> int:
 
 def run_decoder(session: Session, golden: Golden, label: str) -> dict[str, np.ndarray]:
     """Logits (P, steps, V) of what the cache path gives: the prompt, then the oracle's tokens one by one."""
+    return run_prompts(session, golden, label, [prompt[0].tolist() for prompt in golden.calls["input_ids"]])
+
+
+def run_vision(session: VisionSession, golden: Golden, label: str) -> dict[str, np.ndarray]:
+    """The same with a tile before each text, seen under the selection that reads it."""
+    pairs = zip(golden.calls["input_ids"], golden.calls["pixel_values"], strict=True)
+    prompts = [session.place(ids[0].tolist(), session.see_tiles(tile)[0]) for ids, tile in pairs]
+    return run_prompts(session, golden, label, prompts)
+
+
+def run_prompts(session: Session, golden: Golden, label: str, prompts: list[list[int]]) -> dict[str, np.ndarray]:
+    """Each prompt, then the oracle's tokens."""
     tokens = golden.outputs[DECIDING].expected.best[golden.selections.index(label)]
     calls = []
-    for prompt, answer in zip(golden.calls["input_ids"], tokens, strict=True):
-        rows = [session.logits(prompt[0].tolist(), keep=1)[-1].copy()]
+    for prompt, answer in zip(prompts, tokens, strict=True):
+        rows = [session.logits(prompt, keep=1)[-1].copy()]
         rows += [session.extend([int(token)])[-1].copy() for token in answer[: golden.steps - 1]]
         calls.append(np.stack(rows))
     return {DECIDING: np.stack(calls)}

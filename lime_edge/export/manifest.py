@@ -12,8 +12,9 @@ from msgspec import structs
 from lime_edge.bundle.create import write_bundle
 from lime_edge.bundle.experts import Expert
 from lime_edge.bundle.fields import Backbone as BackboneFacts
-from lime_edge.bundle.fields import DecoderFacts, EncoderFacts, Manifest, Quantization, SiteEntry
+from lime_edge.bundle.fields import DecoderFacts, EncoderFacts, Manifest, Quantization, SiteEntry, VisionFacts
 from lime_edge.bundle.manifest import convert_facts
+from lime_edge.bundle.vision.reading import FILE as PROCESSOR
 from lime_edge.compiler.formats.backbone import Backbone
 from lime_edge.compiler.formats.checkpoint import Checkpoint
 from lime_edge.compiler.formats.sketch import draw_sketch, hash_vocabulary
@@ -31,7 +32,12 @@ from lime_edge.export.describe import (
     identify,
 )
 
-OWN_FACTS = {"decoder": DecoderFacts, "encoder": EncoderFacts}  # of a kind, under its name in the manifest
+# of each kind: fields of the manifest that are its own
+OWN_FACTS: dict[str, dict[str, Any]] = {
+    "decoder": {"decoder": DecoderFacts},
+    "encoder": {"encoder": EncoderFacts},
+    "vision-language": {"decoder": DecoderFacts, "vision": VisionFacts},
+}
 B = TypeVar("B", bound=Backbone)
 C = TypeVar("C", bound=Compiled)
 
@@ -53,7 +59,10 @@ def describe(
     """
     adapter, facts = checkpoint.adapter, kind.describe(checkpoint.backbone, compiled)
     shared = {key: value for key, value in facts.items() if key in BackboneFacts.__struct_fields__}
-    own = {key: value for key, value in facts.items() if key not in shared}
+    own = {
+        field: convert_facts(kind_of, {key: value for key, value in facts.items() if key in kind_of.__struct_fields__})
+        for field, kind_of in OWN_FACTS[kind.name].items()
+    }
     shared |= {
         "fingerprint": compiled.fingerprint,
         "sketch": structs.asdict(draw_sketch(checkpoint.backbone)),
@@ -65,7 +74,7 @@ def describe(
         adapter_id=identify(adapter, compiled.sites),
         device=device,
         backbone=convert_facts(BackboneFacts, shared),
-        **{kind.name: convert_facts(OWN_FACTS[kind.name], own)},
+        **own,
         adapter=describe_adapter(adapter, compiled.sites, compiled.fold, compiled.single, compiled.experts),
         quantization=convert_facts(Quantization, weights | rounding | {"weight_hash": compiled.weight_hash()}),
         default=choose_default(compiled.experts, default, compiled.single, adapter.variant.name),
@@ -90,5 +99,7 @@ def complete_bundle(
     if (sketch := manifest.backbone.sketch) is not None:
         sketch = structs.replace(sketch, vocabulary=hash_vocabulary(tokenizer))
         manifest = structs.replace(manifest, backbone=structs.replace(manifest.backbone, sketch=sketch))
+    if manifest.vision is not None and (stage / PROCESSOR).is_file():
+        manifest = structs.replace(manifest, vision=structs.replace(manifest.vision, processor=PROCESSOR))
     files = [Expert(name, vector.numpy(), manifest.adapter_id) for name, vector in experts.items()]
     return write_bundle(stage, manifest, files, reference.numpy())

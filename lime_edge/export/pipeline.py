@@ -14,6 +14,7 @@ from lime_edge.bundle.fields import Manifest
 from lime_edge.bundle.golden import write_golden
 from lime_edge.bundle.manifest import ALWAYS_ON
 from lime_edge.bundle.staging import stage_directory
+from lime_edge.bundle.vision.reading import write_processor
 from lime_edge.compiler.compile import choose_rounding, fold_checkpoint, round_folded
 from lime_edge.compiler.formats.activation import check_activation
 from lime_edge.compiler.formats.adapter import Adapter
@@ -23,6 +24,7 @@ from lime_edge.compiler.formats.checkpoint import Checkpoint
 from lime_edge.compiler.formats.files import read_json
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.compiler.formats.sketch import judge_vocabulary
+from lime_edge.compiler.formats.vision import VisionBackbone
 from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
 from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
@@ -37,6 +39,7 @@ from lime_edge.export.beside import (
 )
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
+from lime_edge.export.vision import make_processor
 from lime_edge.targets.devices import Device
 from lime_edge.targets.entries import DEFAULT
 from lime_edge.targets.registry import Exporter, load_exporters
@@ -90,9 +93,11 @@ def export_bundle(
         progress("read", 0, 1)
         checkpoint = read_checkpoint(model, adapter, options.any_backbone)
         check_default(checkpoint.adapter, compiling.single, options.default)
-        if not checkpoint.backbone.reads_text:
+        if checkpoint.backbone.sees:
             copy_preprocessor(model, stage / PREPROCESSOR)
-        elif options.tokenizer:
+        if isinstance(checkpoint.backbone, VisionBackbone):
+            write_processor(make_processor(checkpoint.backbone, model), stage)
+        if checkpoint.backbone.reads_text and options.tokenizer:
             copy_tokenizer(model, stage / TOKENIZER)
             checkpoint = check_tokenizer(checkpoint, stage / TOKENIZER, options.any_backbone)
         progress("read", 1, 1)

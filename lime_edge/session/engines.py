@@ -11,6 +11,7 @@ import numpy as np
 
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import Faults, LimeEdgeError
+from lime_edge.session.features import FeatureRows
 
 Placement = dict[str, dict[str, int]]  # execution provider -> type of node -> how many
 MOST = {"threads": 1024, "max_length": 1 << 24}  # as lime.json has them
@@ -119,6 +120,18 @@ class Rows(Protocol):
 
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Sequence[np.ndarray]:
         """Append one token to each of some rows, in one pass: (V,) float32 of each, until the next call."""
+
+
+class VisionEngine(Engine, Protocol):
+    """A language model that reads rows of pictures, and the program that makes them.
+
+    features: rows by their ids, which `feed` takes beside those of the vocabulary.
+    """
+
+    features: FeatureRows
+
+    def see(self, tiles: np.ndarray) -> np.ndarray:
+        """Features (T, rows, hidden) float32 of tiles (T, 3, S, S) float32, under the expert in use."""
 
 
 class EncoderEngine(SwitchableEngine, Protocol):

@@ -10,6 +10,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import Session
 from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.switching import ExpertSwitch
+from lime_edge.session.vision import VisionSession
 
 SessionT = TypeVar("SessionT", bound=ExpertSwitch)
 
@@ -35,7 +36,10 @@ class Kind(Generic[SessionT]):
 
 DECODER = Kind("decoder", Session, "a language model", "it takes no named inputs", "generate(prompt)")
 ENCODER = Kind("encoder", EncoderSession, "an encoder", "it answers no prompts", "run(**inputs)")
-KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (DECODER, ENCODER)}
+VISION = Kind(
+    "vision-language", VisionSession, "a vision-language model", "it takes no named inputs", "generate(prompt, images=[...])"
+)
+KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (DECODER, ENCODER, VISION)}
 
 
 def find_kind(bundle: Bundle) -> Kind[Any]:
@@ -60,7 +64,7 @@ def require_kind(bundle: Bundle, kind: Kind[Any]) -> None:
         LimeEdgeError: what it holds instead, and how that is opened.
     """
     found = find_kind(bundle)
-    if found is not kind:
+    if not issubclass(found.session, kind.session):  # what sees reads text alone too
         raise LimeEdgeError(
             f"{bundle.path} holds {found.noun}: {found.lacks}", f"call lime_edge.open(BUNDLE).{found.usage}"
         )

@@ -47,6 +47,7 @@ def open_encoder(bundle: Bundle, target: str | None = None, options: SessionOpti
 
 def _open(kind: Kind[SessionT], bundle: Bundle, target: str | None, options: SessionOptions | None) -> SessionT:
     require_kind(bundle, kind)
+    kind = find_kind(bundle)
     target, load = load_engine(bundle, target)
     bundle.check_target(target)  # an engine sees no file that is not as it was written
     try:

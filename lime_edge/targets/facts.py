@@ -54,6 +54,8 @@ class TargetFacts(Strict, frozen=True, kw_only=True):
     virtual_tokens: Annotated[Virtual, Meta(description="prompt tuning: they come before a prompt")] = 0
     inputs: Annotated[tuple[Input, ...], Meta(max_length=64, description="of an encoder")] = ()
     outputs: Annotated[tuple[Text, ...], Meta(max_length=64, description="of an encoder")] = ()
+    vision: Annotated[FilePath | None, Meta(description="the program that sees, of a vision-language model")] = None
+    vision_routed: Annotated[FilePath | None, Meta(description="the same, routed; null where no site is in it")] = None
     report: Facts = {}
 
     @property
@@ -63,4 +65,5 @@ class TargetFacts(Strict, frozen=True, kw_only=True):
 
     def list_paths(self) -> list[str]:
         """The files, or folders of files, that it speaks of."""
-        return [path for path in (self.file, self.routed) if path not in (None, ROUTED)]
+        paths = (self.file, self.routed, self.vision, self.vision_routed)
+        return [path for path in paths if path is not None and path != ROUTED]

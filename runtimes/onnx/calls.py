@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from lime_edge.runtimes.onnx.caches import Caches
 from lime_edge.runtimes.onnx.places import Buffer, Device, Host
+from lime_edge.session.features import FeatureRows
 
 EXPERT = "expert"  # the input of a pinned graph, (rows, sum_H): 1 row, or one for each row of the call
 CAPTURE, NOT_CAPTURED = "gpu_graph_id", "-1"  # run option and its value. Source: onnxruntime_run_options_config_keys.h
@@ -22,7 +23,8 @@ class Shared:
 
     place: where buffers lie. caches: keys and values. logits: (rows, 1, V) float32, where the last position's logits
     of each row go. virtual: prompt tuning's virtual tokens, in the cache before everything else. starts: the graph
-    takes the first wanted position, counted from the end, instead of how many are wanted.
+    takes the first wanted position, counted from the end, instead of how many are wanted. images: rows of pictures that
+    ids beyond the vocabulary mean, None in a model of text alone.
     """
 
     place: Host | Device
@@ -30,6 +32,7 @@ class Shared:
     logits: Buffer
     virtual: int
     starts: bool = False
+    images: FeatureRows | None = None
 
 
 class BoundGraph:
@@ -46,7 +49,7 @@ class BoundGraph:
         for name, view in shared.caches.view(first, count):
             view.bind_input(self._binding, f"past_key_values.{name}")
             view.bind_output(self._binding, f"present.{name}")
-        self._starts = shared.starts
+        self._starts, self._images = shared.starts, shared.images
         self._keep = np.ones(1, np.int64)  # the processor reads it, on a GPU too
         Host().share(self._keep).bind_input(self._binding, "logits_start" if self._starts else "logits_to_keep")
         self._last = shared.logits.rows(first, count)
@@ -88,6 +91,9 @@ class BoundGraph:
         Returns:
             (count, keep, V) float32; with keep=1 maybe a part of the shared buffer, which later calls overwrite.
         """
+        if self._images is not None:
+            ids, features = self._images.resolve(ids)
+            self.bind("image_features", features.astype(np.float16) if self._starts else features)
         totals = lengths + (ids.shape[1] + self._virtual)
         captured = self._place.captures and ids.shape[1] == 1 and bool(lengths.all())
         width = self._ones.shape[1] if captured else int(totals.max())

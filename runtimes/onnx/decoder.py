@@ -13,6 +13,7 @@ from lime_edge.runtimes.onnx.operators import find_subtract
 from lime_edge.runtimes.onnx.places import CUDA, choose_place
 from lime_edge.runtimes.onnx.rows import OnnxRows
 from lime_edge.session.engines import Placement, SessionOptions
+from lime_edge.session.features import open_features
 from lime_edge.targets.entries import OnnxFacts
 
 DEFAULT_LENGTH = 2048
@@ -42,6 +43,7 @@ class OnnxEngine:
         self.capacity = min(self.capacity, context - self._virtual)
         self._graphs = Graphs(bundle, options)
         self._half = facts.compute == "float16"
+        self.features = open_features(bundle)
         self.provider = self._graphs.pinned.get_providers()[0]
         self._place = choose_place(self.provider)
         self._shared = self._share(1, self.capacity)
@@ -61,7 +63,7 @@ class OnnxEngine:
         dtype = np.float16 if self._half else np.float32
         caches = Caches(self._manifest, rows, capacity + self._virtual, self._place, dtype)
         logits = self._place.zeros((rows, 1, self._manifest.backbone.vocab), np.float32)
-        return Shared(self._place, caches, logits, self._virtual, starts=self._half)
+        return Shared(self._place, caches, logits, self._virtual, starts=self._half, images=self.features)
 
     def set_expert(self, residual: np.ndarray) -> None:
         """Rebind the expert input to another buffer (sum_H,) float32; it must not change while bound."""

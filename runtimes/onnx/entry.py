@@ -2,5 +2,6 @@
 
 from lime_edge.runtimes.onnx.decoder import OnnxEngine
 from lime_edge.runtimes.onnx.encoder import OnnxEncoderEngine
+from lime_edge.runtimes.onnx.vision import OnnxVisionEngine
 
-ENGINES = {"decoder": OnnxEngine, "encoder": OnnxEncoderEngine}
+ENGINES = {"decoder": OnnxEngine, "encoder": OnnxEncoderEngine, "vision-language": OnnxVisionEngine}

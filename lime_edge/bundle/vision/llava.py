@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from lime_edge.bundle.vision.pictures import Picture
 from lime_edge.bundle.vision.pixels import normalize, resize
-from lime_edge.bundle.vision.processor import Cut, PixelFacts, Side
+from lime_edge.bundle.vision.processor import Cut, PixelFacts
 
 SLACK = 1.1  # how much longer a side may be than the limit says before rows are interpolated
 
@@ -21,7 +21,7 @@ class LlavaProcessor(PixelFacts, frozen=True, dict=True, tag_field="kind", tag="
     """LLaVA-OneVision. Source of all below: transformers 5.23, LlavaOnevisionImageProcessorPil and LlavaOnevisionModel."""
 
     grids: Annotated[
-        tuple[tuple[Side | int, int], ...],
+        tuple[tuple[int, int], ...],
         Meta(min_length=1, max_length=4096, description="heights and widths of grids of tiles, in pixels"),
     ]
     limit: Annotated[int, Meta(ge=1, le=4096, description="tiles beyond which rows are interpolated (anyres_max)")]

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from lime_edge.bundle.vision.pictures import Picture
 from lime_edge.bundle.vision.pixels import normalize, resize
-from lime_edge.bundle.vision.processor import Cut, PixelFacts, Side
+from lime_edge.bundle.vision.processor import Cut, PixelFacts
 
 MOST = 4096  # pixels of a side, whatever the settings say
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
@@ -19,7 +19,7 @@ FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 class SmolProcessor(PixelFacts, frozen=True, tag_field="kind", tag="smolvlm", kw_only=True):
     """SmolVLM. Source of all below: transformers 5.23, SmolVLMImageProcessorPil and SmolVLMProcessor."""
 
-    edge: Annotated[Side | int, Meta(description="longest side of a picture before it is cut")]
+    edge: Annotated[int, Meta(ge=1, le=1 << 14, description="longest side of a picture before it is cut")]
     split: Annotated[bool, Meta(description="cut a picture into tiles; else it is one")]
 
     def token(self, picture: Picture) -> int:
