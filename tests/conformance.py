@@ -224,6 +224,11 @@ def check_torch(directory: Path) -> Iterator[Check]:
         yield from guard(f"layers/{path.stem}", check_layer(f"layers/{path.stem}", path))
     for path in list_models(directory):
         yield from guard(f"models/{path.name}", check_torch_model(path))
+    from vision_conformance import check_preprocessing, check_torch_vision, list_vision_models
+
+    yield from check_preprocessing(directory)
+    for path in list_vision_models(directory):
+        yield from guard(f"vision/{path.name}", check_torch_vision(path))
 
 
 class BundleEngine(Engine):
@@ -272,6 +277,10 @@ def check_exported(directory: Path, target: str) -> Iterator[Check]:
     for path in list_models(directory):
         check = check_exported_encoder if is_encoder_fixture(read_model(path).hyper) else check_exported_model
         yield from guard(f"models/{path.name}", check(path, target))
+    from vision_conformance import check_exported_vision, list_vision_models
+
+    for path in list_vision_models(directory):
+        yield from guard(f"vision/{path.name}", check_exported_vision(path, target))
 
 
 def check_coreml(directory: Path) -> Iterator[Check]:
@@ -339,14 +348,14 @@ def report(checks: list[Check], target: str, as_json: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("directory", type=Path, help="holds layers/ and models/")
+    parser.add_argument("directory", type=Path, help="holds layers/, models/ and vision/")
     parser.add_argument("--target", choices=sorted(TARGETS), default="torch")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     checks = list(TARGETS[options.target](options.directory))
     if not checks:
         error = LimeEdgeError(
-            f"{options.directory}: expected layers/*.safetensors or models/*/lime.json, found neither"
+            f"{options.directory}: expected layers/*.safetensors, models/*/lime.json or vision/, found none"
         )
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
