@@ -74,7 +74,9 @@ def test_equal_to_transformers_without_an_adapter(
     ids, rows, inputs = [5, 6, 7, 8], None, {}
     if pictures:
         cut = processor.cut(pictures)
-        rows = torch.from_numpy(np.concatenate(processor.pack(compiled.see(torch.from_numpy(cut.tiles), vector).numpy(), cut)))
+        rows = torch.from_numpy(
+            np.concatenate(processor.pack(compiled.see(torch.from_numpy(cut.tiles), vector).numpy(), cut))
+        )
         ids = [9, *[VIDEO_TOKEN if pictures[0].moves else IMAGE_TOKEN] * len(rows), *ids]
         inputs = feed_original(family, pictures, cut.tiles, cut.counts)
     with torch.no_grad():
@@ -102,7 +104,11 @@ def feed_original(
     parts = pixels.split(counts)
     padded = [torch.nn.functional.pad(part, (0, 0) * 3 + (0, max(counts) - len(part))) for part in parts]
     sizes = torch.tensor([picture.size for picture in pictures])
-    return {"pixel_values": torch.stack(padded), "image_sizes": sizes, "batch_num_images": torch.tensor([len(pictures)])}
+    return {
+        "pixel_values": torch.stack(padded),
+        "image_sizes": sizes,
+        "batch_num_images": torch.tensor([len(pictures)]),
+    }
 
 
 SPELLINGS: dict[str, dict[str, str]] = {  # of module tree names, by the version that wrote them
@@ -173,7 +179,12 @@ def test_kind_is_found_by_the_config(models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "fast_vlm", "some_future_vlm"])
 def test_other_families_are_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
-    config = {"model_type": kind, "architectures": ["XForConditionalGeneration"], "vision_config": {}, "text_config": {}}
+    config = {
+        "model_type": kind,
+        "architectures": ["XForConditionalGeneration"],
+        "vision_config": {},
+        "text_config": {},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert find_kind(tmp_path).backbone is VisionBackbone
     with pytest.raises(LimeEdgeError, match=kind) as error:

@@ -103,7 +103,10 @@ def list_vision_models(directory: Path) -> list[Path]:
 def list_cases(path: Path) -> list[VisionCase]:
     """Every case of a model."""
     files = sorted(path.glob("expected*.safetensors"))
-    return [VisionCase(f"vision/{path.name}/{file.stem.removeprefix('expected').strip('.') or 'image'}", load_file(file)) for file in files]
+    return [
+        VisionCase(f"vision/{path.name}/{file.stem.removeprefix('expected').strip('.') or 'image'}", load_file(file))
+        for file in files
+    ]
 
 
 class VisionEngine:
@@ -214,7 +217,9 @@ def check_case(case: VisionCase, engine: VisionEngine, processor: AnyProcessor, 
             assert found is not None
             yield compare(case.name, key, expected, torch.from_numpy(found), limit)
         elif kind == "logits":
-            yield compare(case.name, key, expected[0], torch.from_numpy(engine.logits(mode, case.ids, see(mode))), limit)
+            yield compare(
+                case.name, key, expected[0], torch.from_numpy(engine.logits(mode, case.ids, see(mode))), limit
+            )
         elif kind in ("generated", "generated_uncached"):
             ask = engine.generate if kind == "generated" else engine.generate_anew
             made = ask(mode, case.ids, see(mode), expected.shape[1] - len(case.ids))
@@ -290,7 +295,9 @@ def check_setting(name: str, path: Path, images: Mapping[str, Tensor]) -> Iterat
         shape = tuple(expected[f"pixel_values_shape.{key}"].tolist())
         tiles = np.ascontiguousarray(cut.tiles, "<f4")
         right = tiles.size == np.prod(shape) and hashlib.sha256(tiles.tobytes()).hexdigest() == digest
-        yield Check(name, f"pixel_values.{key}", 0 if right else 1, 0, "" if right else "other numbers than transformers")
+        yield Check(
+            name, f"pixel_values.{key}", 0 if right else 1, 0, "" if right else "other numbers than transformers"
+        )
         counts = torch.tensor(processor.count(cut))
         yield compare_tokens(name, f"num_image_tokens.{key}", expected[f"num_image_tokens.{key}"], counts)
         if f"rows_cols.{key}" in expected:

@@ -69,7 +69,13 @@ def describe_model(family: str, tied: bool = False) -> dict[str, Any]:
     """The config of a tiny model of a family."""
     text = {**TEXT, "tie_word_embeddings": tied}
     if family == "llava_onevision":
-        vision = {**TOWER, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "vision_use_head": False}
+        vision = {
+            **TOWER,
+            "model_type": "siglip_vision_model",
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_use_head": False,
+        }
         return {
             "text_config": {**text, "model_type": "qwen2"},
             "vision_config": vision,
@@ -114,7 +120,9 @@ def redraw(model: nn.Module, seed: int) -> None:
         elif parameter.ndim == 1:
             values = 0.3 * values
         else:
-            values = values * (2.0 if "embed_tokens" in name or "lm_head" in name else 1.0) / parameter[0].numel() ** 0.5
+            values = (
+                values * (2.0 if "embed_tokens" in name or "lm_head" in name else 1.0) / parameter[0].numel() ** 0.5
+            )
         parameter.copy_(values)
 
 

@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def write_vision(model: CompiledVision, directory: Path, options: OnnxOptions, progress: Progress) -> dict[str, Any]:
-    """Write the decoder's files (`write_decoder`), vision.onnx, and vision_routed.onnx where experts are weighed in the tower.
+    """Write the decoder's files, vision.onnx, and vision_routed.onnx where experts are weighed in the tower.
 
     All of them take the same expert vector; each reads its own sites. The vision program computes in float32 on every
     device: pictures are read once, tokens are decoded one by one.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lime_edge import terminal
-from lime_edge.bundle.experts import describe_selection
+from lime_edge.bundle.experts import Selection, describe_selection
+from lime_edge.errors import LimeEdgeError
 from lime_edge.session.decoder import FULL, LENGTH, STOP, Session
 from lime_edge.session.generate import GenerationOptions, TextStream
+from lime_edge.session.vision import VisionSession
 
 INTERRUPTED = "interrupted"
 
@@ -48,12 +52,44 @@ class Answer:
         }
 
 
+def compose_prompt(
+    session: Session,
+    prompt: str,
+    system: str | None,
+    raw: bool,
+    images: Sequence[Path] = (),
+    selection: Selection | None = None,
+) -> str | list[int]:
+    """What a session is given for a user's text: complete text, or with pictures its token ids.
+
+    Args:
+        images: files, in the order of their placeholders; before the text where the chat template is applied.
+        selection: under which they are seen; None: the one in use.
+    Raises:
+        LimeEdgeError: pictures for a model that sees none, or see `VisionSession.read_prompt`.
+    """
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+    if isinstance(session, VisionSession):
+        return session.read_prompt(prompt if raw else messages, images, selection)
+    if images:
+        raise LimeEdgeError(
+            f"`image`: {session.bundle.path} holds a language model: it sees no pictures",
+            "take a vision-language bundle",
+        )
+    return prompt if raw else session.codec.render_chat(messages)
+
+
 def answer_once(
-    session: Session, prompt: str, options: GenerationOptions, system: str | None, raw: bool, as_json: bool
+    session: Session,
+    prompt: str,
+    options: GenerationOptions,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    images: Sequence[Path] = (),
 ) -> None:
     """Print the answer to one prompt, as it comes or as one JSON document."""
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-    text = prompt if raw else session.codec.render_chat(messages)
+    text = compose_prompt(session, prompt, system, raw, images)
     answer = stream_answer(session, text, options, show=not as_json)
     if as_json:
         facts = {"expert": describe_selection(session.selection), "target": session.target, "prompt": prompt}
@@ -62,7 +98,11 @@ def answer_once(
 
 
 def stream_answer(
-    session: Session, prompt: str, options: GenerationOptions, keep_cache: bool = False, show: bool = True
+    session: Session,
+    prompt: str | Sequence[int],
+    options: GenerationOptions,
+    keep_cache: bool = False,
+    show: bool = True,
 ) -> Answer:
     """Generate an answer and print its pieces; Ctrl-C ends it and keeps what there is."""
     pieces: list[str] = []

@@ -39,6 +39,8 @@ EXAMPLES = """
 
  lime-edge run smollm2.lime "patent" --expert all                (every expert's answer, in one pass)
 
+ lime-edge run scenes.lime "What time is it?" --image clock.png --expert clock
+
  lime-edge run smollm2.lime "patent" --on ssh://pi@raspberrypi
 
  lime-edge run smollm2.lime                 (chat; /expert NAME switches, /help lists the commands)
@@ -69,6 +71,9 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of the sampler.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to look at, before the text; may be repeated.")
+    ] = None,
     raw: Annotated[bool, typer.Option(help="The prompt is complete: no chat template.")] = False,
     on: On = None,
     hosts: Hosts = None,
@@ -91,8 +96,15 @@ def run(
             "--json prints one answer: a prompt is missing", "give a prompt, or leave --json out to chat"
         )
     text = None if prompt is None else read_prompt(prompt)
+    images = tuple(image or ())
+    if images and text is None:
+        raise LimeEdgeError("`image`: pictures go with one prompt: it is missing", "a chat has no pictures yet")
     where = Where(on, hosts, wheels, python, site_packages, clean)
     if where.elsewhere:
+        if images:
+            raise LimeEdgeError(
+                "`image`: pictures are not sent to another machine", "run it there, beside the pictures"
+            )
         numbers = {"temperature": temperature, "top-k": top_k, "top-p": top_p, "max-new-tokens": max_new_tokens}
         given = {"expert": expert, "target": target, "threads": threads, "max-length": max_length, "seed": seed}
         asked = numbers | given | {"system": system, "provider": provider}
@@ -105,14 +117,14 @@ def run(
     if expert is not None and asks_for_many(expert, session.experts):
         if text is None:
             raise LimeEdgeError(f"`expert`: {expert!r} answers one prompt: it is missing", "a chat has one expert")
-        answer_many(session, text, read_selections(expert, session.experts), options, system, raw, as_json)
+        answer_many(session, text, read_selections(expert, session.experts), options, system, raw, as_json, images)
         return
     if expert is not None:
         session.use(parse_selection(expert))
     if text is None:
         Chat(session, options, system, raw).loop()
     else:
-        answer_once(session, text, options, system, raw, as_json)
+        answer_once(session, text, options, system, raw, as_json, images)
 
 
 def open_bundle(

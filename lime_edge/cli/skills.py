@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.live import Live
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from lime_edge import terminal
 from lime_edge.bundle.experts import Selection, describe_selection, parse_selection
-from lime_edge.cli.answer import INTERRUPTED
+from lime_edge.cli.answer import INTERRUPTED, compose_prompt
 from lime_edge.errors import LimeEdgeError, show_plain
 from lime_edge.session.decoder import Session
 from lime_edge.session.desk import Piece
@@ -22,6 +23,8 @@ from lime_edge.session.generate import GenerationOptions, TextStream
 
 ALL = "all"
 PER_SECOND = 8  # pictures of the table
+Prompt = str | list[int]
+Compose = Callable[[Selection], Prompt]
 
 
 @dataclass
@@ -98,14 +101,17 @@ def answer_many(
     system: str | None,
     raw: bool,
     as_json: bool,
+    images: Sequence[Path] = (),
 ) -> Pass:
     """Print every expert's answer to one prompt: as a table that fills, or as one JSON document."""
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-    text = prompt if raw else session.codec.render_chat(messages)
+
+    def compose(selection: Selection) -> Prompt:  # a picture may look different to each
+        return compose_prompt(session, prompt, system, raw, images, selection)
+
     done = Pass([Skill(selection) for selection in selections])
     with show_table(prompt, done, not as_json) as refresh:
         try:
-            run_skills(session, text, done, options, refresh)
+            run_skills(session, compose, done, options, refresh)
         except KeyboardInterrupt:
             for skill in done.skills:
                 skill.reason = skill.reason or INTERRUPTED
@@ -120,15 +126,17 @@ def answer_many(
     return done
 
 
-def run_skills(session: Session, text: str, done: Pass, options: GenerationOptions, refresh: Any) -> None:
+def run_skills(session: Session, compose: Compose, done: Pass, options: GenerationOptions, refresh: Any) -> None:
     """Answer in one pass where the engine can, else one after another."""
     if not hasattr(session.engine, "open_rows"):
         terminal.note(f"({session.target} runs one sequence at a time: the answers come one after another)")
-        run_one_by_one(session, text, done, options, refresh)
+        run_one_by_one(session, compose, done, options, refresh)
         return
-    needed = len(session.read_prompt(text)) + options.max_new_tokens
+    prompts = [session.read_prompt(compose(skill.selection)) for skill in done.skills]
+    needed = max(map(len, prompts)) + options.max_new_tokens
     desk = session.open_desk(rows=len(done.skills), capacity=min(session.max_length, needed))
-    places = {desk.ask(text, skill.selection, options): skill for skill in done.skills}
+    asked = zip(prompts, done.skills, strict=True)
+    places = {desk.ask(prompt, skill.selection, options): skill for prompt, skill in asked}
     done.rows, done.nbytes = desk.rows, desk.nbytes
     while desk.busy:
         for piece in desk.advance():
@@ -150,12 +158,12 @@ def take(skill: Skill, piece: Piece, done: Pass) -> None:
         skill.first_s = time.perf_counter() - done.begun
 
 
-def run_one_by_one(session: Session, text: str, done: Pass, options: GenerationOptions, refresh: Any) -> None:
+def run_one_by_one(session: Session, compose: Compose, done: Pass, options: GenerationOptions, refresh: Any) -> None:
     """The same answers from an engine that runs one sequence at a time."""
     for skill in done.skills:
         session.use(skill.selection)
         stream, begun, last = TextStream(session.codec.decode, options.stop), time.perf_counter(), 0.0
-        for token in session.generate_ids(text, options):
+        for token in session.generate_ids(compose(skill.selection), options):
             last = time.perf_counter()
             if skill.first_s is None:
                 skill.first_s, done.prompts_s = last - done.begun, done.prompts_s + last - begun

@@ -111,4 +111,3 @@ def _make_smol(
     if not isinstance(split, bool):
         faults.add("do_image_splitting", "true or false", split)
     return {"side": tile // patch // backbone.config.scale_factor, "edge": edge, "split": split}
-

@@ -28,7 +28,9 @@ class FeatureRows:
     def __init__(self, first: int, hidden: int, tokens: tuple[int, ...], limit: int = LIMIT):
         self.first, self.hidden, self.tokens, self.limit = first, hidden, tokens, limit
         self._next, self._held = first, 0
-        self._pictures: OrderedDict[int, tuple[Hashable, int, np.ndarray]] = OrderedDict()  # by first id, oldest use first
+        self._pictures: OrderedDict[int, tuple[Hashable, int, np.ndarray]] = (
+            OrderedDict()
+        )  # by first id, oldest use first
         self._ids: dict[Hashable, int] = {}
         self._starts: list[int] = []
 

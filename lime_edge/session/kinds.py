@@ -37,7 +37,11 @@ class Kind(Generic[SessionT]):
 DECODER = Kind("decoder", Session, "a language model", "it takes no named inputs", "generate(prompt)")
 ENCODER = Kind("encoder", EncoderSession, "an encoder", "it answers no prompts", "run(**inputs)")
 VISION = Kind(
-    "vision-language", VisionSession, "a vision-language model", "it takes no named inputs", "generate(prompt, images=[...])"
+    "vision-language",
+    VisionSession,
+    "a vision-language model",
+    "it takes no named inputs",
+    "generate(prompt, images=[...])",
 )
 KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (DECODER, ENCODER, VISION)}
 

@@ -200,7 +200,9 @@ class VisionSession(Session):
         if not pictures:
             self._refuse_bare(prompt)
             return super().read_prompt(cast(str | Sequence[int], prompt))
-        ids = super().read_prompt(self._spell(prompt, pictures) if isinstance(prompt, str) else cast(Sequence[int], prompt))
+        ids = super().read_prompt(
+            self._spell(prompt, pictures) if isinstance(prompt, str) else cast(Sequence[int], prompt)
+        )
         rows = self._find_rows(pictures, selection)
         return self._insert(ids, rows, [self.processor.token(picture) for picture in pictures])
 
@@ -272,9 +274,7 @@ class VisionSession(Session):
         yield from super().generate(self.read_prompt(prompt, images), options, keep_cache, **changes)
 
 
-def show_pictures(
-    messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]
-) -> list[Mapping[str, Any]]:
+def show_pictures(messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> list[Mapping[str, Any]]:
     """Messages in which every picture has its place: before the first user's text, where none is named."""
     named = any(
         isinstance(message.get("content"), list)

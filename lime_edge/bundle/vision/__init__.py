@@ -1,1 +1,1 @@
-"""Pictures on a device: opened, cut into tiles, and features put where the prompt has their tokens. numpy and Pillow."""
+"""Pictures on a device: opened, cut into tiles, features packed into rows. numpy and Pillow."""

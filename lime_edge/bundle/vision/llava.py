@@ -18,7 +18,10 @@ SLACK = 1.1  # how much longer a side may be than the limit says before rows are
 
 
 class LlavaProcessor(PixelFacts, frozen=True, dict=True, tag_field="kind", tag="llava_onevision", kw_only=True):
-    """LLaVA-OneVision. Source of all below: transformers 5.23, LlavaOnevisionImageProcessorPil and LlavaOnevisionModel."""
+    """LLaVA-OneVision.
+
+    Source of all below: transformers 5.23, LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.
+    """
 
     grids: Annotated[
         tuple[tuple[int, int], ...],
@@ -38,7 +41,7 @@ class LlavaProcessor(PixelFacts, frozen=True, dict=True, tag_field="kind", tag="
         return self.video_token if picture.moves else self.image_token
 
     def cut(self, pictures: tuple[Picture, ...]) -> Cut:
-        """A picture alone: itself stretched to a tile, then its grid. One of several: padded to a square. Videos: frames."""
+        """A picture alone: itself as a tile, then its grid. One of several: padded to a square. Videos: frames."""
         alone = sum(not picture.moves for picture in pictures) == 1
         tiles, counts, grids = [], [], []
         for picture in pictures:

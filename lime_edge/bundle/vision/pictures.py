@@ -66,7 +66,9 @@ def _open_video(sources: Sequence[Source]) -> Picture:
         frames.append(_open_frame(source))
         held += frames[-1].nbytes
         if held > MOST_BYTES:
-            raise LimeEdgeError(f"video: more than {MOST_BYTES >> 30} GB of frames", "take fewer of them, or smaller ones")
+            raise LimeEdgeError(
+                f"video: more than {MOST_BYTES >> 30} GB of frames", "take fewer of them, or smaller ones"
+            )
     if len({frame.shape for frame in frames}) > 1:
         raise LimeEdgeError("video: frames of different sizes", "cut or resize them to one size")
     return Picture(tuple(frames), True, _hash(frames, True))
@@ -106,7 +108,9 @@ def _open_file(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # decoders of two dozen formats raise anything
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LimeEdgeError(f"{path}: not a readable image: {first[:200]}", "is it whole? PNG and JPEG always work") from None
+        raise LimeEdgeError(
+            f"{path}: not a readable image: {first[:200]}", "is it whole? PNG and JPEG always work"
+        ) from None
 
 
 def _to_rgb(image: Any, where: str) -> np.ndarray:
@@ -154,7 +158,9 @@ def _check_size(width: int, height: int, where: str) -> None:
             f"{where}: {width} x {height} is more than {MOST_PIXELS >> 20} million pixels", "make it smaller first"
         )
     if max(width, height) > LONGEST * min(width, height):
-        raise LimeEdgeError(f"{where}: {width} x {height}: one side is more than {LONGEST} times the other", "cut it first")
+        raise LimeEdgeError(
+            f"{where}: {width} x {height}: one side is more than {LONGEST} times the other", "cut it first"
+        )
 
 
 def _pillow() -> Any:

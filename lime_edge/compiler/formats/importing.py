@@ -21,8 +21,8 @@ from lime_edge.bundle.inside import is_folder, is_plain
 from lime_edge.bundle.staging import stage_directory
 from lime_edge.compiler.formats.adapter import write_adapter
 from lime_edge.compiler.formats.authors import read_state
-from lime_edge.compiler.formats.checkpoint import pair
 from lime_edge.compiler.formats.backbone import Backbone
+from lime_edge.compiler.formats.checkpoint import pair
 from lime_edge.compiler.formats.decoder import read_decoder_backbone
 from lime_edge.compiler.formats.families import FAMILIES
 from lime_edge.compiler.formats.files import reading

@@ -173,7 +173,9 @@ def take_newline(rest: dict[str, Tensor], family: VisionFamily, hidden: int, whe
     newline = rest.pop(family.newline, None)
     if newline is None or tuple(newline.shape) != (hidden,) or not torch.isfinite(newline).all():
         found = None if newline is None else tuple(newline.shape)
-        raise LimeEdgeError(f"{where}: tensor {family.newline}: expected ({hidden},) finite numbers, found {found}", AGAIN)
+        raise LimeEdgeError(
+            f"{where}: tensor {family.newline}: expected ({hidden},) finite numbers, found {found}", AGAIN
+        )
     return newline.float()
 
 
