@@ -1,4 +1,4 @@
-"""Pictures from whatever they come as: an answer or a clear error, never a crash; the same bits as Pillow's processors."""
+"""Pictures from whatever they come as: an answer or a clear error, never a crash."""
 
 from __future__ import annotations
 

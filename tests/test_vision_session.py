@@ -1,4 +1,4 @@
-"""The session of a vision-language bundle: seeing, prompts with pictures, caches, experts; against the oracle in torch."""
+"""The session of a vision-language bundle: pictures, prompts, caches, experts; against the oracle in torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROUTING = {"auto_topk": True, "auto_topk_threshold": 0.6, "soft_topk_temperature
 
 @pytest.fixture(scope="session")
 def vision_bundle(shared_folder: Path) -> Make:
-    """vision_bundle(family, targets, routing, **options): a tiny vision-language bundle, float32 unless told otherwise."""
+    """vision_bundle(family, targets, routing, **options): a tiny bundle that sees, float32 unless told otherwise."""
     from conftest import remember
 
     def make(

@@ -102,11 +102,8 @@ def list_vision_models(directory: Path) -> list[Path]:
 
 def list_cases(path: Path) -> list[VisionCase]:
     """Every case of a model."""
-    files = sorted(path.glob("expected*.safetensors"))
-    return [
-        VisionCase(f"vision/{path.name}/{file.stem.removeprefix('expected').strip('.') or 'image'}", load_file(file))
-        for file in files
-    ]
+    named = {file: file.stem.removeprefix("expected").strip(".") for file in sorted(path.glob("expected*.safetensors"))}
+    return [VisionCase(f"vision/{path.name}/{name or 'image'}", load_file(file)) for file, name in named.items()]
 
 
 class VisionEngine:

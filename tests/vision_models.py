@@ -111,7 +111,7 @@ def make_vision_model(directory: Path, family: str, seed: int = 0, tied: bool = 
 
 @torch.no_grad()
 def redraw(model: nn.Module, seed: int) -> None:
-    """Random weights that keep activations near 1; norms differ from 1. One draw per parameter, in the order of names."""
+    """Random weights that keep activations near 1; norms differ from 1. Drawn in the order of names."""
     random = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         values = torch.randn(parameter.shape, generator=random)

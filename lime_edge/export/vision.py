@@ -1,4 +1,4 @@
-"""processor.json of a vision-language model: what its preprocessor's settings and its config say, checked against each other."""
+"""processor.json of a vision-language model, from its preprocessor's settings and its config."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rows of pictures by number: beyond the vocabulary, every row of every picture seen has an id of its own.
 
-So a prompt with pictures is a list of ids like any other, and whatever compares, cuts or keeps ids (the cache, prefixes that
-rows share, pieces of a long prompt) does right by pictures without knowing of them.
+So a prompt with pictures is a list of ids like any other, and whatever compares, cuts or keeps ids (the cache, prefixes
+that rows share, pieces of a long prompt) does right by pictures without knowing of them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class FeatureRows:
     def __init__(self, first: int, hidden: int, tokens: tuple[int, ...], limit: int = LIMIT):
         self.first, self.hidden, self.tokens, self.limit = first, hidden, tokens, limit
         self._next, self._held = first, 0
-        self._pictures: OrderedDict[int, tuple[Hashable, int, np.ndarray]] = (
-            OrderedDict()
-        )  # by first id, oldest use first
+        self._pictures: OrderedDict[int, tuple[Hashable, int, np.ndarray]] = OrderedDict()  # by first id, oldest first
         self._ids: dict[Hashable, int] = {}
         self._starts: list[int] = []
 

@@ -26,11 +26,11 @@ USAGE = "write the placeholder where each picture stands, or give messages and i
 class VisionSession(Session):
     """An opened vision-language model: everything a `Session` does, and pictures in prompts.
 
-    A row of a picture's features is an id beyond the vocabulary. Two pictures never have the same ids, so they never share
-    a cache, and a prompt with pictures is a list of ids wherever a prompt is taken: `read_prompt` writes it.
+    A row of a picture's features is an id beyond the vocabulary. Two pictures never have the same ids, so they never
+    share a cache, and a prompt with pictures is a list of ids wherever a prompt is taken: `read_prompt` writes it.
 
-    Features are kept for pictures seen before: for all experts where no site is in the vision tower, else for each. Routed,
-    the tower's scales run over all tiles of a prompt, so that its pictures are seen together, and anew.
+    Features are kept for pictures seen before: for all experts where no site is in the vision tower, else for each.
+    Routed, the tower's scales run over all tiles of a prompt, so that its pictures are seen together, and anew.
     """
 
     def __init__(self, bundle: Bundle, engine: VisionEngine, bank: ExpertBank, target: str):
@@ -56,7 +56,7 @@ class VisionSession(Session):
         """A picture to give to prompts; its features are computed now where they do not depend on what else is seen.
 
         Args:
-            source: a path, an image of Pillow's, an array (height, width, 3) uint8, or a list of them: a video's frames.
+            source: a path, an image of Pillow's, an array (height, width, 3) uint8, or a list: a video's frames.
         Raises:
             LimeEdgeError: no picture, a damaged or a too large one.
         """
@@ -69,7 +69,7 @@ class VisionSession(Session):
     def see_tiles(self, tiles: np.ndarray) -> np.ndarray:
         """Features (T, rows, hidden) float32 of tiles as they are: pixel_values (T, 3, S, S) float32.
 
-        For who has a preprocessor of their own; all of them in one call. Tiles of zeros alone are padding, and left out.
+        For who has a preprocessor of their own; all in one call. Tiles of zeros alone are padding, and left out.
 
         Raises:
             LimeEdgeError: tiles of another shape, or an engine that fails.
@@ -182,10 +182,10 @@ class VisionSession(Session):
         """The token ids of a prompt, rows of pictures among them; for `generate`, `generate_many` or `logits`.
 
         Args:
-            prompt: complete text with a placeholder for each picture (its tokenizer's own, "<image>" for example), token ids
-                with a placeholder each, or messages, whose chat template is applied: {"role": ..., "content": text or a list
-                of {"type": "image"} and {"type": "text", "text": ...}}. Messages that name no picture get all of them
-                before the first user's text.
+            prompt: complete text with a placeholder for each picture (its tokenizer's own, "<image>" for example),
+                token ids with a placeholder each, or messages, whose chat template is applied: {"role": ..., "content":
+                text or a list of {"type": "image"} and {"type": "text", "text": ...}}. Messages that name no picture
+                get all of them before the first user's text.
             images: a picture for each placeholder, in order: what `see` gives or takes.
             selection: under which they are seen; None: the one in use.
         Raises:
@@ -193,10 +193,8 @@ class VisionSession(Session):
         """
         pictures = tuple(open_picture(image) for image in images)
         selection = self._selection if selection is None else self._check_selection(selection)
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and prompt:
-            if isinstance(prompt[0], Mapping):
-                messages = cast(Sequence[Mapping[str, Any]], prompt)
-                prompt = self.codec.render_chat(show_pictures(messages, pictures))
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.codec.render_chat(show_pictures(cast(Sequence[Mapping[str, Any]], prompt), pictures))
         if not pictures:
             self._refuse_bare(prompt)
             return super().read_prompt(cast(str | Sequence[int], prompt))

@@ -40,11 +40,11 @@ class Picture:
 def open_picture(source: Source) -> Picture:
     """An image, or the frames of a video given as a list.
 
-    Transparency is laid on white. Of a file that moves (GIF, APNG, WebP) the first frame is taken: who wants a video gives
-    its frames.
+    Transparency is laid on white. Of a file that moves (GIF, APNG, WebP) the first frame is taken: who wants a video
+    gives its frames.
 
     Args:
-        source: see KINDS. Arrays are (height, width), (height, width, 1), (height, width, 3) or (height, width, 4) uint8.
+        source: see KINDS. Arrays are (height, width) or (height, width, 1, 3 or 4) uint8.
     Raises:
         LimeEdgeError: nothing of that kind, a damaged file, too many pixels or frames, or a shape that is no picture's.
     """

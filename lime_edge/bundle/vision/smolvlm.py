@@ -61,7 +61,7 @@ class SmolProcessor(PixelFacts, frozen=True, tag_field="kind", tag="smolvlm", kw
         return [count * self.side**2 for count in cut.counts]
 
     def spell(self, cut: Cut, known: set[str], image: str) -> list[str]:
-        """Placeholders with the tokens around them that say which tile it is; those alone where the tokenizer lacks these."""
+        """Placeholders, and tokens that say which tile it is around them where the tokenizer has those."""
         marked, rows = {FAKE, GLOBAL} <= known, image * self.side**2
         spelled = []
         for (down, across), count in zip(cut.grids, cut.counts, strict=True):

@@ -103,7 +103,7 @@ def _naming(source: Path, stage: Path) -> Iterator[None]:
 
 
 def _write_backbone(stage: Path, imported: Imported) -> Backbone | None:
-    """Write a transformers directory; returns it read back where it is a language model, of text alone or of pictures too."""
+    """Write a transformers directory; returns it read back where it is a language model, with pictures or without."""
     assert imported.backbone is not None and imported.directory is not None
     stage.mkdir()
     (stage / "config.json").write_text(json.dumps(imported.backbone_config, indent=2) + "\n", encoding="utf-8")

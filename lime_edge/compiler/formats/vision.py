@@ -154,7 +154,7 @@ def read_transformers_config(path: Path) -> Any:
 
 
 def read_language(path: Path, config: Any, family: VisionFamily, tensors: dict[str, Tensor]) -> DecoderBackbone:
-    """The language model as a decoder of ours. A head that is not in the file is tied, and so is one that equals the table."""
+    """The language model as a decoder of ours. The head is tied where the config says so and the file has no other."""
     with reading(f"{path}: not a model that can be built", "is this what save_pretrained writes?"):
         decoder: Decoder = replace(read_decoder(config.text_config, str(path)), stem=family.stem)
     head, table = tensors.get(f"{HEAD}.weight"), tensors.get(f"{decoder.embedding}.weight")
@@ -186,9 +186,9 @@ def read_tower(path: Path, config: Any, family: VisionFamily, tensors: Mapping[s
         LimeEdgeError: tensors missing, extra, mis-shaped or not finite.
     """
     where, vision = str(path), config.vision_config
-    with reading(f"{path}: not a tower that can be built", "is this what save_pretrained writes?"), quiet():
-        with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in family.tower(config).state_dict().items()}
+    hint = "is this what save_pretrained writes?"
+    with reading(f"{path}: not a tower that can be built", hint), quiet(), torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in family.tower(config).state_dict().items()}
     with Faults(where, "config.json and the weights must come from the same model") as faults:
         for name, shape in shapes.items():
             tensor = tensors.get(name)

@@ -1,4 +1,4 @@
-"""Vision-language families: where each keeps its language model, tower and projector, and who cannot be read, and why."""
+"""Vision-language families: where each keeps language model, tower and projector; who cannot be read, and why."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ REFUSED = {
 class LlavaTower(nn.Module):
     """LLaVA-OneVision's SigLIP tower and its projector, under their names in the whole model.
 
-    Source: transformers 5.23, LlavaOnevisionModel.get_image_features: the projector reads the last layer's output, before
-    `post_layernorm`.
+    Source: transformers 5.23, LlavaOnevisionModel.get_image_features: the projector reads the last layer's output,
+    before `post_layernorm`.
     """
 
     def __init__(self, config: Any):
@@ -107,8 +107,8 @@ class VisionFamily:
     """One family.
 
     Attributes:
-        stem: what the names of the language model begin with. newline: name of the row that ends a line of tiles, or None.
-        respell: beginnings of names in other versions of transformers and what they are called here, the first that fits.
+        stem: what the names of the language model begin with. newline: of the row that ends a line of tiles, or None.
+        respell: beginnings of names in other versions of transformers, and theirs here; the first that fits.
         ignored: beginnings of tensors that nothing reads. tower: builds tower and projector.
         image_tokens: the config's fields of the placeholders' ids.
         check: notes what of a config is not supported.

@@ -60,7 +60,7 @@ class CompiledVision(Compiled):
 
 
 class VisionReader:
-    """Both halves run over calibration text, for who watches the layers; no picture is shown, so the tower sees none."""
+    """Both halves, watched over calibration text; no picture is shown, so that the tower is not called."""
 
     at_once = DecoderModule.at_once
 

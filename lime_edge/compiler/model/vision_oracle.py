@@ -31,8 +31,8 @@ PIXELS = "pixel_values"
 def ask_vision(model: CompiledVision, encode: Encode | None, progress: Progress = lambda *_: None) -> Golden:
     """Golden logits and greedy tokens after a tile's features and a text.
 
-    The features take the place of image tokens as they come from the tower, a row each: packing is the device's, and has
-    tests of its own.
+    The features take the place of image tokens as they come from the tower, a row each: packing is the device's, and
+    has tests of its own.
 
     Args:
         encode: text to token ids, None without a tokenizer.
