@@ -11,7 +11,7 @@ from lime_edge.bench.inputs import draw_inputs, draw_prompt, takes_text
 from lime_edge.bench.rounds import Series, time_decoder, time_encoder
 from lime_edge.bench.timing import time_round
 from lime_edge.bundle.bundle import Bundle
-from lime_edge.session.kinds import DECODER, ENCODER, find_kind
+from lime_edge.session.kinds import DECODER, ENCODER, VISION, find_kind
 
 Count = Callable[[int, int], None]
 
@@ -91,6 +91,12 @@ class DecoderWork:
         return spend_tokens(meter, session, length, load.depth, load.decoded)
 
 
+class VisionWork(DecoderWork):
+    """The language model of one that sees: prompts without pictures."""
+
+    name = VISION.name
+
+
 class EncoderWork:
     """One call, one answer: texts of a length, or images of the model's own size."""
 
@@ -124,7 +130,7 @@ class EncoderWork:
         return spend_calls(meter, session, length)
 
 
-WORKS: dict[str, Work] = {work.name: work for work in (DecoderWork(), EncoderWork())}
+WORKS: dict[str, Work] = {work.name: work for work in (DecoderWork(), VisionWork(), EncoderWork())}
 
 
 def find_work(bundle: Bundle) -> Work:

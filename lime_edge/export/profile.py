@@ -36,6 +36,11 @@ def add_profile(
     """
     opened = Bundle.open(bundle)
     require_kind(opened, DECODER)
+    if opened.manifest.vision is not None:
+        raise LimeEdgeError(
+            f"{bundle}: routing cannot be averaged over texts of a model that sees",
+            "its texts alone are not what was trained on",
+        )
     checkpoint = read_checkpoint(model, adapter)
     adapter_id = identify(checkpoint.adapter, checkpoint.sites)
     wanted = (opened.manifest.backbone.fingerprint, opened.manifest.adapter_id)

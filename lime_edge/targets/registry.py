@@ -110,7 +110,7 @@ def _load_exporter(
     entry = importlib.import_module(f"{EXPORTERS}.{target.folder}.entry")
     if kind not in entry.WRITERS:
         known = " and ".join(f"{name}s" for name in entry.WRITERS)
-        raise LimeEdgeError(f"{target.title} holds {known}, and this model is an {kind}", "take another target")
+        raise LimeEdgeError(f"{target.title} holds {known}, and this model is a {kind} model", "take another target")
     told = target.options() if options is None else options
     entry.check_options(kind, told, quant, group)
     writers = {}
