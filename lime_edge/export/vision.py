@@ -62,7 +62,7 @@ def read_settings(model: Path) -> tuple[dict[str, Any], Path]:
 
 def _read_pixels(settings: dict[str, Any], faults: Faults) -> dict[str, Any]:
     """Resampling, scale, mean and deviation."""
-    names = {number: name for name, number in RESAMPLING.items()}
+    names: dict[Any, str] = {number: name for name, number in RESAMPLING.items()}
     resample, rescale = settings.get("resample"), settings.get("rescale_factor", 1 / 255)
     if resample not in names:
         faults.add("resample", "a number of Pillow's, 0 to 5", resample)

@@ -71,7 +71,7 @@ class SmolTower(nn.Module):
         else:
             from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector, Idefics3VisionTransformer
 
-            tower, connector = Idefics3VisionTransformer, Idefics3Connector  # type: ignore[assignment]
+            tower, connector = Idefics3VisionTransformer, Idefics3Connector
         self.config = config.vision_config
         self.model = nn.Module()
         self.model.vision_model = tower(config.vision_config)
