@@ -312,5 +312,27 @@ def test_the_command_line_sees(vision_bundle: Make, tmp_path: Path, lime: Cli) -
     assert "no such image file" in lime.refuse("run", bundle, "what?", "--image", "nowhere.png")
 
 
+def test_eval_with_an_image_column(vision_bundle: Make, tiny_bundle: Make, tmp_path: Path, lime: Cli) -> None:
+    """The answer that the session itself gives is right for one picture, wrong for the other."""
+    bundle = vision_bundle()
+    session, right = open_session(bundle), []
+    session.use("expert2")
+    for name, image in (("a.png", FIRST), ("b.png", SECOND)):
+        Image.fromarray(image).save(tmp_path / name)
+        right.append("".join(session.generate(f"{IMAGE}so", images=[image], max_new_tokens=16)).strip())
+    assert right[0] != right[1]
+    shown = [("a.png", right[0]), ("b.png", right[0]), (["b.png"], right[1]), (["a.png", "b.png"], "no")]
+    lines = [
+        {"prompt": f"{IMAGE * (1 + (len(image) == 2))}so", "answer": answer, "image": image} for image, answer in shown
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    done = lime("eval", bundle, "--data", data, "--expert", "expert2", "--json")
+    assert json.loads(done.out)["accuracy"] == 0.5, done
+    assert "sees no pictures" in lime.refuse("eval", tiny_bundle(), "--data", data)
+    data.write_text('{"prompt": "x", "answer": "y", "image": 3}')
+    assert "image must be a path" in lime.refuse("eval", bundle, "--data", data)
+
+
 def test_a_language_model_refuses_pictures(tiny_bundle: Make, lime: Cli) -> None:
     assert "sees no pictures" in lime.refuse("run", tiny_bundle(), "what?", "--image", "a.png")

@@ -12,17 +12,19 @@ from lime_edge.bundle.staging import write_file
 from lime_edge.errors import Faults, LimeEdgeError
 from lime_edge.session.decoder import Session
 from lime_edge.session.generate import GenerationOptions
+from lime_edge.session.vision import VisionSession
 
 NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of an evaluation file: a complete prompt, the answer, and labels where it is a choice."""
+    """One line of an evaluation file: a complete prompt, the answer, labels where it is a choice, pictures it shows."""
 
     prompt: str
     answer: str
     labels: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Result:
         return sum(self.correct) / len(self.correct)
 
 
-HINT = 'one JSON object a line: {"prompt": ..., "answer": ..., "labels": [...]?}'
+HINT = 'one JSON object a line: {"prompt": ..., "answer": ..., "labels": [...]?, "image": FILE or [FILE, ...]?}'
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read a JSONL file of {"prompt", "answer", "labels"?}.
+    """Read a JSONL file of {"prompt", "answer", "labels"?, "image"?}; an image lies relative to the file.
 
     Raises:
         LimeEdgeError: every bad line at once.
@@ -57,14 +59,19 @@ def read_examples(path: Path) -> list[Example]:
                 continue
             record = record if isinstance(record, dict) else {}
             prompt, answer, labels = record.get("prompt"), record.get("answer"), record.get("labels") or []
-            if not isinstance(prompt, str) or not isinstance(answer, str) or not isinstance(labels, list):
+            shown = record.get("image") or []
+            files = [shown] if isinstance(shown, str) else shown
+            if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
+                faults.add(f"line {number}: image must be a path, or a list of paths")
+            elif not isinstance(prompt, str) or not isinstance(answer, str) or not isinstance(labels, list):
                 faults.add(f"line {number}: prompt and answer must be strings, labels a list")
             elif not all(isinstance(label, str) and label for label in labels):
                 faults.add(f"line {number}: labels must be texts")
             elif labels and answer not in labels:
                 faults.add(f"line {number}: answer", f"one of {labels}", repr(answer))
             else:
-                examples.append(Example(prompt, answer, tuple(labels)))
+                images = tuple(path.parent / file for file in files)
+                examples.append(Example(prompt, answer, tuple(labels), images))
         if not examples and not faults:
             faults.add("no examples")
     return examples
@@ -87,6 +94,21 @@ def evaluate(session: Session, examples: list[Example], progress: Callable[[int]
     return Result(tuple(answers), correct)
 
 
+def read_prompt(session: Session, example: Example) -> list[int]:
+    """An example's token ids, its pictures seen by the expert in use.
+
+    Raises:
+        LimeEdgeError: pictures, and the model sees none; a file that is no picture; another number of placeholders.
+    """
+    if not example.images:
+        return session.codec.encode(example.prompt)
+    if not isinstance(session, VisionSession):
+        raise LimeEdgeError(
+            f"{session.bundle.path} sees no pictures, and {example.images[0]} is one", "take a vision-language bundle"
+        )
+    return session.read_prompt(example.prompt, example.images)
+
+
 def choose(session: Session, example: Example) -> str:
     """The label whose first token is likeliest after the prompt.
 
@@ -100,13 +122,14 @@ def choose(session: Session, example: Example) -> str:
             f"labels {list(example.labels)} do not differ in their first token",
             "use labels that do, or leave them out and the answer is generated",
         )
-    logits = session.logits(codec.encode(example.prompt), keep=1)[-1]
+    logits = session.logits(read_prompt(session, example), keep=1)[-1]
     return example.labels[int(logits[first].argmax())].strip()
 
 
 def write(session: Session, example: Example) -> str:
     """The greedy answer."""
-    return "".join(session.generate(example.prompt, GenerationOptions(max_new_tokens=NEW_TOKENS))).strip()
+    options, prompt = GenerationOptions(max_new_tokens=NEW_TOKENS), example.prompt
+    return "".join(session.generate(read_prompt(session, example) if example.images else prompt, options)).strip()
 
 
 def report(results: list[Result], expert: str, data: str) -> dict[str, str | float | int]:

@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     bundle: BundlePath,
-    data: Annotated[Path, typer.Option(help='JSONL: {"prompt", "answer", "labels"?} a line; - reads standard input.')],
+    data: Annotated[
+        Path, typer.Option(help='JSONL: {"prompt", "answer", "labels"?, "image"?} a line; - reads standard input.')
+    ],
     expert: ExpertOption = None,
     target: Target = None,
     threads: Threads = None,
