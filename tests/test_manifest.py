@@ -44,6 +44,7 @@ def test_every_field_is_written() -> None:
     body = body_of(make_manifest())
     assert list(body) == [
         *("manifest_sha256", "format", "schema", "kind", "adapter_id", "device", "backbone", "decoder", "encoder"),
+        "vision",
         *("adapter", "quantization", "default", "activation", "prompts", "tokenizer", "experts", "targets"),
         *("companions", "versions", "export", "sites", "files"),
     ]

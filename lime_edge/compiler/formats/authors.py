@@ -30,8 +30,9 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
     """
     directory = source if source.is_dir() else source.parent
     hyper = read_hyper(directory, options)
-    described = _read_model_config(directory, options.model, hyper)
-    state = respell_state(read_weights(source), described)
+    state = read_weights(source)
+    if places := _list_configs(directory, options.model):
+        state = respell_state(state, read_config(places[0]))
     with Faults(str(source), "hyper-parameters come from a file, `hyper`, or one by one from `settings`") as faults:
         _refuse_prompts(hyper, state, faults)
         check_hyper(hyper, faults)
@@ -58,6 +59,7 @@ def read_state(source: Path, options: ImportOptions) -> Imported:
         config["target_modules"] = name_targets(sites, modules, wanted if isinstance(wanted, list) else [])
         if embeddings:
             config |= {"embedding_modules": embeddings, "pad_token_id": hyper.get("pad_token_id")}
+    described = _read_model_config(directory, options.model, hyper)
     return Imported(config, tensors, backbone, described, directory)
 
 
@@ -161,9 +163,13 @@ def _is_embedding(name: str, state: Mapping[str, torch.Tensor], found: Mapping[s
     return found["part_T"].shape[0] + found["part_F"].shape[0] != found["LiMEs"].shape[1]
 
 
-def _read_model_config(directory: Path, model: Path | None, hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _list_configs(directory: Path, model: Path | None) -> list[Path]:
     places = [place / "config.json" for place in (directory, model) if place is not None]
-    found = [place for place in places if place.is_file()]
+    return [place for place in places if place.is_file()]
+
+
+def _read_model_config(directory: Path, model: Path | None, hyper: Mapping[str, Any]) -> dict[str, Any]:
+    found = _list_configs(directory, model)
     if not found:
         raise LimeEdgeError(f"{directory}: config.json is missing", "pass the base model's directory as `model`")
     config = read_config(found[0])

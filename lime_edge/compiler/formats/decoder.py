@@ -165,6 +165,13 @@ def flatten_norms(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """A decoder's tensors, float32; an unused rotation table or a tied head's own copy is left out.
+
+    Args:
+        found: by name. where: named in errors.
+    Raises:
+        LimeEdgeError: tensors missing, extra, mis-shaped or not finite, all at once.
+    """
     refuse_checkpoint(found, where, "a backbone")
     wanted = decoder.tensors()
     checked: dict[str, torch.Tensor] = {}
