@@ -14,7 +14,7 @@ from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import HEAD, Decoder, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, Source, quiet
 from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
-from lime_edge.compiler.formats.decoder import DecoderBackbone, check_tensors, read_eos
+from lime_edge.compiler.formats.decoder import DecoderBackbone, check_tensors, flatten_norms, read_eos
 from lime_edge.compiler.formats.encoder import EncoderBackbone, Input, make_sample, watch_layers
 from lime_edge.compiler.formats.files import AGAIN, read_json, read_weights, reading
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
@@ -161,7 +161,7 @@ def read_language(path: Path, config: Any, family: VisionFamily, tensors: dict[s
     told = bool(getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings)
     same = head is not None and table is not None and head.shape == table.shape and torch.equal(head, table)
     decoder = replace(decoder, tied=told and (head is None or same))
-    checked = check_tensors(decoder, tensors, str(path))
+    checked = check_tensors(decoder, flatten_norms(tensors), str(path))
     eos_of = config if getattr(config, "eos_token_id", None) is not None else config.text_config
     return DecoderBackbone(str(path), path.name, decoder, checked, read_eos(path, eos_of, decoder.vocab))
 
