@@ -104,7 +104,7 @@ def test_script_reports_a_crash_and_goes_on(tmp_path: Path, capsys: pytest.Captu
 
 def test_script_refuses_an_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert conformance.main([str(tmp_path)]) == 2
-    assert "found neither" in capsys.readouterr().err
+    assert "found none" in capsys.readouterr().err
 
 
 def damage(path: Path, key: str, by: float) -> None:
