@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: fuzz soak soak-serve bench-serve demo test test-kotlin demo-kotlin test-swift demo-swift check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo coreai-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium debootstrap clean help
+.PHONY: fuzz soak soak-serve bench-serve demo vision-demo test test-kotlin demo-kotlin test-swift demo-swift check sanitize lint bench bench-peers bench-targets performance executorch-demo coreml-demo coreai-demo fidelity accuracy sizes wheel docs pictures test-arm64 test-remote-arm64 sshd chromium debootstrap clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,15 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base  ## export SmolLM2-135M with its experts and watch skills being switched
 	$(BIN)/lime-edge demo
+
+vision-demo: $(VENV)/.base build/vision-demo.lime  ## one picture, eight skills: pictures, skills, answers (examples/vision_demo)
+	$(BIN)/python examples/vision_demo/demo.py build/vision-demo.lime
+
+build/vision-demo/model: | $(VENV)/.base
+	$(BIN)/python examples/vision_demo/model.py --out $@
+
+build/vision-demo.lime: | build/vision-demo/model
+	$(BIN)/lime-edge export build/vision-demo/model --adapter examples/vision_demo/adapter -o $@ --quant int8
 
 test: $(VENV)/.dev  ## Python, ONNX and a small case of every other target (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'small or not check'
