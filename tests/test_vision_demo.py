@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_the_committed_scenes_are_held_out_ones(demo: dict[str, ModuleType]) -> 
             assert row[kind] in scenes.list_values(kind, "test"), row
 
 
-def make_tiny(demo: dict[str, ModuleType]) -> tuple[torch.nn.Module, torch.nn.Module]:
+def make_tiny(demo: dict[str, ModuleType]) -> tuple[Any, Any]:
     """Eyes of a tiny shape, and transformers' SmolVLM of the same."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
