@@ -26,3 +26,10 @@ def check_options(kind: str, options: ExecutorchOptions, quant: str, group: int)
             f"`max_seq_len`: for ExecuTorch expected at least 2, found {options.max_seq_len}",
             "prompt and answer have to fit into it; 1024 is the default",
         )
+
+
+def weigh_matrix(rows: int, columns: int, bits: int, group: int, table: bool) -> int:
+    """Bytes of a matrix as XNNPACK stores it, a group's scale in bfloat16; of a table also its rows to look up."""
+    codes, scales = rows * columns * bits // 8, rows * columns // group
+    product = codes + scales * (2 if bits == 4 else 4)
+    return product + (codes + 4 * scales if table else 0)

@@ -193,6 +193,25 @@ class Survival(Strict, frozen=True, kw_only=True):
     sites: Annotated[dict[Text, SiteSurvival], Meta(max_length=65536)]
 
 
+class CurvePoint(Strict, frozen=True, kw_only=True):
+    """A size that could have been had, and how near its answers come to float32's on calibration text."""
+
+    bytes: Annotated[int, Meta(ge=0, le=1 << 50, description="of the bundle, estimated")]
+    same: Annotated[float, Meta(ge=0, le=1, description="share of tokens with float32's likeliest successor")]
+    loss: Annotated[float, Meta(description="mean divergence of the next token's distribution from float32's, in nats")]
+
+
+class Spending(Strict, frozen=True, kw_only=True):
+    """Which matrices int8 was spent on, where a size was asked for."""
+
+    chosen: Annotated[int, Meta(ge=0, le=1 << 50, description="bytes of the bundle, estimated before it was written")]
+    bits: Annotated[float, Meta(ge=0, description="mean bits of a stored weight, scales included")]
+    tokens: Annotated[Count, Meta(description="of calibration text that was listened to")]
+    int8: Annotated[tuple[Text, ...], Meta(description="tensors at int8, the rest being int4")]
+    curve: tuple[CurvePoint, ...]
+    losses: Annotated[dict[Text, float], Meta(description="by first tensor of a unit: what int4 there alone costs")]
+
+
 class Quantization(Strict, frozen=True, kw_only=True):
     """The integers, equal in all targets."""
 
@@ -206,6 +225,7 @@ class Quantization(Strict, frozen=True, kw_only=True):
     fallback_int8: Annotated[tuple[Text, ...], Meta(description="what the group does not divide")] = ()
     weight_hash: Annotated[Sha256, Meta(description="over canonical integers and scales")]
     survival: Survival | None = None
+    spending: Spending | None = None
 
 
 class Speaker(Strict, frozen=True, kw_only=True):

@@ -31,8 +31,11 @@ EXPORT_EXAMPLES = """
 
  lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o one.lime --fold movie --single
 
- lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --keep-int8 none --calibration prompts.jsonl
+ lime-edge export SmolLM2-135M/ --adapter my-adapter/ -o small.lime --size 110MB --calibration prompts.jsonl
 """
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB|B)?", re.IGNORECASE)
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+BAR = 40  # characters of a curve's longest bar
 
 
 def register(app: typer.Typer) -> None:
@@ -78,6 +81,15 @@ def export(
     keep_int8: Annotated[
         str, typer.Option(help="What int4 keeps at int8: some of head,qkv,o,gate_up,down, or none.")
     ] = "head,qkv,down",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="110MB", help="Largest bundle: int8 goes where int4 would hurt the most, as far as it fits."
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="The same by mean bits a weight, scales included: 4.5 to 8.5 or so.")
+    ] = None,
     fold: Annotated[
         str, typer.Option(help="What goes into the weights: shared (mean of the experts), none, or NAME.")
     ] = "shared",
@@ -127,7 +139,8 @@ def export(
     except ModuleNotFoundError as error:
         raise need(error.name or "torch", "export") from None
     kinds = () if keep_int8 == "none" else tuple(keep_int8.split(","))
-    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds)
+    largest = None if size is None else read_size(size)
+    compiling = CompileOptions(quant, group_size or chosen.group, fold, single, rounding, kinds, largest, bits)
     target_options = read_told(told, targets, chosen)
     with receive(calibration, ".jsonl") as prompts, terminal.show_steps() as progress:
         options = ExportOptions(
@@ -141,10 +154,49 @@ def export(
             default,
         )
         export_bundle(model, adapter, output, compiling, chosen, options, progress)
+    show_spending(output, as_json)
     show_result(output, as_json, sites, time.perf_counter() - begin)
     warn_of_losses(output)
     warn_of_overflow(output)
     report_delegation(output, as_json)
+
+
+def read_size(text: str) -> int:
+    """Bytes of "110MB", "0.5 GB" or "95000000".
+
+    Raises:
+        LimeEdgeError: something else.
+    """
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise LimeEdgeError(f"`size`: expected bytes, kB, MB or GB, found {text!r}", "--size 110MB")
+    return int(float(found[1]) * UNITS[(found[2] or "").lower()])
+
+
+def show_spending(path: Path, as_json: bool) -> None:
+    """The curve of an export by size: what the sizes it could have had would keep; the one taken is marked."""
+    from lime_edge.bundle.bundle import Bundle
+
+    spending = Bundle.open(path).manifest.quantization.spending
+    if spending is None or as_json or terminal.is_quiet():
+        return
+    floor = min(point.same for point in spending.curve)
+    scale = BAR / max(1e-6, 1 - floor)
+    terminal.tell(f"size against tokens that float32 would have chosen ({spending.tokens} tokens of calibration text):")
+    for point in spending.curve:
+        bar = "#" * max(1, round((point.same - floor) * scale))
+        mark = ">" if point.bytes == spending.chosen else " "
+        terminal.tell(f"{mark} {point.bytes / 1e6:7.1f} MB  {point.same:6.1%}  {point.loss:.4f} nats  {bar}")
+    terminal.tell(f"{spending.bits:.2f} bits a weight; int8: {describe_places(spending.int8)}")
+
+
+def describe_places(names: tuple[str, ...]) -> str:
+    """How many of each kind of matrix: "12 down_proj, 3 q_proj"."""
+    kinds: dict[str, int] = {}
+    for name in names:
+        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing"
 
 
 def show_result(path: Path, as_json: bool, sites: bool, seconds: float) -> None:

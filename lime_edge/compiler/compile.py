@@ -14,7 +14,7 @@ from lime_edge.compiler.formats.checkpoint import Checkpoint
 from lime_edge.compiler.formats.decoder import DecoderBackbone
 from lime_edge.compiler.formats.encoder import EncoderBackbone
 from lime_edge.compiler.kinds import ModelKind, kind_of
-from lime_edge.compiler.model.compiled import Branch, Compiled, CompiledModel, cut
+from lime_edge.compiler.model.compiled import Branch, Compiled, CompiledModel, Stored, cut
 from lime_edge.compiler.model.encoder import CompiledEncoder
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
 from lime_edge.compiler.rounding.calibrate import Calibration
@@ -107,16 +107,19 @@ def round_folded(
     options: CompileOptions,
     calibration: Calibration | None = None,
     progress: Progress = lambda *_: None,
+    weights: Mapping[str, Stored] | None = None,
 ) -> C:
     """Quantize a folded model; of a single expert keep that one, without its branch.
 
-    Args: as `compile_checkpoint`.
+    Args: as `compile_checkpoint`. weights: rounded already, where bits were spent by `rounding.spending`.
     """
-    grams, used = {}, replace(options, rounding=choose_rounding(options, calibration))
-    if used.rounding == "gptq" and calibration is not None:
-        wanted = list_narrow(list_units(folded, options))
-        grams = collect_grams(folded, kind.run(folded), calibration, wanted, progress) if wanted else {}
-    model = replace(folded, weights=round_model(folded, used, grams, progress))
+    if weights is None:
+        grams, used = {}, replace(options, rounding=choose_rounding(options, calibration))
+        if used.rounding == "gptq" and calibration is not None:
+            wanted = list_narrow(list_units(folded, options))
+            grams = collect_grams(folded, kind.run(folded), calibration, wanted, progress) if wanted else {}
+        weights = round_model(folded, used, grams, progress)
+    model = replace(folded, weights=weights)
     if options.single:
         experts = {options.fold: model.experts[options.fold]}
         model = replace(model, branches={}, experts=experts, single=options.fold, routing=None)

@@ -28,6 +28,7 @@ from lime_edge.compiler.formats.vision import VisionBackbone
 from lime_edge.compiler.kinds import ModelKind, find_kind, kind_of, read_checkpoint
 from lime_edge.compiler.model.compiled import Compiled
 from lime_edge.compiler.options import CompileOptions, Progress, check_fold
+from lime_edge.compiler.rounding.spending import spend_bits
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.beside import (
     PREPROCESSOR,
@@ -40,6 +41,7 @@ from lime_edge.export.beside import (
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
 from lime_edge.export.vision import make_processor
+from lime_edge.export.size import check_size, plan_budget
 from lime_edge.targets.devices import Device
 from lime_edge.targets.entries import DEFAULT
 from lime_edge.targets.registry import Exporter, load_exporters
@@ -162,8 +164,10 @@ def fill_bundle(
     """
     kind = kind_of(checkpoint.backbone)
     check_activation(checkpoint.adapter, read_plainly(stage / TOKENIZER), kind.holds_cache)
-    compiled, rounding = compile_and_measure(kind, checkpoint, compiling, options, stage / TOKENIZER, progress)
     targets, exporters = {}, exporters or find_exporters(kind, compiling, options)
+    compiled, rounding = compile_and_measure(
+        kind, checkpoint, compiling, options, stage / TOKENIZER, progress, exporters
+    )
     for target, exporter in exporters.items():
         (stage / target).mkdir()
         facts = exporter.write(compiled, stage / target, progress)
@@ -174,6 +178,7 @@ def fill_bundle(
     beside = [exporter.write_companions(compiled, stage, manifest) for exporter in exporters.values()]
     manifest = structs.replace(manifest, companions=dict(item for found in beside for item in found.items()))
     manifest = complete_bundle(stage, manifest, compiled.experts, compiled.reference)
+    check_size(stage, compiling, exporters)
     progress("hash", 1, 1)
     return manifest
 
@@ -185,18 +190,25 @@ def compile_and_measure(
     options: ExportOptions,
     tokenizer: Path,
     progress: Progress,
+    exporters: Mapping[str, Exporter],
 ) -> tuple[C, dict[str, Any]]:
     """The compiled model, and what the manifest says of its rounding. The float weights are gone afterwards.
 
     Args:
-        tokenizer: its directory, which may not exist.
+        tokenizer: its directory, which may not exist. exporters: by target, for what a matrix weighs there.
     """
     calibration = find_calibration(checkpoint, compiling, options.calibration, tokenizer)
     folded = fold_checkpoint(kind, checkpoint, compiling, progress)
-    compiled = round_folded(kind, folded, compiling, calibration, progress)
+    spent = None
+    if compiling.spends:
+        spent = spend_bits(
+            folded, compiling, calibration, plan_budget(folded, compiling, exporters, tokenizer), progress
+        )
+    compiled = round_folded(kind, folded, compiling, calibration, progress, spent.weights if spent else None)
     rounding = choose_rounding(compiling, calibration)
     return compiled, {
         "rounding": rounding,
+        "spending": spent.report if spent else None,
         "calibration": calibration.source if calibration and rounding == "gptq" else None,
         "survival": check_survival(kind, checkpoint, folded, compiled, compiling, calibration),
     }

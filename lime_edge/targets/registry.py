@@ -5,7 +5,8 @@ Nothing else imports an exporter or a runtime. Each of a target's two folders ha
     exporters/FOLDER/entry.py   WRITERS: kind of model -> write(compiled, directory, options, progress), which gives the
                                 target's facts for the manifest; check_options(kind, options, quant, group); where it
                                 has companions, COMPANIONS: name -> check(kind, options), write(compiled, stage,
-                                manifest), which gives the manifest's `Companion`
+                                manifest), which gives the manifest's `Companion`; weigh_matrix(rows, columns, bits,
+                                group, table): bytes it stores of a quantized matrix
     runtimes/FOLDER/entry.py    ENGINES: kind of model -> engine(bundle, session options)
     runtimes/FOLDER/health.py   examine(): what is known without the engine; maybe explain_operators()
 """
@@ -35,6 +36,7 @@ class Exporter:
     options: Any
     writer: Callable[[Any, Path, Any, Progress], dict[str, Any]]
     companions: Mapping[str, Callable[[Any, Path, Any], Any]]
+    weigh_matrix: Callable[[int, int, int, int, bool], int]
 
     def write(self, compiled: Any, directory: Path, progress: Progress) -> dict[str, Any]:
         """Write the artifact.
@@ -118,7 +120,7 @@ def _load_exporter(
         if name in companions:
             check, writers[name] = entry.COMPANIONS[name]
             check(kind, told)
-    return Exporter(target, told, entry.WRITERS[kind], writers)
+    return Exporter(target, told, entry.WRITERS[kind], writers, entry.weigh_matrix)
 
 
 def load_runtime(target: Target, module: str) -> ModuleType:

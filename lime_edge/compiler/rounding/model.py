@@ -74,16 +74,21 @@ def round_model(
     units, done = list_units(model, options), dict[str, Stored]()
     for index, unit in enumerate(units):
         progress("quantize", index, len(units))
-        parts = [model.weight(name) for name in unit.names]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-        gram = None if unit.source is None else grams.get(unit.source)
-        if unit.bits == 4 and gram is not None:
-            stored = round_by_gram(whole, gram, options.group)
-        else:
-            stored = quantize(whole, unit.bits, options.group, search=options.rounding != "nearest")
-        done |= dict(zip(unit.names, split_rows(stored, [len(part) for part in parts]), strict=True))
+        done |= round_unit(model, unit, options, grams)
     progress("quantize", len(units), len(units))
     return {name: done[name] for name in model.weights} if units else dict(model.weights)
+
+
+def round_unit(model: Compiled, unit: Unit, options: CompileOptions, grams: Grams) -> dict[str, QuantizedTensor]:
+    """Quantize the matrices of one unit to its bits: tensor name -> quantized. Args as `round_model`."""
+    parts = [model.weight(name) for name in unit.names]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    gram = None if unit.source is None else grams.get(unit.source)
+    if unit.bits == 4 and gram is not None:
+        stored = round_by_gram(whole, gram, options.group)
+    else:
+        stored = quantize(whole, unit.bits, options.group, search=options.rounding != "nearest")
+    return dict(zip(unit.names, split_rows(stored, [len(part) for part in parts]), strict=True))
 
 
 def split_rows(whole: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:

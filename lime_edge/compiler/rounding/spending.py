@@ -1,0 +1,173 @@
+"""Bits where they matter: what four bits do to each matrix is measured, and eight go where they spare the most a byte.
+
+One matrix at a time is rounded to int4 in a float32 model that reads calibration text with its experts active; the
+Kullback-Leibler divergence of the next-token distributions from float32's is the matrix's loss. Losses are taken to add
+up, which they do not quite: so the curve that an export prints is measured again, on whole models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lime_edge.compiler.maths.quantize import QuantizedTensor, group_for
+from lime_edge.compiler.model.compiled import Compiled, CompiledModel
+from lime_edge.compiler.model.decoder import DecoderModule
+from lime_edge.compiler.options import CompileOptions, Progress
+from lime_edge.compiler.rounding.budget import Candidate, Weigh, spend, spread, weigh_all
+from lime_edge.compiler.rounding.calibrate import Calibration
+from lime_edge.compiler.rounding.grams import collect_grams
+from lime_edge.compiler.rounding.model import Unit, list_narrow, list_units, round_unit
+from lime_edge.compiler.rounding.probe import HEAD, TABLE, Part, Probe
+from lime_edge.errors import LimeEdgeError
+
+SEQUENCES = 48  # of the calibration that are listened to
+POINTS = 6  # of the curve, beside the one that is taken
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the matrices may take.
+
+    allowed: bytes for all of them; None: `bits` times their weights. weigh: how a target stores one. rest: bytes of the
+    bundle that are no matrices.
+    """
+
+    allowed: int | None
+    weigh: Weigh
+    rest: int = 0
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What came of it. weights: tensor name -> quantized, in the model's order; report: for the manifest."""
+
+    weights: dict[str, QuantizedTensor]
+    report: dict[str, Any]
+
+
+@torch.no_grad()
+def spend_bits(
+    model: Compiled,
+    options: CompileOptions,
+    calibration: Calibration | None,
+    budget: Budget,
+    progress: Progress = lambda *_: None,
+) -> Spent:
+    """Round a folded float32 decoder to a size.
+
+    Args:
+        model: folded, weights float32. calibration: text to listen to.
+        progress: called with (step, done, total).
+    Raises:
+        LimeEdgeError: no decoder, no text, or a size that all-int4 exceeds.
+    """
+    if not isinstance(model, CompiledModel) or calibration is None:
+        raise LimeEdgeError(
+            "`size` and `bits`: need a language model and its tokenizer, to measure with", "take `keep_int8`"
+        )
+    units = list_units(model, replace(options, keep_int8=(), size=None, bits=None))
+    check_room(model, units, options, budget)
+    module = DecoderModule(model)
+    grams = {}
+    if options.rounding == "gptq":
+        grams = collect_grams(model, module, calibration, list_narrow(units), progress)
+    narrow, wide = _round_both(model, units, options, grams, progress)
+    probe = Probe(module, *choose_rows(model, calibration))
+    candidates = []
+    for index, unit in enumerate(units):
+        progress("listen", index, len(units))
+        loss = probe.listen({_place(unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
+        sizes = [_weigh(model, unit, bits, options, budget.weigh) for bits in (unit.bits, 8)]
+        candidates.append(Candidate(unit.names[0], *sizes, max(0.0, loss)))
+    allowed = _allow(model, options, budget)
+    chosen, curve = spend(candidates, allowed), []
+    for size in sorted({*spread(candidates, POINTS), allowed}):
+        widened = spend(candidates, size)
+        heard = probe.listen({_place(u): _join(wide if u.names[0] in widened else narrow, u) for u in units})
+        bytes_ = weigh_all(candidates, widened) + budget.rest
+        curve.append({"bytes": bytes_, "same": round(heard.same, 4), "loss": round(heard.loss, 5)})
+    progress("listen", len(units), len(units))
+    done = {name: (wide if unit.names[0] in chosen else narrow)[name] for unit in units for name in unit.names}
+    report = {
+        "chosen": weigh_all(candidates, chosen) + budget.rest,
+        "bits": round(8 * weigh_all(candidates, chosen) / _count(model, units), 3),
+        "tokens": int(probe.real.sum()),
+        "int8": [name for unit in units if unit.names[0] in chosen for name in unit.names],
+        "curve": sorted({point["bytes"]: point for point in curve}.values(), key=lambda point: point["bytes"]),
+        "losses": {one.name: round(one.loss, 6) for one in sorted(candidates, key=lambda one: -one.loss)},
+    }
+    return Spent({name: done[name] for name in model.weights}, report)
+
+
+def check_room(model: Compiled, units: list[Unit], options: CompileOptions, budget: Budget) -> None:
+    """Refuse a size that even int4 everywhere exceeds, before anything is measured.
+
+    Raises:
+        LimeEdgeError: with the least size that can be had.
+    """
+    least = sum(_weigh(model, unit, unit.bits, options, budget.weigh) for unit in units)
+    if least <= _allow(model, options, budget):
+        return
+    if budget.allowed is None:
+        count = _count(model, units)
+        found = f"`bits`: expected at least {8 * least / count + 0.005:.2f} for this model, found {options.bits}"
+        raise LimeEdgeError(found, "that is every matrix at int4, scales included")
+    total = -(-(least + budget.rest) // 100_000) / 10
+    raise LimeEdgeError(
+        f"`size`: expected at least {total:.1f}MB for this model, found {(options.size or 0) / 1e6:.1f}MB",
+        f"matrices at int4 take {least / 1e6:.1f} MB, experts, tokenizer and graph {budget.rest / 1e6:.1f} MB",
+    )
+
+
+def choose_rows(model: Compiled, calibration: Calibration) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A few sequences spread over the calibration, as `Probe` takes them; nameless ones go round the experts."""
+    step, names = max(1, len(calibration.samples) // SEQUENCES), list(model.experts)
+    samples = calibration.samples[::step][:SEQUENCES]
+    rows = [sample.tokens[: model.context] for sample in samples]
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    real = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    experts = [sample.expert or names[index % len(names)] for index, sample in enumerate(samples)]
+    return ids, real, torch.stack([model.experts[name].float() - model.reference for name in experts])
+
+
+def _round_both(
+    model: Compiled, units: list[Unit], options: CompileOptions, grams: Any, progress: Progress
+) -> tuple[dict[str, QuantizedTensor], dict[str, QuantizedTensor]]:
+    """Every matrix at its narrow bits, and at eight."""
+    narrow, wide = dict[str, QuantizedTensor](), dict[str, QuantizedTensor]()
+    for index, unit in enumerate(units):
+        progress("quantize", index, len(units))
+        wide |= round_unit(model, replace(unit, bits=8), options, grams)
+        narrow |= round_unit(model, unit, options, grams) if unit.bits == 4 else {n: wide[n] for n in unit.names}
+    progress("quantize", len(units), len(units))
+    return narrow, wide
+
+
+def _place(unit: Unit) -> Part:
+    if unit.source is not None:
+        return unit.source
+    return HEAD if unit.names[0].startswith("lm_head") else TABLE
+
+
+def _join(stored: dict[str, QuantizedTensor], unit: Unit) -> torch.Tensor:
+    return torch.cat([stored[name].dequantize() for name in unit.names])
+
+
+def _weigh(model: Compiled, unit: Unit, bits: int, options: CompileOptions, weigh: Weigh) -> int:
+    shapes, table = [model.weight(name).shape for name in unit.names], _place(unit) == TABLE
+    return sum(weigh(rows, columns, *group_for(columns, bits, options.group), table) for rows, columns in shapes)
+
+
+def _count(model: Compiled, units: list[Unit]) -> int:
+    return sum(model.weight(name).numel() for unit in units for name in unit.names)
+
+
+def _allow(model: Compiled, options: CompileOptions, budget: Budget) -> int:
+    if budget.allowed is not None:
+        return budget.allowed
+    assert options.bits is not None
+    return int(options.bits * sum(weight.numel() for weight in model.weights.values()) / 8)
