@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,29 @@ def test_every_method_learns_and_counts(code: Any, name: str) -> None:
         "prompt": code.methods.VIRTUAL_TOKENS * 64,
     }
     assert counted == {"per_expert": sums[name], "shared": 2 * 8 * (128 + 96 + 96 + 128) if name == "lime" else 0}
+
+
+def test_the_page_is_what_the_numbers_say() -> None:
+    """docs/table1.md is what the tool writes of table1.json; parameters are those of the model's shape."""
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root / "tools"))
+    import table1_page
+
+    data = json.loads((root / "docs" / "table1.json").read_text())
+    assert (root / "docs" / "table1.md").read_text() == table1_page.render(data, table1_page.read("accuracy.json"))
+    width, keys, layers = 576, 192, 30
+    ranks = layers * (4 * width + 2 * (width + keys))  # of one rank: q and o, k and v
+    assert {name: found["parameters"] for name, found in data["methods"].items()} == {
+        "full": {"per_expert": table1_page.BACKBONE, "shared": 0},
+        "lora64": {"per_expert": 64 * ranks, "shared": 0},
+        "moelora": {"per_expert": 8 * ranks, "shared": 0},
+        "lime": {"per_expert": layers * 2 * (width + keys), "shared": 8 * ranks},
+        "prompt": {"per_expert": 20 * width, "shared": 0},
+    }
+    for found in data["methods"].values():
+        for facts in found["accuracy"].values():
+            assert len(facts["tasks"]) == 16
+            assert facts["mean"] == pytest.approx(sum(facts["tasks"].values()) / 16, abs=1e-4)
 
 
 def test_clipping_is_per_task(code: Any) -> None:

@@ -40,8 +40,8 @@ from lime_edge.export.beside import (
 )
 from lime_edge.export.calibration import check_survival, find_calibration
 from lime_edge.export.manifest import complete_bundle, describe
-from lime_edge.export.vision import make_processor
 from lime_edge.export.size import check_size, plan_budget
+from lime_edge.export.vision import make_processor
 from lime_edge.targets.devices import Device
 from lime_edge.targets.entries import DEFAULT
 from lime_edge.targets.registry import Exporter, load_exporters

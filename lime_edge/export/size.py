@@ -37,7 +37,7 @@ def estimate_rest(folded: Compiled, tokenizer: int) -> int:
     size = tokenizer + ROOM + count * (2 * total + ROOM_PER_EXPERT) + 4 * total
     size += 4 * sum(vector.numel() for vector in folded.vectors.values())
     if isinstance(folded, CompiledModel):
-        size += 4 * folded.decoder.context * folded.decoder.head_dim
+        size += 4 * folded.decoder.context * folded.decoder.head_dim * len(folded.decoder.rotations)
         for branch in folded.all_branches():
             size += 2 * sum(matrix.numel() for matrix in (branch.a, branch.b) if matrix is not None)
     return size

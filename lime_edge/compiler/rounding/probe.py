@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lime_edge.compiler.formats.backbone import Source
-from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.decoder import Cache, DecoderModule, cap
 
 TABLE, HEAD = "table", "head"  # what is multiplied by no layer's input
 Part = Source | str
@@ -41,9 +41,9 @@ class Probe:
         self.added = 0  # virtual tokens before every row
         self.tied = module.head is module.embedding.table
         states = [self._embed()]
-        self.cos, self.sin = (t.to(states[0]) for t in module.config.rope_tables(states[0].shape[1]))
+        self.tables = module.make_tables(0, states[0].shape[1])
         for block in module.blocks:
-            states.append(block(states[-1], self.cos, self.sin, _Uncached(), residuals))
+            states.append(block(states[-1], self.tables, _Uncached(), residuals))
         self.states = states  # what every block reads; the last one is what the head's norm reads
         self.wanted = self._answer(states[-1])
 
@@ -58,7 +58,8 @@ class Probe:
     def _answer(self, x: Tensor) -> Tensor:
         """Log-probabilities of the real positions, (T, V)."""
         module = self.module
-        return F.linear(module.norm(x[:, self.added :][self.real]), module.head).log_softmax(-1)
+        logits = F.linear(module.norm(x[:, self.added :][self.real]), module.head)
+        return cap(logits, module.config.logit_cap).log_softmax(-1)
 
     @torch.no_grad()
     def listen(self, weights: Mapping[Part, Tensor]) -> Heard:
@@ -68,7 +69,7 @@ class Probe:
         first = -1 if TABLE in weights else min(touched, default=len(module.blocks))
         x = self._embed() if first < 0 else self.states[first]
         for block in list(module.blocks)[max(first, 0) :]:
-            x = block(x, self.cos, self.sin, _Uncached(), self.residuals)
+            x = block(x, self.tables, _Uncached(), self.residuals)
         found = self._answer(x)
         for part, weight in kept.items():
             self._exchange(part, weight)

@@ -79,14 +79,14 @@ def spend_bits(
     candidates = []
     for index, unit in enumerate(units):
         progress("listen", index, len(units))
-        loss = probe.listen({_place(unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
+        loss = probe.listen({_place(model, unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
         sizes = [_weigh(model, unit, bits, options, budget.weigh) for bits in (unit.bits, 8)]
         candidates.append(Candidate(unit.names[0], *sizes, max(0.0, loss)))
     allowed = _allow(model, options, budget)
     chosen, curve = spend(candidates, allowed), []
     for size in sorted({*spread(candidates, POINTS), allowed}):
         widened = spend(candidates, size)
-        heard = probe.listen({_place(u): _join(wide if u.names[0] in widened else narrow, u) for u in units})
+        heard = probe.listen({_place(model, u): _join(wide if u.names[0] in widened else narrow, u) for u in units})
         bytes_ = weigh_all(candidates, widened) + budget.rest
         curve.append({"bytes": bytes_, "same": round(heard.same, 4), "loss": round(heard.loss, 5)})
     progress("listen", len(units), len(units))
@@ -102,7 +102,7 @@ def spend_bits(
     return Spent({name: done[name] for name in model.weights}, report)
 
 
-def check_room(model: Compiled, units: list[Unit], options: CompileOptions, budget: Budget) -> None:
+def check_room(model: CompiledModel, units: list[Unit], options: CompileOptions, budget: Budget) -> None:
     """Refuse a size that even int4 everywhere exceeds, before anything is measured.
 
     Raises:
@@ -147,18 +147,18 @@ def _round_both(
     return narrow, wide
 
 
-def _place(unit: Unit) -> Part:
+def _place(model: CompiledModel, unit: Unit) -> Part:
     if unit.source is not None:
         return unit.source
-    return HEAD if unit.names[0].startswith("lm_head") else TABLE
+    return TABLE if unit.names[0] == f"{model.decoder.embedding}.weight" else HEAD
 
 
 def _join(stored: dict[str, QuantizedTensor], unit: Unit) -> torch.Tensor:
     return torch.cat([stored[name].dequantize() for name in unit.names])
 
 
-def _weigh(model: Compiled, unit: Unit, bits: int, options: CompileOptions, weigh: Weigh) -> int:
-    shapes, table = [model.weight(name).shape for name in unit.names], _place(unit) == TABLE
+def _weigh(model: CompiledModel, unit: Unit, bits: int, options: CompileOptions, weigh: Weigh) -> int:
+    shapes, table = [model.weight(name).shape for name in unit.names], _place(model, unit) == TABLE
     return sum(weigh(rows, columns, *group_for(columns, bits, options.group), table) for rows, columns in shapes)
 
 
