@@ -26,3 +26,8 @@ def check_options(kind: str, options: CoreaiOptions, quant: str, group: int) -> 
             f"`max_seq_len`: for Core AI expected at least 1, found {options.max_seq_len}",
             "prompt and answer have to fit into it; 1024 is the default",
         )
+
+
+def weigh_matrix(rows: int, columns: int, bits: int, group: int, table: bool) -> int:
+    """Bytes of a matrix as it is stored, float16 scales."""
+    return rows * columns * bits // 8 + 2 * (rows * columns // group)

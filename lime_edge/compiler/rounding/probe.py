@@ -79,15 +79,17 @@ class Probe:
 
     def _exchange(self, part: Part, weight: Tensor) -> Tensor:
         """Put a weight into its place; returns the one that was there."""
+        module = self.module
         if isinstance(part, tuple):
-            layer = self.module.list_readers()[part]
-            old, layer.weight = layer.weight, weight
+            layer = module.list_readers()[part]
+            old = layer.get_buffer("weight")
+            layer.register_buffer("weight", weight)
             return old
-        old = self.module.head if part == HEAD else self.module.embedding.table
+        old = module.head if part == HEAD else module.embedding.table
         if part == TABLE:
-            self.module.embedding.table = weight
+            module.embedding.register_buffer("table", weight)
         if part == HEAD or self.tied:
-            self.module.head = weight
+            module.register_buffer("head", weight)
         return old
 
 

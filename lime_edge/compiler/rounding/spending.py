@@ -80,8 +80,8 @@ def spend_bits(
     for index, unit in enumerate(units):
         progress("listen", index, len(units))
         loss = probe.listen({_place(model, unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
-        sizes = [_weigh(model, unit, bits, options, budget.weigh) for bits in (unit.bits, 8)]
-        candidates.append(Candidate(unit.names[0], *sizes, max(0.0, loss)))
+        least, most = (_weigh(model, unit, bits, options, budget.weigh) for bits in (unit.bits, 8))
+        candidates.append(Candidate(unit.names[0], least, most, max(0.0, loss)))
     allowed = _allow(model, options, budget)
     chosen, curve = spend(candidates, allowed), []
     for size in sorted({*spread(candidates, POINTS), allowed}):
@@ -170,4 +170,4 @@ def _allow(model: Compiled, options: CompileOptions, budget: Budget) -> int:
     if budget.allowed is not None:
         return budget.allowed
     assert options.bits is not None
-    return int(options.bits * sum(weight.numel() for weight in model.weights.values()) / 8)
+    return int(options.bits * sum(model.weight(name).numel() for name in model.weights) / 8)
