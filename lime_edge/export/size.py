@@ -22,10 +22,16 @@ def plan_budget(
 
     Args:
         tokenizer: its staged directory, which may not exist.
+    Raises:
+        LimeEdgeError: a target that cannot say what it stores.
     """
 
+    scales = {name: one.weigh_matrix for name, one in exporters.items()}
+    if silent := [name for name, one in scales.items() if one is None]:
+        raise LimeEdgeError(f"target {', '.join(silent)} does not say what a matrix weighs", "take `keep_int8`")
+
     def weigh(rows: int, columns: int, bits: int, group: int, table: bool) -> int:
-        return max(one.weigh_matrix(rows, columns, bits, group, table) for one in exporters.values())
+        return max(one(rows, columns, bits, group, table) for one in scales.values() if one is not None)
 
     rest = estimate_rest(folded, weigh_folder(tokenizer))
     return Budget(None if compiling.size is None else compiling.size - rest, weigh, rest)

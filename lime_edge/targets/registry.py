@@ -36,7 +36,7 @@ class Exporter:
     options: Any
     writer: Callable[[Any, Path, Any, Progress], dict[str, Any]]
     companions: Mapping[str, Callable[[Any, Path, Any], Any]]
-    weigh_matrix: Callable[[int, int, int, int, bool], int]
+    weigh_matrix: Callable[[int, int, int, int, bool], int] | None = None
 
     def write(self, compiled: Any, directory: Path, progress: Progress) -> dict[str, Any]:
         """Write the artifact.
@@ -120,7 +120,7 @@ def _load_exporter(
         if name in companions:
             check, writers[name] = entry.COMPANIONS[name]
             check(kind, told)
-    return Exporter(target, told, entry.WRITERS[kind], writers, entry.weigh_matrix)
+    return Exporter(target, told, entry.WRITERS[kind], writers, getattr(entry, "weigh_matrix", None))
 
 
 def load_runtime(target: Target, module: str) -> ModuleType:
