@@ -26,7 +26,7 @@ def code() -> Iterator[Any]:
     import importlib
 
     sys.path[:0] = FOLDERS
-    saved = {name: sys.modules.pop(name, None) for name in (*NAMES, *OWN)}
+    saved: dict[str, Any] = {name: sys.modules.pop(name, None) for name in (*NAMES, *OWN)}
     yield type("Code", (), {name: importlib.import_module(name) for name in (*OWN, "train", "lime_layers")})
     for name in (*NAMES, *OWN):
         sys.modules.pop(name, None)
