@@ -1,13 +1,29 @@
-"""Tiny models of every decoder family beyond the first: what each can switch on, with odd and unequal sizes.
+"""Tiny models of every decoder family, with odd and unequal sizes, and what proves each of them on each target.
 
-`tools/model_table.py` runs the same cases for docs/models.md.
+`tools/model_table.py` runs the same proofs for docs/models.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from models import ALL_LINEARS, ATTENTION, Case
+import numpy as np
+import torch
+from models import ALL_LINEARS, ATTENTION, CASES, Case, draw_ids, load_model, load_sites
+
+import lime_edge
+from lime_edge.bundle.bundle import Bundle
+from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.kinds import read_checkpoint
+from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.reference import UnfoldedModel
+from lime_edge.compiler.options import CompileOptions
+from lime_edge.session.decoder import Session
+from lime_edge.session.engines import SessionOptions
+from lime_edge.session.generate import GenerationOptions
+from lime_edge.session.open import open_decoder
 
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 HALF_FUSED = (*ATTENTION, "gate_up_proj", "down_proj")
@@ -119,3 +135,96 @@ FAMILY_CASES: dict[str, Case] = {
     ),
     "llama-dynamic": Case("llama", {"rope_parameters": rope("dynamic", factor=4.0)}, ("q_proj", "v_proj")),
 }
+
+# the families that tests/models.py has, one case of each; theirs are proved case by case in test_decoder and others
+FIRST = ("llama-tied", "mistral-window", "qwen2-sliding", "qwen3-sliding", "smollm3-sliding", "seed_oss", "granite")
+KNOWN = {name: CASES[name] for name in FIRST}
+LENGTH, PROMPT, NEW = 41, 20, 20  # beyond every window; more rows than one call of a program gives
+LIMITS = {"torch": 1e-4, "onnx": 1e-4, "executorch": 1e-4, "coreml": 1e-4}  # of the largest logit, at least of 1
+
+
+def list_cases(family: str) -> dict[str, Case]:
+    """The cases of one family, the plainest first."""
+    return {name: case for name, case in {**KNOWN, **FAMILY_CASES}.items() if case.family == family}
+
+
+def measure(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Worst difference, of the largest logit where that is above 1."""
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+
+
+def prove_torch(model: Path, adapter: Path, bundle: Path) -> float:
+    """The oracle against `transformers` with unfolded layers: whole, in pieces with the cache, greedy. Worst error.
+
+    Args:
+        bundle: not read.
+    """
+    compiled = compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none"))
+    module, unfolded, ids = DecoderModule(compiled), unfold(model, adapter), draw_ids(LENGTH)
+    residuals = {1: compiled.experts["expert1"] - compiled.reference, None: -compiled.reference}
+    errors, texts = [], []
+    for mode, d in residuals.items():
+        unfolded.use(mode)
+        wanted, cache = unfolded.logits({"input_ids": ids})[0].numpy(), Cache()
+        pieces = [module(piece, d, cache)[0] for piece in (ids[:, :7], ids[:, 7:30], *ids[:, 30:].split(1, dim=1))]
+        errors += [measure(module(ids, d)[0].numpy(), wanted), measure(torch.cat(pieces).numpy(), wanted)]
+        texts.append(unfolded.generate(ids[:, :PROMPT], NEW)[0, PROMPT:].tolist())
+        assert module.greedy(ids[:, :PROMPT], d, NEW) == texts[-1], f"expert {mode}: another text"
+    assert texts[0] != texts[1], "the expert changes nothing"
+    return max(errors)
+
+
+def prove_session(session: Session, model: Path, adapter: Path) -> float:
+    """A target in float32 against `transformers` with unfolded layers: all rows, the last row, greedy. Worst error."""
+    unfolded, ids, errors = unfold(model, adapter), draw_ids(LENGTH, seed=1), []
+    for selection, mode in ((None, None), ("expert1", 1)):
+        unfolded.use(mode)
+        session.use(selection)
+        wanted = unfolded.logits({"input_ids": ids})[0].numpy()
+        errors.append(measure(session.logits(ids[0].tolist()), wanted))
+        errors.append(measure(session.logits(ids[0].tolist(), keep=1), wanted[-1:]))
+        tokens = unfolded.generate(ids[:, :PROMPT], NEW)[0, PROMPT:].tolist()
+        found = session.generate_ids(ids[0, :PROMPT].tolist(), GenerationOptions(NEW, ignore_eos=True))
+        assert list(found) == tokens, f"{selection}: another text"
+    return max(errors)
+
+
+def prove_onnx(model: Path, adapter: Path, bundle: Path) -> float:
+    """See `prove_session`."""
+    return prove_session(lime_edge.open_decoder(bundle, target="onnx", threads=1), model, adapter)
+
+
+def prove_executorch(model: Path, adapter: Path, bundle: Path) -> float:
+    """See `prove_session`."""
+    return prove_session(lime_edge.open_decoder(bundle, target="executorch", threads=1), model, adapter)
+
+
+def prove_coreml(model: Path, adapter: Path, bundle: Path) -> float:
+    """The program, interpreted in float32, against the oracle that holds the same float16 tensors. Worst error."""
+    from test_coreml_export import EXACT, check_selection, make_oracle, residual_of
+
+    compiled = compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(quant="none"))
+    session, oracle = (
+        open_decoder(Bundle.open(bundle), "coreml", SessionOptions(providers=(EXACT,))),
+        make_oracle(compiled),
+    )
+    errors, ids = [], draw_ids(32, seed=3)
+    for selection in (None, "expert1"):
+        check_selection(session, oracle, selection, bundle.name)
+        wanted = oracle(ids, residual_of(session, selection))[0].numpy()
+        errors.append(measure(session.logits(ids[0].tolist()), wanted))
+    return max(errors)
+
+
+PROOFS: dict[str, Callable[[Path, Path, Path], float]] = {
+    "torch": prove_torch,
+    "onnx": prove_onnx,
+    "executorch": prove_executorch,
+    "coreml": prove_coreml,
+}
+
+
+def unfold(model: Path, adapter: Path) -> UnfoldedModel:
+    """`transformers` with unfolded LiME layers."""
+    return UnfoldedModel(load_model(model), *load_sites(adapter))

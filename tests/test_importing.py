@@ -309,8 +309,15 @@ def make_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, Tensor, Tenso
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}],
-    ids=["lora", "rslora", "dora", "one-layer"],
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"layers_to_transform": [1]},
+        {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 7}, "alpha_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"down_proj": 6}, "use_rslora": True, "use_dora": True},
+    ],
+    ids=["lora", "rslora", "dora", "one-layer", "patterns", "patterns-rslora-dora"],
 )
 def test_a_peft_directory_becomes_one_expert_that_equals_it(options: dict[str, Any], tmp_path: Path) -> None:
     base, directory, ids, expected = make_peft(tmp_path, **options)
@@ -370,7 +377,7 @@ def test_an_expert_of_another_adapter_is_refused(tmp_path: Path) -> None:
     ("options", "wanted"),
     [
         ({"bias": "all"}, "bias"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(.*)*q_proj": 3}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"use_dora": True, "base_bias": True}, "DoRA on layers"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding_A"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from lime_edge.compiler.formats.adapter_checks import refuse_checkpoint
 from lime_edge.compiler.formats.architecture import HEAD, Decoder, list_layers, list_scales, read_decoder
 from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
 from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
-from lime_edge.compiler.formats.files import AGAIN, INDEX, SINGLE, list_shards, read_json, read_shards, reading
+from lime_edge.compiler.formats.families import WRAPPED
+from lime_edge.compiler.formats.files import AGAIN, SINGLE, WEIGHTS, read_json, read_weights, reading
 from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
@@ -82,8 +83,9 @@ def read_decoder_backbone(path: Path) -> DecoderBackbone:
         config, tensors = _read_gguf(gguf)
     else:
         config, tensors = _read_directory(path)
+    config, tensors, stem = unwrap(config, tensors)
     with reading(f"{path}: not a model that can be built", "is this what save_pretrained writes?"):
-        decoder = read_decoder(config, str(path))
+        decoder = replace(read_decoder(config, str(path)), stem=stem)
     tensors = check_tensors(decoder, flatten_norms(tensors), str(path))
     name = plain_name(gguf.stem if gguf else path.resolve().name)
     return DecoderBackbone(str(path), name, decoder, tensors, read_eos(path, config, decoder.vocab))
@@ -128,11 +130,10 @@ def find_gguf(path: Path) -> Path | None:
 def _read_directory(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     file = path / "config.json"
     facts = read_config(file)
-    index = path / INDEX
-    if not index.is_file() and not (path / SINGLE).is_file():
+    if not any((path / name).is_file() for name in WEIGHTS):
         hint = "save it with save_pretrained(..., safe_serialization=True)"
         raise LimeEdgeError(f"{path}: {SINGLE} is missing", hint)
-    tensors = read_shards(list_shards(index) if index.is_file() else [path / SINGLE])
+    tensors = read_weights(path)
     layers = count_layers(facts)
     if layers > len(tensors):
         raise LimeEdgeError(f"{file}: num_hidden_layers: {layers}, but there are {len(tensors)} tensors", AGAIN)
@@ -147,6 +148,20 @@ def _read_gguf(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
         )
     return model.config, model.state_dict()
+
+
+def unwrap(config: Any, tensors: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor], str]:
+    """The decoder of a model that has other parts too: its config, its tensors by their modules' names, its stem."""
+    wrapped = WRAPPED.get(config.model_type)
+    if wrapped is None:
+        return config, tensors, "model"
+    text = config.text_config
+    text.tie_word_embeddings = config.tie_word_embeddings
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(wrapped.dropped)}
+    names = {f"{wrapped.older}.model.": f"{wrapped.stem}.", f"{wrapped.older}.{HEAD}.": f"{HEAD}."}
+    for old, new in names.items():
+        kept = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in kept.items()}
+    return text, kept, wrapped.stem
 
 
 def flatten_norms(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -302,6 +302,21 @@ FAMILIES: dict[str, Callable[[Any], Facts]] = {
     "cohere2": read_cohere2,
 }
 
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model of several parts of which the decoder is one; what is left of the others is dropped.
+
+    stem: the decoder's module in it. older: where older files keep it. dropped: what other tensors begin with.
+    """
+
+    stem: str
+    older: str
+    dropped: tuple[str, ...]
+
+
+TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+WRAPPED = {"gemma3": Wrapped("model.language_model", "language_model", TOWERS)}  # its text; images are not read
 MIXTURE = "a mixture of experts, whose feed-forward is another program for every token"
 RECURRENT = "a recurrent model: it has a state of its own, and no cache of keys and values alone"
 OLDER = "an older design: learned or ALiBi positions, or no gate and no RMS norm"

@@ -20,7 +20,8 @@ from lime_edge.bundle.inside import is_plain
 from lime_edge.errors import LimeEdgeError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-WEIGHTS = (INDEX, SINGLE, "pytorch_model.bin")
+PICKLED = "pytorch_model.bin"
+WEIGHTS = (INDEX, SINGLE, f"{PICKLED}.index.json", PICKLED)  # the first that is there is read
 LARGEST_JSON = 64 << 20  # bytes; indices and vocabularies of the largest models have a tenth of it
 READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -105,8 +106,8 @@ def list_shards(index: Path) -> list[Path]:
 
 
 def read_shards(files: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """The tensors of several safetensors files together."""
-    return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+    """The tensors of several files together."""
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
 def read_weights(source: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SUFFIXES = {
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
 }
+PATTERN = re.compile(r"\^?(?:[\w.|-]|\\[.d])+\$?")  # of names: nothing that could take forever to match
 # an option of PEFT that changes what a layer computes -> the value that our format stands for
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
@@ -41,8 +43,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
@@ -85,7 +85,8 @@ def read_peft(source: Path, options: ImportOptions) -> Imported:
         elif hyper["variant"] not in (LORA.name, LORA_FA.name):
             faults.add("variant: this is a LoRA", "lora or lora_fa", hyper["variant"])
         faults.raise_any()
-        rank, alpha = config["r"], float(config["lora_alpha"])
+        rank, alpha = _even_out(config, sites, faults), float(config["lora_alpha"])
+        faults.raise_any()
         for name, found in {"rank": rank, "alpha": alpha}.items():
             if hyper.get(name, found) != found:
                 faults.add(f"{name} of adapter_config.json", hyper[name], found)
@@ -128,6 +129,7 @@ def _check_options(config: Mapping[str, Any], faults: Faults) -> None:
     for name, neutral in NEUTRAL.items():
         if name in config and config[name] not in neutral:
             faults.add(f"adapter_config.json: {name} cannot be carried over", neutral[0], config[name])
+    _check_patterns(config, faults)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         faults.add("adapter_config.json: r", "an integer of at least 1", repr(rank))
@@ -157,6 +159,57 @@ def _read_sites(file: Path, dora: bool, faults: Faults) -> dict[str, dict[str, t
             elif part != "m" and found[part].ndim != 2:
                 faults.add(f"{file.name}: {site}: {part}", "two axes", tuple(found[part].shape))
     return dict(sorted(sites.items()))
+
+
+def _even_out(config: Mapping[str, Any], sites: dict[str, dict[str, torch.Tensor]], faults: Faults) -> int:
+    """One rank and one scale for all sites, where PEFT's patterns give some their own; returns the rank.
+
+    Smaller ranks are filled up with zeros, and what their scale differs by goes into B: the product stays as it is.
+
+    Args:
+        sites: A (r_i, D) and B (H, r_i), changed in place.
+    Source: PEFT, get_pattern_key (a pattern matches a name's end) and LoraLayer.update_layer (scaling).
+    """
+    rank, ranks, alphas = int(config["r"]), config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not ranks and not alphas:
+        return rank
+    own = {name: _match(ranks, name, rank) for name in sites}
+    for name, wanted in own.items():
+        if wanted != sites[name]["A"].shape[0]:
+            faults.add(f"{name}: A: rows that rank_pattern says", wanted, sites[name]["A"].shape[0])
+    faults.raise_any()
+    most = max(own.values())
+
+    def scale(alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    for name, site in sites.items():
+        ratio = scale(_match(alphas, name, config["lora_alpha"]), own[name]) / scale(config["lora_alpha"], most)
+        more = most - own[name]
+        site["A"] = torch.nn.functional.pad(site["A"].float(), (0, 0, 0, more))
+        site["B"] = torch.nn.functional.pad(site["B"].float() * ratio, (0, more))
+    return most
+
+
+def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What the first pattern that fits says."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+
+
+def _check_patterns(config: Mapping[str, Any], faults: Faults) -> None:
+    """Note patterns that are none: numbers above 0, by names or simple patterns of them."""
+    for key, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        found = config.get(key) or {}
+        if not isinstance(found, dict) or len(found) > 4096:
+            faults.add(f"adapter_config.json: {key}", "numbers by name", f"{found!r:.40}")
+            continue
+        for pattern, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+                faults.add(f"adapter_config.json: {key}: {pattern!r:.40}", "a number above 0", f"{value!r:.40}")
+            if not PATTERN.fullmatch(pattern):
+                faults.add(
+                    f"adapter_config.json: {key}: {pattern!r:.40}: expected a name, or names with | between them"
+                )
 
 
 def _check_dora(base: DecoderBackbone | None, sites: Mapping[str, Any], faults: Faults) -> None:
