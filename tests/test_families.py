@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lime_edge
 from lime_edge.compiler.compile import compile_checkpoint
+from lime_edge.compiler.formats.adapter import read_adapter
 from lime_edge.compiler.formats.decoder import read_decoder_backbone
 from lime_edge.compiler.formats.families import FAMILIES, UNSUPPORTED, explain
+from lime_edge.compiler.formats.interchange import export_expert
 from lime_edge.compiler.kinds import read_checkpoint
 from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.model.reference import UnfoldedModel
@@ -29,6 +31,15 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 # each with what no other has: caps and norms on both sides; neighbours turned in a part, a product of gate and up;
 # LayerNorm, parallel, norms of each head; a norm over all heads, norms behind; a norm after the rotation
 LOWERED = ("gemma2", "glm4", "stablelm-parallel", "olmo2", "hunyuan")
+GGUF_LEAVES = {
+    **{"q": "attn_q", "k": "attn_k", "v": "attn_v", "qkv": "attn_qkv", "o": "attn_output"},
+    **{"gate": "ffn_gate", "up": "ffn_up", "gate_up": "ffn_up", "down": "ffn_down"},
+}
+GGUF = {
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "phi3": "phi3", "olmo2": "olmo2", "olmo3": "olmo2"},
+    **{"hunyuan": "hunyuan-dense", "ernie4_5": "ernie4_5", "exaone4": "exaone4", "arcee": "arcee"},
+    **{"stablelm": "stablelm", "glm4": "glm4", "cohere": "command-r", "cohere2": "cohere2"},
+}
 ROUTED = {"phi3": "qkv_proj", "cohere2": "q_proj", "olmo2": "up_proj"}
 
 
@@ -159,3 +170,23 @@ def test_pickled_weights(shards: int, tiny_model: Make, tmp_path: Path) -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     found = read_decoder_backbone(folder)
     assert found.fingerprint == wanted.fingerprint and found.decoder == wanted.decoder
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_names(name: str, tiny_model: Make, tiny_adapter: Make, tmp_path: Path) -> None:
+    """llama.cpp's architecture and tensors; its rows are in the checkpoint's order but for those of Llama's kin."""
+    import gguf
+
+    model, adapter = build(name, tiny_model, tiny_adapter)
+    export_expert(adapter, "expert1", "gguf", tmp_path / "one.gguf", model)
+    reader, read = gguf.GGUFReader(tmp_path / "one.gguf"), read_adapter(adapter)
+    assert reader.get_field("general.architecture").contents() == GGUF[name]
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert len(found) == 2 * len(read.sites)
+    for site, tensors in read.sites.items():
+        layer, leaf = site.split(".")[2], site.rsplit(".", 1)[-1].removesuffix("_proj")
+        rows = found[f"blk.{layer}.{GGUF_LEAVES[leaf]}.weight.lora_b"]
+        assert tensors.b is not None
+        wanted = (tensors.vectors()[1][:, None] * tensors.b).numpy()
+        moved = GGUF[name] == "arcee" and leaf in ("q", "k")
+        assert np.allclose(rows, wanted, rtol=0, atol=1e-6) is not moved, site

@@ -15,6 +15,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from conftest import Make
+from families import FAMILY_CASES
 from models import ALL_LINEARS, CASES, EOS, draw_ids, load_model, load_sites
 from msgspec import structs
 from test_variants import make_prompt_adapter
@@ -38,7 +39,11 @@ from lime_edge.targets.entries import OnnxOptions
 LENGTH, NEW = 12, 16  # beyond the windows of CASES
 IDS = draw_ids(LENGTH, seed=3)[0].tolist()
 GENAI = ("genai",)
-FAMILIES = ("llama-tied", "llama-yarn", "mistral-window", "qwen2-sliding", "qwen3", "smollm3")
+MODELS = {**CASES, **FAMILY_CASES}
+FAMILIES = (
+    *("llama-tied", "llama-yarn", "mistral-window", "qwen2-sliding", "qwen3", "smollm3"),
+    *("gemma2", "phi3", "cohere2"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +108,7 @@ def test_tokens_equal_transformers(
     name: str, fold: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make
 ) -> None:
     """Every expert and the original model; without an adapter, what was folded."""
-    case = CASES[name]
+    case = MODELS[name]
     model = tiny_model(case.family, **case.changes)
     adapter = tiny_adapter(model, targets=case.targets, shared=case.shared)
     unfolded = UnfoldedModel(load_model(model), *load_sites(adapter))

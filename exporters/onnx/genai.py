@@ -24,6 +24,11 @@ from lime_edge.targets.entries import OnnxFacts, OnnxOptions
 
 FOLDER, GRAPH, CONFIG = "onnx", "genai.onnx", "genai_config.json"
 TOKENIZER = "tokenizer"
+# What GenAI knows as language models, all alike to it: others go by Llama's name. Source: onnxruntime-genai 0.18.0
+TYPES = frozenset(
+    ("ernie4_5", "gemma", "gemma2", "gemma3_text", "granite")
+    + ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+)
 MOST_TOKENS = 2048  # the cache that GenAI allocates unless its user sets max_length
 
 
@@ -115,7 +120,7 @@ def describe_config(
         },
     }
     facts = {
-        "type": backbone.family,
+        "type": backbone.family if backbone.family in TYPES else "llama",
         "vocab_size": backbone.vocab,
         "context_length": backbone.context,
         "eos_token_id": list(decoder.eos),

@@ -131,7 +131,7 @@ def read_arcee(config: Any) -> Facts:
 
 def read_ministral(config: Any) -> Facts:
     """Ministral: Llama without biases; windows in some layers."""
-    return Facts(BlockPlan(activation=config.hidden_act), layers=read_windows(config), gguf=("llama", True))
+    return Facts(BlockPlan(activation=config.hidden_act), layers=read_windows(config))
 
 
 def read_hunyuan(config: Any) -> Facts:
@@ -263,7 +263,10 @@ def read_gemma2(config: Any) -> Facts:
 
 
 def read_gemma3(config: Any) -> Facts:
-    """Gemma 3: Gemma 2 with norms on the heads of query and key, whose sliding layers have a rotation of their own."""
+    """Gemma 3: Gemma 2 with norms on the heads of query and key, whose sliding layers have a rotation of their own.
+
+    Its attention is given no cap, whatever the config says. Source: transformers, Gemma3Attention.forward.
+    """
     facts = read_gemma2(config)
     block = replace(facts.block, head_norm=HeadNorm(), cap=None)
     return replace(facts, block=block, layers=read_windows(config, own_base=True), gguf=("gemma3", False))
