@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import Cli
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from lime_edge.compiler.formats.decoder import read_decoder_backbone
 from lime_edge.compiler.formats.encoder import read_encoder_backbone
@@ -89,3 +90,45 @@ def test_float_checkpoints_pass(tiny_model: Make, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(np.arange(3).tobytes())
     (tmp_path / "config.json").write_text("[1]")
     refuse_prequantized(tmp_path)
+
+
+FP8: dict[str, dict[str, Any]] = {
+    "blocks": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    "odd blocks": {"quant_method": "fp8", "weight_block_size": [48, 32]},
+    "rows": {"quant_method": "fbgemm_fp8"},
+    "whole": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+}
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_is_read(kind: str, tiny_model: Make, tmp_path: Path) -> None:
+    """A weight is its codes times their scale; blocks that do not divide it included."""
+    model = Path(shutil.copytree(tiny_model("qwen3", head_dim=16), tmp_path / "model"))
+    plain, stored, wanted = load_file(model / "model.safetensors"), {}, {}
+    for name, weight in plain.items():
+        if not name.endswith("proj.weight"):
+            stored[name] = wanted[name] = weight
+            continue
+        whole = (1, weight.shape[1]) if kind == "rows" else weight.shape
+        rows, columns = FP8[kind].get("weight_block_size", whole)
+        scale = torch.stack([
+            torch.stack([part.abs().max() / 448 for part in band.split(columns, 1)]) for band in weight.split(rows)
+        ])  # fmt: skip
+        spread = scale.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        stored[name] = (weight / spread).to(torch.float8_e4m3fn)
+        stored[name + ("_scale_inv" if "blocks" in kind else "_scale")] = scale if kind != "whole" else scale.flatten()
+        wanted[name] = stored[name].float() * spread
+        assert 0 < (wanted[name] - weight).abs().max() < 0.1 * weight.abs().max()
+    save_file(stored, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": FP8[kind]}
+    (model / "config.json").write_text(json.dumps(config))
+    found = read_decoder_backbone(model).tensors
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    if kind == "blocks":
+        how = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+        theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=how).state_dict()
+        assert all(torch.equal(found[name], theirs[name]) for name in found)
+    name = next(name for name in stored if "_scale" in name)
+    save_file(stored | {name: torch.ones(3, 5)}, model / "model.safetensors")
+    with pytest.raises(LimeEdgeError, match=r"its scale: expected one, one a row or one a block, found \(3, 5\)"):
+        read_decoder_backbone(model)

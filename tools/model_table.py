@@ -65,7 +65,8 @@ Any other `model_type` is refused too: [adding a family](add-a-model-family.md) 
 | `model.safetensors`, or its shards with an index | yes: float32, float16, bfloat16 |
 | `pytorch_model.bin`, or its shards with an index | yes, without running code of the file |
 | GGUF | yes, what `transformers` reads of it; dequantized |
-| GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 | no: one sentence says to take the original checkpoint |
+| FP8 (blocks, rows or whole matrices, with their scales) | yes: a weight times its scale |
+| GPTQ, AWQ, bitsandbytes, other compressed-tensors | no: one sentence says to take the original checkpoint |
 """
 Rows = dict[str, dict[str, dict[str, Any]]]
 

@@ -18,6 +18,7 @@ from lime_edge.compiler.formats.backbone import Backbone, Layer, quiet
 from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
 from lime_edge.compiler.formats.families import WRAPPED
 from lime_edge.compiler.formats.files import AGAIN, SINGLE, WEIGHTS, read_json, read_weights, reading
+from lime_edge.compiler.formats.float8 import EIGHT, read_block, widen
 from lime_edge.compiler.formats.gguf import check_gguf
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.errors import Faults, LimeEdgeError
@@ -133,7 +134,7 @@ def _read_directory(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     if not any((path / name).is_file() for name in WEIGHTS):
         hint = "save it with save_pretrained(..., safe_serialization=True)"
         raise LimeEdgeError(f"{path}: {SINGLE} is missing", hint)
-    tensors = read_weights(path)
+    tensors = widen(read_weights(path, (EIGHT,)), read_block(facts), str(path))
     layers = count_layers(facts)
     if layers > len(tensors):
         raise LimeEdgeError(f"{file}: num_hidden_layers: {layers}, but there are {len(tensors)} tensors", AGAIN)
@@ -202,8 +203,8 @@ def check_tensors(decoder: Decoder, found: dict[str, torch.Tensor], where: str) 
             elif not torch.isfinite(tensor).all():
                 faults.add(f"tensor {name} holds NaN or infinite values")
             else:
-                offset = decoder.offset_norms and name.endswith("norm.weight")
-                checked[name] = tensor.detach().float().contiguous() + offset
+                plain = tensor.detach().float().contiguous()
+                checked[name] = plain + 1.0 if decoder.offset_norms and name.endswith("norm.weight") else plain
         for name in found.keys() - wanted.keys():
             tied_head = decoder.tied and name == "lm_head.weight"
             if not tied_head and not name.endswith("rotary_emb.inv_freq"):

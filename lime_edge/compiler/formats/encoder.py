@@ -145,7 +145,7 @@ def read_encoder_backbone(path: Path) -> EncoderBackbone:
     Raises:
         LimeEdgeError: quantized already, unknown task, weights missing, not finite, or a model that does not run.
     """
-    refuse_prequantized(path)
+    refuse_prequantized(path, float8=False)
     architecture = find_architecture(read_config(path / "config.json"))
     task = infer_task(architecture, path)
     check_size(path, architecture)

@@ -55,8 +55,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return read
 
 
-def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(file: Path, more: tuple[torch.dtype, ...] = ()) -> dict[str, torch.Tensor]:
     """Every tensor of a safetensors file, mapped.
+
+    Args:
+        more: types that are taken beside the plain ones.
 
     Raises:
         LimeEdgeError: not readable, or a tensor of a type that nothing here computes with (float8, complex, ...).
@@ -65,11 +68,11 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         if not is_plain(file):
             raise LimeEdgeError(f"{file}: no such file", AGAIN)
         tensors = load_file(file)
-    check_types(tensors, str(file))
+    check_types(tensors, str(file), more)
     return tensors
 
 
-def check_types(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def check_types(tensors: Mapping[str, torch.Tensor], where: str, more: tuple[torch.dtype, ...] = ()) -> None:
     """Refuse tensors that are no plain arrays of numbers: float8, complex, sparse, quantized, larger than their data.
 
     Raises:
@@ -77,7 +80,7 @@ def check_types(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not plain or tensor.dtype not in READABLE + WHOLE:
+        if not plain or tensor.dtype not in READABLE + WHOLE + more:
             found = str(tensor.dtype).removeprefix("torch.") if plain else f"{tensor.layout} on {tensor.device}"
             raise LimeEdgeError(
                 f"{where}: {name}: expected float32, float16 or bfloat16, found {found}", "store it in one of those"
@@ -105,13 +108,17 @@ def list_shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
-def read_shards(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+def read_shards(files: Iterable[Path], more: tuple[torch.dtype, ...] = ()) -> dict[str, torch.Tensor]:
     """The tensors of several files together."""
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return {name: tensor for file in files for name, tensor in read_weights(file, more).items()}
 
 
-def read_weights(source: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict: one safetensors file, its shards, or a PyTorch file read without running code."""
+def read_weights(source: Path, more: tuple[torch.dtype, ...] = ()) -> dict[str, torch.Tensor]:
+    """Read a state dict: one safetensors file, its shards, or a PyTorch file read without running code.
+
+    Args:
+        more: types that are taken beside the plain ones.
+    """
     file = source
     if source.is_dir():
         found = [source / name for name in WEIGHTS if (source / name).is_file()]
@@ -119,8 +126,8 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
             raise LimeEdgeError(f"{source}: holds none of {', '.join(WEIGHTS)}", "name the weight file itself")
         file = found[0]
     if file.suffix == ".json":
-        return read_shards(list_shards(file))
-    return read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        return read_shards(list_shards(file), more)
+    return read_safetensors(file, more) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:

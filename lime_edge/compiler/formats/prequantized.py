@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lime_edge.bundle.inside import is_folder, is_plain
+from lime_edge.compiler.formats.float8 import SCALES
 from lime_edge.errors import LimeEdgeError
 
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")  # the last two: old AutoGPTQ's and AutoAWQ's
@@ -17,16 +18,18 @@ NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "F
 HINT = "take the original checkpoint of the same model, in bfloat16, float16 or float32, or a GGUF file"
 
 
-def refuse_prequantized(path: Path) -> None:
+def refuse_prequantized(path: Path, float8: bool = True) -> None:
     """Refuse a model directory whose weights are not floating-point numbers any more; reads headers only.
 
+    Args:
+        float8: whoever reads it makes float32 of FP8 (`float8.widen`): taken where every such weight has its scale.
     Raises:
-        LimeEdgeError: FP8, GPTQ, AWQ, bitsandbytes and the like.
+        LimeEdgeError: GPTQ, AWQ, bitsandbytes and the like.
     """
     if not is_folder(path):
         return
     found = _read_claim(path) or _look_at_tensors(path)
-    if found:
+    if found and not (float8 and _has_scales(path)):
         raise LimeEdgeError(
             f"{path}: its weights are quantized already ({found}); the adapter is folded into the original weights, "
             "which lime-edge then quantizes itself",
@@ -59,6 +62,19 @@ def _look_at_tensors(path: Path) -> str:
             elif kind := next((kind for end, kind in PACKED.items() if last.startswith(end)), None):
                 kinds[kind] += 1
     return kinds.most_common(1)[0][0] if kinds else ""
+
+
+def _has_scales(path: Path) -> bool:
+    """Whether there are FP8 weights, each beside a scale, and nothing that is packed in another way."""
+    kinds = {
+        name: str(entry.get("dtype", ""))
+        for file in sorted(path.glob("*.safetensors"))
+        for name, entry in _read_header(file).items()
+        if isinstance(entry, dict)
+    }
+    eight = [name for name, kind in kinds.items() if kind == "F8_E4M3"]
+    packed = any(name.rsplit(".", 1)[-1].startswith(tuple(PACKED)) for name in kinds)
+    return bool(eight) and not packed and all(any(name + end in kinds for end in SCALES) for name in eight)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
