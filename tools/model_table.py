@@ -43,7 +43,9 @@ pinned expert and no expert against `transformers` with unfolded LiME layers. Co
 the same float16 weights in PyTorch. ExecuTorch's is of the family's first case, the others' are of all.
 """
 TAIL = """
-The text part of {wrapped} is read as a decoder; its images are not. RoPE: {ropes}. With `longrope` a bundle has the
+The text part of {wrapped} is read as a decoder; its images are not.
+
+RoPE: {ropes}. With `longrope` a bundle has the
 original context: beyond it the frequencies of all tokens change, those in the cache among them. With `dynamic` nothing
 changes within the context that config.json names, and a bundle has no other. A model whose config says more than the
 decoder does (attention that looks ahead, another activation) is refused with the field's name.
@@ -94,8 +96,9 @@ def prove_case(case: Case, target: str) -> float:
 
 
 def describe(family: str) -> tuple[str, str]:
-    """A family's name and what makes it one, from its function's docstring; and its options' names."""
-    name, _, facts = (inspect.getdoc(FAMILIES[family]) or "").partition(": ")
+    """A family's name and what makes it one, from its function's docstring."""
+    first = (inspect.getdoc(FAMILIES[family]) or "").split("\n")[0]
+    name, _, facts = first.partition(": ")
     return name, facts.rstrip(".")
 
 

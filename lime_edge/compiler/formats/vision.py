@@ -16,6 +16,7 @@ from lime_edge.compiler.formats.backbone import Backbone, Layer, Source, quiet
 from lime_edge.compiler.formats.configs import count_layers, plain_name, read_config
 from lime_edge.compiler.formats.decoder import DecoderBackbone, check_tensors, flatten_norms, read_eos
 from lime_edge.compiler.formats.encoder import EncoderBackbone, Input, make_sample, watch_layers
+from lime_edge.compiler.formats.families import WRAPPED
 from lime_edge.compiler.formats.files import AGAIN, read_json, read_weights, reading
 from lime_edge.compiler.formats.prequantized import refuse_prequantized
 from lime_edge.compiler.formats.vision_families import REFUSED, VISION_FAMILIES, VisionFamily
@@ -91,6 +92,8 @@ def is_vision_language(path: Path) -> bool:
     kind, names = config.get("model_type"), config.get("architectures")
     if isinstance(kind, str) and kind in {*VISION_FAMILIES, *REFUSED}:
         return True
+    if kind in [*WRAPPED]:
+        return False  # its text alone is read, as a decoder
     writes = isinstance(names, list) and any(str(name).endswith("ForConditionalGeneration") for name in names)
     return writes and "vision_config" in config
 

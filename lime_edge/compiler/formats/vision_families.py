@@ -25,7 +25,6 @@ REFUSED = {
     "fast_vlm": "its tower (FastViTHD) is a convolutional network of timm's, not a transformer of linear layers",
     "llava_qwen2": "its tower (FastViTHD) is a convolutional network of timm's, not a transformer of linear layers",
     "mllama": "its text layers look at the image by cross-attention: there are no rows to replace",
-    "gemma3": "image rows look at each other in both directions, which the cached decoder does not do",
     "paligemma": "image rows look at each other in both directions, which the cached decoder does not do",
 }
 
