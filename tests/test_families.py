@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_routing(name: str, tiny_model: Make, tiny_bundle: Make, tiny_adapter: M
 def test_integers(name: str, tiny_model: Make, tiny_adapter: Make, tiny_bundle: Make) -> None:
     """int4: the graph gives what the oracle gives with the same integers."""
     model, adapter = build(name, tiny_model, tiny_adapter)
-    how = {"quant": "int4", "rounding": "nearest", "keep_int8": ()}
+    how: dict[str, Any] = {"quant": "int4", "rounding": "nearest", "keep_int8": ()}
     session = lime_edge.open_decoder(tiny_bundle(model, adapter, **how), threads=1)
     module = DecoderModule(compile_checkpoint(read_checkpoint(model, adapter), CompileOptions(**how)))
     d, ids = session._bank.residual("expert1"), draw_ids(29)
