@@ -20,6 +20,7 @@ import torch
 from conftest import Make, remember
 from families import FAMILY_CASES
 from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
+from test_activated_adapter import GIVEN, reference
 from test_onnx_export import (
     BLEND,
     QUANTIZED,
@@ -45,6 +46,7 @@ from lime_edge.exporters.coreai.entry import check_options
 from lime_edge.runtimes.coreai.decoder import plan_calls
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
+from lime_edge.session.generate import GenerationOptions
 from lime_edge.session.open import open_decoder
 from lime_edge.targets.devices import find_device
 from lime_edge.targets.entries import CoreaiFacts, CoreaiOptions
@@ -229,6 +231,19 @@ def test_a_single_expert_has_no_branch(variant: str, tiny_model: Make, tiny_adap
     assert not Bundle.open(path).manifest.targets["coreai"].expert_input
     check_selection(open_on(path), DecoderModule(compile_again(model, adapter, **how)), "expert1", variant)
     assert "expert" not in read_functions(path)["main_1"]
+
+
+def test_experts_that_act_from_the_header_on(tiny_model: Make, tiny_adapter: Make, core_bundle: Make) -> None:
+    """The expert, and where there is routing the function, changes between two calls on one cache."""
+    model = tiny_model()
+    adapter = tiny_adapter(model, activation=GIVEN, routing=ROUTINGS["soft"])
+    session, unfolded = open_on(core_bundle(str(model), str(adapter))), reference(model, adapter)
+    for selection, mode in (("expert0", 0), ("routed", "routed")):
+        session.use(selection)
+        unfolded.use(mode)  # type: ignore[arg-type]
+        ids = draw_ids(12)
+        wanted = unfolded.generate(ids, 4)[0, 12:].tolist()
+        assert list(session.generate_ids(ids[0].tolist(), GenerationOptions(4, ignore_eos=True))) == wanted, selection
 
 
 @pytest.mark.parametrize("quant", ["none", "int4"])

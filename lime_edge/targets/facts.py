@@ -40,7 +40,7 @@ class TargetFacts(Strict, frozen=True, kw_only=True):
     # kind of model -> fields that its artifact may not leave out
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"decoder": ("layers",), "encoder": ("inputs", "outputs")}
 
-    file: Annotated[FilePath, Meta(description="the artifact; Core ML: a folder of files")]
+    file: Annotated[FilePath, Meta(description="the artifact; Core ML, Core AI: a folder of files")]
     routed: Annotated[FilePath | None, Meta(description="the routed graph")] = None
     providers: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16, description="in order of preference")]
     threads: Annotated[Threads | None, Meta(description="null: the engine chooses")] = None
