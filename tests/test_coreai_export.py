@@ -240,7 +240,7 @@ def test_experts_that_act_from_the_header_on(tiny_model: Make, tiny_adapter: Mak
     session, unfolded = open_on(core_bundle(str(model), str(adapter))), reference(model, adapter)
     for selection, mode in (("expert0", 0), ("routed", "routed")):
         session.use(selection)
-        unfolded.use(mode)  # type: ignore[arg-type]
+        unfolded.use(mode)
         ids = draw_ids(12)
         wanted = unfolded.generate(ids, 4)[0, 12:].tolist()
         assert list(session.generate_ids(ids[0].tolist(), GenerationOptions(4, ignore_eos=True))) == wanted, selection
