@@ -191,3 +191,42 @@ def test_gguf_names(name: str, tiny_model: Make, tiny_adapter: Make, tmp_path: P
         wanted = (tensors.vectors()[1][:, None] * tensors.b).numpy()
         moved = GGUF[name] == "arcee" and leaf in ("q", "k")
         assert np.allclose(rows, wanted, rtol=0, atol=1e-6) is not moved, site
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma2"])
+def test_gguf_models(name: str, tiny_model: Make, tmp_path: Path) -> None:
+    """A GGUF file gives the backbone that safetensors gives: fused products, norms of 1 + w."""
+    import gguf
+
+    model = tiny_model(FAMILY_CASES[name].family, **FAMILY_CASES[name].changes)
+    wanted, architecture = read_decoder_backbone(model), GGUF[name]
+    config, c = AutoConfig.from_pretrained(model), wanted.decoder
+    kind = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
+    names = gguf.get_tensor_name_map(kind, len(c.layers))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_context_length(c.context)
+    writer.add_embedding_length(c.hidden)
+    writer.add_block_count(len(c.layers))
+    writer.add_feed_forward_length(c.intermediate)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_vocab_size(c.vocab)
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    for tensor_name, tensor in wanted.tensors.items():  # norms as they multiply, which is how GGUF has them
+        writer.add_tensor(names.get_name(tensor_name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_decoder_backbone(tmp_path / "model.gguf")
+    assert found.decoder.block.norms == c.block.norms and found.decoder.block.fused == c.block.fused
+    assert found.tensors.keys() == wanted.tensors.keys()
+    worst = {name: float((found.tensors[name] - tensor).abs().max()) for name, tensor in wanted.tensors.items()}
+    assert max(worst.values()) < 1e-6, worst

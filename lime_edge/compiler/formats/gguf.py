@@ -85,9 +85,9 @@ def _check_sizes(header: Header, family: str, faults: Faults) -> None:
     vocab, mlp = header.values.get(f"{family}.vocab_size"), header.values.get(f"{family}.feed_forward_length")
     if table and isinstance(vocab, int) and vocab != table[0]:
         faults.add(f"{family}.vocab_size", table[0], vocab)
-    gate = header.shapes.get("blk.0.ffn_up.weight")
-    if gate and isinstance(mlp, int) and mlp != gate[0]:
-        faults.add(f"{family}.feed_forward_length", gate[0], mlp)
+    up, fused = header.shapes.get("blk.0.ffn_up.weight"), "blk.0.ffn_gate.weight" not in header.shapes
+    if up and isinstance(mlp, int) and mlp != up[0] and not (fused and 2 * mlp == up[0]):  # gate and up as one
+        faults.add(f"{family}.feed_forward_length", up[0], mlp)
 
 
 class _Walk:
