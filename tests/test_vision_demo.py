@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "vision_demo"
-NAMES = ("scenes", "answers", "tower", "feed", "reader", "model", "evaluate")
+NAMES = ("scenes", "answers", "tower", "feed", "reader", "model", "evaluate", "train")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,19 @@ def test_training_sees_the_pixels_that_the_processor_gives(demo: dict[str, Modul
     ours = demo["feed"].scale_pixels(torch.from_numpy(np.asarray(image).copy())[None])[0]
     assert given.shape == ours.shape
     assert (given - ours).abs().max() < 1e-6
+
+
+def test_training_asks_most_about_what_is_still_wrong(demo: dict[str, ModuleType]) -> None:
+    torch.manual_seed(0)
+    needs, tasks = demo["train"].Needs("cpu"), len(demo["scenes"].TASKS)
+    asked = torch.arange(tasks).expand(16, -1)
+    for _ in range(60):
+        needs.learn(asked, asked != 4)
+    drawn = needs.draw(500)
+    assert all(len(set(row.tolist())) == demo["train"].ASKED for row in drawn), "the tasks of a picture differ"
+    counts = torch.bincount(drawn.flatten(), minlength=tasks)
+    assert counts[4] > 480, counts
+    assert counts.min() > 50, "a task that is solved is still asked now and then"
 
 
 def test_the_shipped_weights_fit_and_stay_small(demo: dict[str, ModuleType]) -> None:

@@ -41,9 +41,14 @@ def load_model(folder: Path, adapter: Path, device: str) -> tuple[nn.Module, obj
     return model.to(device), AutoTokenizer.from_pretrained(folder), choice
 
 
+def load_rows(folder: Path, limit: int | None = None) -> list[dict[str, str]]:
+    """Load the answers of all tasks, a row a picture, from a folder that scenes.py wrote."""
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()][:limit]
+
+
 def load_scenes(folder: Path, limit: int | None = None) -> tuple[Tensor, list[dict[str, str]]]:
     """Load pictures as pixels (N, 3, S, S), and the answers of all tasks, from a folder that scenes.py wrote."""
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()][:limit]
+    rows = load_rows(folder, limit)
     pictures = np.stack([np.asarray(Image.open(folder / row["image"]).convert("RGB")) for row in rows])
     return scale_pixels(torch.from_numpy(pictures)), rows
 
@@ -86,6 +91,32 @@ def answer_scenes(
     return answers
 
 
+def tabulate(table: list[list[str]], rows: list[dict[str, str]]) -> dict:
+    """The matrix of answers: experts (the last of the table: no adapter) by tasks; and what a constant answer gets."""
+    count = len(rows)
+    matrix = [[sum(f == row[t] for f, row in zip(own, rows, strict=True)) / count for t in TASKS] for own in table]
+    majority = [Counter(row[t] for row in rows).most_common(1)[0][1] / count for t in TASKS]
+    outputs = {rows[i]["image"]: [own[i] for own in table] for i in range(min(8, count))}
+    found = {"tasks": list(TASKS), "examples": count, "matrix": matrix[:-1], "none": matrix[-1]}
+    return {**found, "majority": majority, "outputs": outputs}
+
+
+def measure_bundle(bundle: Path, target: str, folder: Path, limit: int | None = None) -> dict:
+    """Measure the same matrix through the toolkit's session: a picture is seen once, then every expert is asked."""
+    import lime_edge
+
+    session = lime_edge.open(bundle, target=target)
+    rows = load_rows(folder, limit)
+    table: list[list[str]] = [[] for _ in range(len(TASKS) + 1)]
+    for row in rows:
+        picture = session.see(folder / row["image"])
+        for own, expert in zip(table, (*TASKS, None), strict=True):
+            session.use(expert)
+            pieces = session.generate(write_prompt(), images=[picture], max_new_tokens=LONGEST + 1)
+            own.append("".join(pieces).strip())
+    return tabulate(table, rows)
+
+
 def measure(model: nn.Module, tokenizer, choice: Choice, pixels: Tensor, rows: list[dict[str, str]]) -> dict:
     """Measure the matrix: experts (and no adapter, last) by tasks; and what a constant answer would get."""
     count = len(rows)
@@ -93,18 +124,7 @@ def measure(model: nn.Module, tokenizer, choice: Choice, pixels: Tensor, rows: l
     found = answer_scenes(
         model, tokenizer, choice, pixels.repeat(len(everyone), 1, 1, 1), [e for e in everyone for _ in rows]
     )
-    table = [found[e * count : (e + 1) * count] for e in everyone]
-    matrix = [[sum(f == row[t] for f, row in zip(own, rows, strict=True)) / count for t in TASKS] for own in table]
-    majority = [Counter(row[t] for row in rows).most_common(1)[0][1] / count for t in TASKS]
-    outputs = {rows[i]["image"]: [own[i] for own in table] for i in range(min(8, count))}
-    return {
-        "tasks": list(TASKS),
-        "examples": count,
-        "matrix": matrix[:-1],
-        "none": matrix[-1],
-        "majority": majority,
-        "outputs": outputs,
-    }
+    return tabulate([found[e * count : (e + 1) * count] for e in everyone], rows)
 
 
 def summarize(result: dict) -> dict[str, float]:
@@ -171,7 +191,10 @@ def describe_environment(device: str) -> dict[str, str]:
 def main() -> None:
     """Print the matrix; --json and --plot write it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="what model.py wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="what model.py wrote: transformers, float32")
+    source.add_argument("--bundle", type=Path, help="a bundle of it: the toolkit's session")
+    parser.add_argument("--target", default="onnx", help="of the bundle")
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
     parser.add_argument("--scenes", type=Path, default=HERE / "eval")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -180,9 +203,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
-    pixels, rows = load_scenes(args.scenes, args.limit)
-    result = measure(*load_model(args.model, args.adapter, args.device), pixels, rows)
-    result = {"environment": describe_environment(args.device), **result, "summary": summarize(result)}
+    if args.bundle:
+        result = measure_bundle(args.bundle, args.target, args.scenes, args.limit)
+    else:
+        pixels, rows = load_scenes(args.scenes, args.limit)
+        result = measure(*load_model(args.model, args.adapter, args.device), pixels, rows)
+        result = {"environment": describe_environment(args.device), **result}
+    result["summary"] = summarize(result)
     print_matrix(result)
     print(json.dumps(result["summary"]))
     if args.json:
