@@ -22,7 +22,8 @@ PAGES = {  # page of the site -> file of the repository
     "devices/demo_adapter.md": "examples/demo_adapter/README.md",
     "devices/matrix.png": "examples/demo_adapter/matrix.png",
     "devices/vision_demo.md": "examples/vision_demo/README.md",
-    "devices/eval/000.png": "examples/vision_demo/eval/000.png",
+    "devices/vision_matrix.png": "examples/vision_demo/matrix.png",
+    "devices/vision_scene.png": "examples/vision_demo/eval/000.png",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```.*?^```|<!--.*?-->)[ \t]*$", re.M | re.S)
