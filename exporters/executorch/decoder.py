@@ -18,7 +18,7 @@ from lime_edge.targets.entries import ExecutorchOptions
 
 try:
     from lime_edge.exporters.executorch.lower import Delegation, Method, check_backend, lower
-    from lime_edge.exporters.executorch.program import DecoderProgram, Sizes
+    from lime_edge.exporters.executorch.program import DecoderProgram, SeeingProgram, Sizes
     from lime_edge.exporters.executorch.stock import StockExpert, StockProgram
 except ImportError as error:  # pragma: no cover - exercised in a bare environment
     raise need((error.name or "executorch").split(".")[0], "executorch") from error
@@ -90,7 +90,7 @@ def choose_sizes(model: CompiledModel, wanted: int) -> Sizes:
 
 def make_method(model: CompiledModel, sizes: Sizes, routed: bool) -> Method:
     """`forward` or `routed` with dynamic prompt length and number of rows."""
-    module = DecoderProgram(model, sizes, routed)
+    module = (SeeingProgram if model.image_tokens else DecoderProgram)(model, sizes, routed)
     length = torch.export.Dim("length", min=1, max=sizes.prompt)
     rows = torch.export.Dim("rows", min=1, max=sizes.rows)
     example = min(3, sizes.prompt)
@@ -100,6 +100,9 @@ def make_method(model: CompiledModel, sizes: Sizes, routed: bool) -> Method:
         torch.zeros(min(2, sizes.rows), dtype=torch.int64),
     ]
     shapes: list[Any] = [{1: length}, None, {0: rows}]
+    if model.image_tokens:
+        inputs.append(torch.zeros(1, example, model.decoder.hidden))
+        shapes.append({1: length})
     if module.takes_expert:
         inputs.append(torch.zeros(model.sites.total))
         shapes.append(None)

@@ -352,12 +352,20 @@ class DecoderProgram(nn.Module):
         Returns:
             (1, K, vocab) float32.
         """
+        return self.decode(ids, pos, rows, expert, None)
+
+    def decode(self, ids: Tensor, pos: Tensor, rows: Tensor, expert: Tensor | None, seen: Tensor | None) -> Tensor:
+        """The same; seen: (1, S, hidden), what stands where ids are `vocab` and above, in a model that sees."""
         start, length = cast(int, pos[0].item()), ids.shape[1]
         torch._check(start >= 0)
         torch._check(start < self.sizes.cache)
         torch._check(start + length <= self.sizes.cache)
         pieces = self.cut(expert) if self.cut is not None and expert is not None else None
-        x = self.embed(ids, expert, pieces)
+        if seen is None:
+            x = self.embed(ids, expert, pieces)
+        else:
+            known = self.embedding(ids.clamp(max=self.config.vocab - 1), pieces)
+            x = torch.where((ids < self.config.vocab).unsqueeze(-1), known, seen)
         call = self.prepare(start, length, pieces)
         for block in self.blocks:
             x = block(x, call)
@@ -388,6 +396,16 @@ class DecoderProgram(nn.Module):
                 seen = seen & (distance < window)
             call.masks[window] = torch.where(seen, 0.0, HIDDEN_SCORE)
         return call
+
+
+class SeeingProgram(DecoderProgram):
+    """The method `forward` of a model that sees: one more input, rows of pictures."""
+
+    def forward(  # type: ignore[override]
+        self, ids: Tensor, pos: Tensor, rows: Tensor, seen: Tensor, expert: Tensor | None = None
+    ) -> Tensor:
+        """As DecoderProgram; ids from `vocab` on stand for rows of `seen`, (1, S, hidden) float32, at their place."""
+        return self.decode(ids, pos, rows, expert, seen)
 
 
 def name_tables(rotation: int) -> tuple[str, str]:

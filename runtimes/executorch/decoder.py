@@ -20,6 +20,7 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.session.engines import SessionOptions
+from lime_edge.session.features import open_features
 from lime_edge.targets.entries import ExecutorchFacts
 
 
@@ -89,6 +90,7 @@ class ExecutorchEngine(SwitchedProgram):
         self._vocab = bundle.manifest.backbone.vocab
         self._virtual, self._rows, self._prompt = facts.virtual_tokens, rows, prompt
         self._takes_expert: bool = facts.expert_input
+        self.features = open_features(bundle)
         super().__init__(bundle, options)
 
     def rewind(self, length: int) -> None:
@@ -146,9 +148,20 @@ class ExecutorchEngine(SwitchedProgram):
         elif self._virtual:
             position += self._virtual
         inputs = [wrap(ids[None]), wrap(np.array([position], np.int64)), wrap(rows)]
+        if self.features is not None:
+            inputs[0], seen = self._see_ids(ids)
+            inputs.append(seen)
         if self._takes_expert and not self._routing:
             inputs.append(self._expert)
         return self._method.execute(inputs)[0].numpy()[0]
+
+    def _see_ids(self, ids: np.ndarray) -> tuple[Any, Any]:
+        """Ids (1, S) that are all `vocab` where a picture's row stands, and rows (1, S, hidden) at those places."""
+        assert self.features is not None
+        chosen = ids >= self._vocab
+        seen = np.zeros((1, ids.size, self.features.hidden), np.float32)
+        seen[0, chosen] = self.features.resolve(ids[None])[1]
+        return wrap(np.where(chosen, self._vocab, ids)[None]), wrap(seen)
 
 
 def wrap(array: np.ndarray) -> Any:
@@ -195,16 +208,16 @@ def check_provider(made_for: Sequence[str], wanted: tuple[str, ...]) -> str:
     return provider
 
 
-def load_program(bundle: Bundle, threads: int | None) -> Any:
+def load_program(bundle: Bundle, threads: int | None, name: str | None = None) -> Any:
     """Open the bundle's .pte; nothing is prepared yet.
 
     Args:
-        threads: of the process's one pool, None for the bundle's default.
+        threads: of the process's one pool, None for the bundle's default. name: of another file than the artifact.
     Raises:
         LimeEdgeError: ExecuTorch refuses the file.
     """
     runtime, facts = start_runtime(), bundle.manifest.facts_of(ExecutorchFacts)
-    file = bundle.path / facts.file
+    file = bundle.path / (name or facts.file)
     size_pool(threads, facts.threads)
     with collect_errors() as errors:
         try:

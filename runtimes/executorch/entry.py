@@ -2,5 +2,10 @@
 
 from lime_edge.runtimes.executorch.decoder import ExecutorchEngine
 from lime_edge.runtimes.executorch.encoder import ExecutorchEncoderEngine
+from lime_edge.runtimes.executorch.vision import ExecutorchVisionEngine
 
-ENGINES = {"decoder": ExecutorchEngine, "encoder": ExecutorchEncoderEngine}
+ENGINES = {
+    "decoder": ExecutorchEngine,
+    "encoder": ExecutorchEncoderEngine,
+    "vision-language": ExecutorchVisionEngine,
+}
