@@ -201,10 +201,22 @@ def test_many_rows_see_different_pictures(vision_bundle: Make) -> None:
     for name, image in asked:
         session.use(name)
         expected.append("".join(session.generate(f"{IMAGE}so", images=[image], max_new_tokens=8)))
-    found = [""] * len(asked)
-    for row, piece in session.generate_many(prompts, max_new_tokens=8):
-        found[row] += piece
-    assert found == expected and len(set(expected)) > 1
+    told = [(f"{IMAGE}so", name, None, [image]) for name, image in asked]
+    for requests in (prompts, told):
+        found = [""] * len(asked)
+        for row, piece in session.generate_many(requests, max_new_tokens=8):
+            found[row] += piece
+        assert found == expected and len(set(expected)) > 1
+
+
+def test_the_original_model_sees_for_itself(vision_bundle: Make) -> None:
+    """None is a selection: what the original model sees is not what the expert in use does."""
+    session = open_session(vision_bundle())
+    session.use("expert1")
+    mine, other = (session.read_prompt(f"{IMAGE}so", [FIRST], one) for one in ("expert1", None))
+    assert mine == session.read_prompt(f"{IMAGE}so", [FIRST]) != other
+    session.use(None)
+    assert session.read_prompt(f"{IMAGE}so", [FIRST]) == other
 
 
 @pytest.mark.check

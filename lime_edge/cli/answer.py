@@ -12,7 +12,7 @@ from typing import Any
 from lime_edge import terminal
 from lime_edge.bundle.experts import Selection, describe_selection
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import FULL, LENGTH, STOP, Session
+from lime_edge.session.decoder import FULL, IN_USE, LENGTH, STOP, Session
 from lime_edge.session.generate import GenerationOptions, TextStream
 from lime_edge.session.vision import VisionSession
 
@@ -58,13 +58,13 @@ def compose_prompt(
     system: str | None,
     raw: bool,
     images: Sequence[Path] = (),
-    selection: Selection | None = None,
+    selection: Selection = IN_USE,
 ) -> str | list[int]:
     """What a session is given for a user's text: complete text, or with pictures its token ids.
 
     Args:
         images: files, in the order of their placeholders; before the text where the chat template is applied.
-        selection: under which they are seen; None: the one in use.
+        selection: under which they are seen; by default the one in use.
     Raises:
         LimeEdgeError: pictures for a model that sees none, or see `VisionSession.read_prompt`.
     """

@@ -24,6 +24,8 @@ from lime_edge.session.requests import MOST_ROWS, AnyRequest, open_rows
 from lime_edge.session.switching import ExpertSwitch
 from lime_edge.session.turn import Turn
 
+IN_USE: Any = object()  # in the place of a selection: the session's own
+
 
 class Session(ExpertSwitch):
     """An opened language model on one target. A routed prompt is run in one call.
@@ -360,12 +362,20 @@ class Session(ExpertSwitch):
         """
         self._owner.check()
 
-    def read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+    def read_prompt(
+        self, prompt: str | Sequence[Any], images: Sequence[Any] = (), selection: Selection = IN_USE
+    ) -> list[int]:
         """The token ids of a complete prompt, checked.
 
+        Args:
+            images, selection: for a model that sees, see `VisionSession.read_prompt`.
         Raises:
-            LimeEdgeError: none, or ids that the model has not.
+            LimeEdgeError: none, ids that the model has not, or pictures.
         """
+        if len(images):
+            raise LimeEdgeError(
+                f"{self.bundle.path} holds a language model: it sees no pictures", "take a vision-language bundle"
+            )
         if not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
             raise LimeEdgeError(
                 f"prompt: expected text or token ids, found {type(prompt).__name__}", "see codec.encode"

@@ -18,7 +18,7 @@ from lime_edge.session.prefixes import PrefixCache
 from lime_edge.session.sampling import make_sampler
 
 MOST_ROWS = 16  # decoded at once unless the caller says otherwise
-FORM = "a request is (prompt, selection) or (prompt, selection, GenerationOptions)"
+FORM = "a request is (prompt, selection), (prompt, selection, GenerationOptions), or these and a list of pictures"
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Request:
     """What one row is asked.
 
     prompt: complete text, or token ids. selection: its expert, see ExpertSwitch.use. options: its own, or None for
-    those that the call gives to all.
+    those that the call gives to all. images: pictures of a model that sees, one for each placeholder.
     """
 
     prompt: str | Sequence[int]
     selection: Selection
     options: GenerationOptions | None = None
+    images: Sequence[Any] = ()
 
 
 AnyRequest = Request | tuple[Any, ...]
@@ -65,8 +66,8 @@ class Asked(Protocol):
     def count_silent(self, ids: Sequence[int]) -> int:
         """Tokens of a prompt that the original model reads."""
 
-    def read_prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        """Checked token ids."""
+    def read_prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ..., selection: Any = ...) -> list[int]:
+        """Checked token ids, pictures seen under a selection among them."""
 
     def identify(self, selection: Selection) -> tuple[np.ndarray | None, bytes]:
         """A selection's own numbers, and what tells it from others."""
@@ -79,7 +80,7 @@ def read_request(given: AnyRequest, number: int, options: GenerationOptions) -> 
         LimeEdgeError: it has another form.
     """
     if not isinstance(given, Request):
-        if not isinstance(given, tuple) or len(given) not in (2, 3):
+        if not isinstance(given, tuple) or len(given) not in (2, 3, 4):
             raise LimeEdgeError(f"request {number}: expected (prompt, selection), found {type(given).__name__}", FORM)
         given = Request(*given)
     if given.options is None:
@@ -99,7 +100,7 @@ def make_order(session: Asked, request: Request, number: int, capacity: int) -> 
     """
     options = request.options or GenerationOptions()
     try:
-        ids = session.read_prompt(request.prompt)
+        ids = session.read_prompt(request.prompt, request.images, request.selection)
         expert = Reader(*session.identify(request.selection))
         silent = session.count_silent(ids)
         before = Reader(*session.identify(None)) if silent else None

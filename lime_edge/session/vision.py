@@ -14,7 +14,7 @@ from lime_edge.bundle.vision.pictures import Picture, Source, open_picture
 from lime_edge.bundle.vision.processor import Cut
 from lime_edge.bundle.vision.reading import AnyProcessor, decode_processor
 from lime_edge.errors import LimeEdgeError
-from lime_edge.session.decoder import Session
+from lime_edge.session.decoder import IN_USE, Session
 from lime_edge.session.engines import VisionEngine, blame_engine
 from lime_edge.session.generate import GenerationOptions
 
@@ -62,7 +62,7 @@ class VisionSession(Session):
         """
         self._owner.check()
         picture = open_picture(source)
-        if self._selection != ROUTED or not self._adapts_tower:
+        if self._seen_by(self._selection) != ROUTED or not self._adapts_tower:
             self._find_rows((picture,), self._selection)
         return picture
 
@@ -81,7 +81,7 @@ class VisionSession(Session):
         if tiles.ndim != 4 or tiles.shape[1:] != shape or tiles.dtype.kind != "f" or not len(tiles):
             raise LimeEdgeError(f"tiles: expected (T, {shape[0]}, {shape[1]}, {shape[2]}) floats, found {tiles.shape}")
         real = tiles.reshape(len(tiles), -1).any(1)
-        return self._run_tower(tiles[real] if real.any() else tiles[:1])
+        return self._look(tiles[real] if real.any() else tiles[:1], self._seen_by(self._selection))
 
     def place(self, ids: Sequence[int], rows: np.ndarray) -> list[int]:
         """Ids in which placeholders, one for each row, stand for these rows.
@@ -127,6 +127,7 @@ class VisionSession(Session):
 
     def _find_rows(self, pictures: tuple[Picture, ...], selection: Selection) -> list[range]:
         """The ids of each picture's rows under a selection, computed where they are not kept."""
+        selection = self._seen_by(selection)
         store, routed = self._eyes.features, selection == ROUTED and self._adapts_tower
         alone = sum(not picture.moves for picture in pictures) == 1
         filler = self.identify(selection)[1] if self._adapts_tower else b""
@@ -144,18 +145,25 @@ class VisionSession(Session):
             ]
         return cast(list[range], found)
 
+    def _seen_by(self, selection: Selection) -> Selection:
+        """Who sees for a selection: the original model where experts act from the generation prompt on only."""
+        return None if self._header else selection
+
     def _compute(self, cut: Cut, selection: Selection, routed: bool) -> np.ndarray:
-        """Features of all tiles under a selection, which need not be the one in use."""
-        other = self._adapts_tower and selection != self._selection
-        if other:
-            self._switch(selection)
-        try:
-            step = len(cut.tiles) if routed else TILES
-            parts = [self._run_tower(cut.tiles[i : i + step]) for i in range(0, len(cut.tiles), step)]
-        finally:
-            if other:
-                self._apply(self._selection)
+        """Features of all tiles, some at a time unless they are routed."""
+        step = len(cut.tiles) if routed else TILES
+        parts = [self._look(cut.tiles[i : i + step], selection) for i in range(0, len(cut.tiles), step)]
         return np.concatenate(parts)
+
+    def _look(self, tiles: np.ndarray, selection: Selection) -> np.ndarray:
+        """Features of tiles under a selection, which need not be the one in use."""
+        if not self._adapts_tower or selection == self._selection:
+            return self._run_tower(tiles)
+        self._switch(selection)
+        try:
+            return self._run_tower(tiles)
+        finally:
+            self._apply(self._selection)
 
     def _switch(self, selection: Selection) -> None:
         """Give the engine a selection without its being the session's."""
@@ -176,9 +184,7 @@ class VisionSession(Session):
         self._eyes.features.check(ids)
         return True
 
-    def read_prompt(
-        self, prompt: Prompt, images: Sequence[Source] = (), selection: Selection | None = None
-    ) -> list[int]:
+    def read_prompt(self, prompt: Prompt, images: Sequence[Source] = (), selection: Selection = IN_USE) -> list[int]:
         """The token ids of a prompt, rows of pictures among them; for `generate`, `generate_many` or `logits`.
 
         Args:
@@ -187,12 +193,12 @@ class VisionSession(Session):
                 text or a list of {"type": "image"} and {"type": "text", "text": ...}}. Messages that name no picture
                 get all of them before the first user's text.
             images: a picture for each placeholder, in order: what `see` gives or takes.
-            selection: under which they are seen; None: the one in use.
+            selection: under which they are seen; by default the one in use.
         Raises:
             LimeEdgeError: no prompt, another number of placeholders than of pictures, or no such selection.
         """
         pictures = tuple(open_picture(image) for image in images)
-        selection = self._selection if selection is None else self._check_selection(selection)
+        selection = self._selection if selection is IN_USE else self._check_selection(selection)
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.codec.render_chat(show_pictures(cast(Sequence[Mapping[str, Any]], prompt), pictures))
         if not pictures:
