@@ -47,11 +47,16 @@ def vision_bundle(shared_folder: Path) -> Make:
         family: str = "smolvlm",
         targets: tuple[str, ...] = BOTH,
         routing: Any = None,
+        activation: Any = None,
         **options: Any,
     ) -> Path:
         model = make_vision_model(directory / "model", family)
         adapter = make_adapter(
-            directory / "adapter", model, targets=targets, routing=dict(routing) if routing else None
+            directory / "adapter",
+            model,
+            targets=targets,
+            routing=dict(routing) if routing else None,
+            activation=activation,
         )
         compiling = CompileOptions(**({"quant": "none"} | options))
         export_bundle(model, adapter, directory / "x.lime", compiling, find_device("cpu"), ExportOptions())
@@ -233,6 +238,19 @@ def test_routed_all_tiles_in_one_call(vision_bundle: Make, monkeypatch: pytest.M
     assert np.abs(session.logits(ids) - expected).max() < LIMIT
     alone = session.read_prompt(f"{IMAGE}routed", [FIRST])
     assert calls == [10, 5] and set(alone[:20]).isdisjoint(ids)
+
+
+@pytest.mark.check
+def test_the_original_model_sees_before_the_generation_prompt(vision_bundle: Make) -> None:
+    """An expert that acts from the generation prompt on neither sees nor reads what lies before it."""
+    bundle = vision_bundle(activation={"kind": "generation_prompt", "tokens": 3})
+    assert not verify_bundle(bundle).missed
+    session = open_session(bundle)
+    asked = []
+    for name in ("expert0", "expert1"):
+        session.use(name)
+        asked.append(session.read_prompt(f"{IMAGE}so", [FIRST]))
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.check

@@ -142,7 +142,8 @@ def pad_vision(checkpoint: Checkpoint[VisionBackbone], single: bool) -> Padding:
 
 def assemble_vision(checkpoint: Checkpoint[VisionBackbone], common: Compiled) -> CompiledVision:
     """A vision-language model."""
-    return CompiledVision(**common.common(), backbone=checkpoint.backbone)
+    header = count_header(checkpoint.adapter)
+    return CompiledVision(**common.common(), backbone=checkpoint.backbone, header=header)
 
 
 def speak_decoder(backbone: DecoderBackbone, codec: TextCodec) -> tuple[Encode, Render]:

@@ -19,9 +19,13 @@ from lime_edge.compiler.model.encoder import CompiledEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledVision(Compiled):
-    """A model of text and pictures: one flat expert over the tower's sites and the decoder's."""
+    """A model of text and pictures: one flat expert over the tower's sites and the decoder's.
+
+    header: of a prompt's tokens, see `CompiledModel`.
+    """
 
     backbone: VisionBackbone = field(repr=False)
+    header: int = 0
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -37,7 +41,7 @@ class CompiledVision(Compiled):
     def language(self) -> CompiledModel:
         """The decoder, which reads features where image tokens stand. Its experts are the whole vectors."""
         decoder, tokens = self.backbone.language.decoder, self.backbone.image_tokens
-        return CompiledModel(**self.common(), decoder=decoder, image_tokens=tokens)
+        return CompiledModel(**self.common(), decoder=decoder, image_tokens=tokens, header=self.header)
 
     @cached_property
     def tower(self) -> CompiledEncoder:
