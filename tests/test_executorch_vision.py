@@ -37,4 +37,4 @@ def test_what_no_target_takes_yet_is_refused_by_name() -> None:
         (("onnx",), ("genai",), "GenAI runs language"),
     ):
         with pytest.raises(LimeEdgeError, match=words):
-            load_exporters(names, {}, "int8", 32, "vision-language", companions)
+            load_exporters((target,), {}, "int8", 32, "vision-language", companions)
