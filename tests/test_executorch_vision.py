@@ -32,9 +32,6 @@ def test_what_no_target_takes_yet_is_refused_by_name() -> None:
     with pytest.raises(LimeEdgeError, match="stock runners"):
         check_options("vision-language", ExecutorchOptions(stock_runner=True), "int8", 32)
     assert "vision-language" not in COREML
-    for names, companions, words in (
-        (("coreml",), (), "Core ML holds"),
-        (("onnx",), ("genai",), "GenAI runs language"),
-    ):
+    for target, companions, words in (("coreml", (), "Core ML holds"), ("onnx", ("genai",), "GenAI runs language")):
         with pytest.raises(LimeEdgeError, match=words):
             load_exporters((target,), {}, "int8", 32, "vision-language", companions)
