@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -380,7 +380,8 @@ class Session(ExpertSwitch):
             raise LimeEdgeError(
                 f"prompt: expected text or token ids, found {type(prompt).__name__}", "see codec.encode"
             )
-        return self._check_ids(self.codec.encode(prompt) if isinstance(prompt, str) else prompt).tolist()
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._check_ids(cast(Sequence[int], ids)).tolist()
 
     @property
     def engine(self) -> Engine:
