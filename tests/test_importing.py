@@ -377,7 +377,7 @@ def test_an_expert_of_another_adapter_is_refused(tmp_path: Path) -> None:
     ("options", "wanted"),
     [
         ({"bias": "all"}, "bias"),
-        ({"alpha_pattern": {"(.*)*q_proj": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"q_(proj|x)": 3}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"use_dora": True, "base_bias": True}, "DoRA on layers"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding_A"),
