@@ -23,7 +23,7 @@ from lime_edge.compiler.rounding.model import Unit, list_narrow, list_units, rou
 from lime_edge.compiler.rounding.probe import HEAD, TABLE, Part, Probe
 from lime_edge.errors import LimeEdgeError
 
-SEQUENCES = 48  # of the calibration that are listened to
+SEQUENCES, LENGTH = 24, 40  # of the calibration that are listened to, and their tokens at most
 POINTS = 6  # of the curve, beside the one that is taken
 
 
@@ -48,7 +48,18 @@ class Spent:
     report: dict[str, Any]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Measured:
+    """A model at both widths, and what four bits cost. units: in rounding order, as candidates are."""
+
+    model: CompiledModel
+    units: list[Unit]
+    narrow: dict[str, QuantizedTensor]
+    wide: dict[str, QuantizedTensor]
+    probe: Probe
+    candidates: list[Candidate]
+
+
 def spend_bits(
     model: Compiled,
     options: CompileOptions,
@@ -70,36 +81,66 @@ def spend_bits(
         )
     units = list_units(model, replace(options, keep_int8=(), size=None, bits=None))
     check_room(model, units, options, budget)
-    module = DecoderModule(model)
-    grams = {}
+    measured = measure_units(model, units, options, calibration, budget.weigh, progress)
+    return choose_bits(measured, _allow(model, options, budget), budget.rest)
+
+
+@torch.no_grad()
+def measure_units(
+    model: CompiledModel,
+    units: list[Unit],
+    options: CompileOptions,
+    calibration: Calibration,
+    weigh: Weigh,
+    progress: Progress = lambda *_: None,
+) -> Measured:
+    """Round every unit both ways, and listen to each at four bits. Args as `spend_bits`."""
+    module, grams = DecoderModule(model), {}
     if options.rounding == "gptq":
         grams = collect_grams(model, module, calibration, list_narrow(units), progress)
     narrow, wide = _round_both(model, units, options, grams, progress)
-    probe = Probe(module, *choose_rows(model, calibration))
-    candidates = []
+    probe, candidates = Probe(module, *choose_rows(model, calibration)), []
     for index, unit in enumerate(units):
         progress("listen", index, len(units))
         loss = probe.listen({_place(model, unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
-        least, most = (_weigh(model, unit, bits, options, budget.weigh) for bits in (unit.bits, 8))
+        least, most = (_weigh(model, unit, bits, options, weigh) for bits in (unit.bits, 8))
         candidates.append(Candidate(unit.names[0], least, most, max(0.0, loss)))
-    allowed = _allow(model, options, budget)
-    chosen, curve = spend(candidates, allowed), []
-    for size in sorted({*spread(candidates, POINTS), allowed}):
-        widened = spend(candidates, size)
-        heard = probe.listen({_place(model, u): _join(wide if u.names[0] in widened else narrow, u) for u in units})
-        bytes_ = weigh_all(candidates, widened) + budget.rest
-        curve.append({"bytes": bytes_, "same": round(heard.same, 4), "loss": round(heard.loss, 5)})
     progress("listen", len(units), len(units))
-    done = {name: (wide if unit.names[0] in chosen else narrow)[name] for unit in units for name in unit.names}
+    return Measured(model, units, narrow, wide, probe, candidates)
+
+
+def choose_bits(measured: Measured, allowed: int, rest: int) -> Spent:
+    """Spend what is allowed, and listen to whole models of several sizes.
+
+    Args:
+        allowed: bytes for all matrices. rest: bytes of the bundle beside them.
+    """
+    units, candidates, curve = measured.units, measured.candidates, {}
+    for size in sorted({*spread(candidates, POINTS), allowed}):
+        heard = measured.probe.listen(
+            {
+                _place(measured.model, unit): _join(_pick(measured, unit, spend(candidates, size)), unit)
+                for unit in units
+            }
+        )
+        weighed = weigh_all(candidates, spend(candidates, size)) + rest
+        curve[weighed] = {"bytes": weighed, "same": round(heard.same, 4), "loss": round(heard.loss, 5)}
+    chosen = spend(candidates, allowed)
+    done = {name: _pick(measured, unit, chosen)[name] for unit in units for name in unit.names}
+    weighed = weigh_all(candidates, chosen)
     report = {
-        "chosen": weigh_all(candidates, chosen) + budget.rest,
-        "bits": round(8 * weigh_all(candidates, chosen) / _count(model, units), 3),
-        "tokens": int(probe.real.sum()),
+        "chosen": weighed + rest,
+        "bits": round(8 * weighed / _count(measured.model, units), 3),
+        "tokens": int(measured.probe.real.sum()),
         "int8": [name for unit in units if unit.names[0] in chosen for name in unit.names],
-        "curve": sorted({point["bytes"]: point for point in curve}.values(), key=lambda point: point["bytes"]),
+        "curve": [curve[key] for key in sorted(curve)],
         "losses": {one.name: round(one.loss, 6) for one in sorted(candidates, key=lambda one: -one.loss)},
     }
-    return Spent({name: done[name] for name in model.weights}, report)
+    return Spent({name: done[name] for name in measured.model.weights}, report)
+
+
+def _pick(measured: Measured, unit: Unit, widened: frozenset[str]) -> dict[str, QuantizedTensor]:
+    return measured.wide if unit.names[0] in widened else measured.narrow
 
 
 def check_room(model: CompiledModel, units: list[Unit], options: CompileOptions, budget: Budget) -> None:
@@ -126,7 +167,7 @@ def choose_rows(model: Compiled, calibration: Calibration) -> tuple[torch.Tensor
     """A few sequences spread over the calibration, as `Probe` takes them; nameless ones go round the experts."""
     step, names = max(1, len(calibration.samples) // SEQUENCES), list(model.experts)
     samples = calibration.samples[::step][:SEQUENCES]
-    rows = [sample.tokens[: model.context] for sample in samples]
+    rows = [sample.tokens[: min(LENGTH, model.context)] for sample in samples]
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     real = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
