@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
+from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.formats.architecture import read_decoder
 from lime_edge.compiler.model.compiled import Branch, CompiledModel
 from lime_edge.compiler.model.decoder import DecoderModule
@@ -143,6 +144,32 @@ def test_the_whole_tool(tmp_path: Path) -> None:
     page = (tmp_path / "benchmarks.md").read_text()
     assert f"{run['rows']['ours-pinned']['decode_ms']:.2f}" in page and "left out: copies, 2" in page
     assert max(map(len, page.splitlines())) < 250
+
+
+def test_executorch_beside_onnx(tmp_path: Path) -> None:
+    """The same integers in both runtimes: rows of the same table, a switch timed in each."""
+    pytest.importorskip("executorch")
+    words = "--models toy --engines ours,executorch --part decode,switch --threads 1 --rounds 1 --prompt-tokens 8"
+    command = [sys.executable, str(PEERS), *words.split(), "--gen-tokens", "4"]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path / "models"), "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = json.loads(next(tmp_path.glob("benchmarks-*.json")).read_text())["decode"]
+    rows = run["rows"]
+    assert [name for name in rows if name.startswith("executorch")] == ["executorch-merged", "executorch-pinned"]
+    assert not run["left_out"]
+    assert 0.5 < rows["executorch-pinned"]["bytes"] / rows["ours-pinned"]["bytes"] < 2
+    assert rows["executorch-pinned"]["switch_us"]["p50"] > 0 and rows["executorch-merged"]["decode_ms"] > 0
+    hashes = [
+        Bundle.open(tmp_path / "models" / "toy" / folder / "int4.lime").manifest.quantization.weight_hash
+        for folder in (".", "executorch")
+    ]
+    assert hashes[0] == hashes[1]
+    assert "lime_edge on ExecuTorch, pinned" in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_an_engine_that_is_missing_is_named(tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

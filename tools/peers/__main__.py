@@ -21,11 +21,12 @@ from scaling import compare_methods
 
 from lime_edge.bench.measure import describe_machine
 
-ENGINES = ("ours", "genai", "llama", "torch")
+ENGINES = ("ours", "executorch", "genai", "llama", "torch")
 PARTS = ("decode", "switch", "scaling")
 PACKAGES = (
     "lime-edge",
     "onnxruntime",
+    "executorch",
     "onnxruntime-genai",
     "llama-cpp-python",
     "torch",

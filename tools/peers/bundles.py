@@ -56,11 +56,17 @@ RANK, EXPERTS, GROUP = 8, 8, 32
 
 
 def export_real(
-    model: Path, adapter: Path, expert: str, kinds: tuple[str, ...] | None, outputs: dict[bool, Path]
+    model: Path,
+    adapter: Path,
+    expert: str,
+    kinds: tuple[str, ...] | None,
+    outputs: dict[bool, Path],
+    target: str = "onnx",
 ) -> None:
     """Compile a checkpoint twice: as it is (False), and with an expert merged and no branch (True).
 
     Rounded without calibration: no speed depends on how. kinds: what stays at int8, None for the exporter's choice.
+    target: whose artifact; ExecuTorch's holds no routed method, whose lowering takes most of the time.
     """
     checkpoint = read_checkpoint(model, adapter)
     for single, output in outputs.items():
@@ -69,10 +75,11 @@ def export_real(
         options = CompileOptions(rounding="search", fold=expert if single else "shared", single=single)
         if kinds is not None:
             options = replace(options, keep_int8=kinds)
-        pack(compile_checkpoint(checkpoint, options), checkpoint.backbone.name, checkpoint.backbone.eos, output)
+        compiled = compile_checkpoint(checkpoint, options)
+        pack(compiled, checkpoint.backbone.name, checkpoint.backbone.eos, output, target)
 
 
-def make_random(shape: str, expert: str, outputs: dict[bool, Path]) -> None:
+def make_random(shape: str, expert: str, outputs: dict[bool, Path], target: str = "onnx") -> None:
     """A random int4 model: with 8 experts and a routed graph (False), and without a branch (True)."""
     model = draw_model(read_decoder(make_config(shape), shape))
     for single, output in outputs.items():
@@ -81,7 +88,7 @@ def make_random(shape: str, expert: str, outputs: dict[bool, Path]) -> None:
         merged = replace(
             model, branches={}, experts={expert: model.experts[expert]}, single=expert, fold=expert, routing=None
         )
-        pack(merged if single else model, f"random, {shape}", (), output)
+        pack(merged if single else model, f"random, {shape}", (), output, target)
 
 
 def make_config(shape: str) -> LlamaConfig:
@@ -89,16 +96,18 @@ def make_config(shape: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=True)
 
 
-def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) -> None:
-    """Write a compiled model as a bundle with an ONNX graph."""
-    decoder = model.decoder
+def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path, target: str = "onnx") -> None:
+    """Write a compiled model as a bundle with one target's artifact; ONNX also for GenAI, the others pinned only."""
+    decoder, companions = model.decoder, ["genai"] if target == "onnx" else []
+    model = model if target == "onnx" else replace(model, routing=None)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with stage_directory(output) as stage:
-        (stage / "onnx").mkdir()
-        exporter = load_exporters(["onnx"], {}, model.quant, model.group, "decoder", ["genai"])["onnx"]
-        facts = exporter.write(model, stage / "onnx", lambda *_: None)
+        (stage / target).mkdir()
+        exporter = load_exporters([target], {}, model.quant, model.group, "decoder", companions)[target]
+        facts = exporter.write(model, stage / target, lambda *_: None)
         weights = describe_weights(model.weights, model.quant, model.group)
         weights |= {"rounding": "nearest", "weight_hash": model.weight_hash()}
-        providers = {"providers": ["CPUExecutionProvider"], "threads": None}
+        providers = {"providers": ["CPUExecutionProvider" if target == "onnx" else "cpu"], "threads": None}
         manifest = Manifest(
             kind="decoder",
             adapter_id="0" * 64,  # nobody's: these experts fit no other bundle
@@ -125,7 +134,7 @@ def pack(model: CompiledModel, name: str, eos: tuple[int, ...], output: Path) ->
             ),
             quantization=convert_facts(Quantization, weights),
             default=choose_default(model.experts, None, model.single, model.variant.name),
-            target_list=describe_targets({"onnx": providers | facts}, model.quant),
+            target_list=describe_targets({target: providers | facts}, model.quant),
             versions={"lime_edge": __version__},
             site_list=convert_facts(tuple[SiteEntry, ...], describe_sites(model.sites)),
         )

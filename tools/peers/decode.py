@@ -24,6 +24,7 @@ SETTLE = 0.05  # seconds
 TEXT = Path("examples/demo_adapter/eval/past.jsonl")
 COPIES = 8  # experts to switch between: as many as the LiME checkpoint has
 PIP = {
+    "executorch": "pip install 'executorch>=1.5,<1.6'",
     "onnxruntime_genai": "pip install 'onnxruntime-genai>=0.18,<0.19'",
     "llama_cpp": "pip install 'llama-cpp-python>=0.3.36,<0.4'",
     "peft": "pip install 'peft>=0.21,<0.22'",
@@ -51,7 +52,11 @@ class Contender:
     @property
     def quant(self) -> str:
         """Which of our exports it is, a key of prepare.QUANTS; "" for the others."""
-        return self.files[0].split(".lime")[0].removesuffix("-single") if ".lime" in self.files[0] else ""
+        return (
+            self.files[0].removeprefix("executorch/").split(".lime")[0].removesuffix("-single")
+            if ".lime" in self.files[0]
+            else ""
+        )
 
     def make_spec(self, models: Models, threads: int, capacity: int) -> dict[str, Any]:
         """What the worker is told to load."""
@@ -83,6 +88,27 @@ OURS = (
         "8 LiME, per token",
         ("int4.lime",),
         spec={"selection": "routed"},
+    ),
+)
+IN_EXECUTORCH = (
+    Contender(
+        "executorch-merged",
+        "executorch",
+        "lime_edge on ExecuTorch, no branch",
+        ALL4,
+        "merged",
+        ("executorch/int4-single.lime",),
+        needs="executorch",
+    ),
+    Contender(
+        "executorch-pinned",
+        "executorch",
+        "lime_edge on ExecuTorch, pinned",
+        ALL4,
+        "LiME",
+        ("executorch/int4.lime",),
+        spec={"selection": EXPERT},
+        needs="executorch",
     ),
 )
 IN_GENAI = Contender(
@@ -149,8 +175,13 @@ PEERS = (
     Contender("torch", "torch", "PyTorch", "float32", "", ("hf",), needs="torch"),
     Contender(REFERENCE, "torch", "PyTorch with PEFT", "float32", "LoRA", ("hf",), "peft", needs="peft"),
 )
-RANDOM = (*OURS, IN_GENAI, *(one for one in PEERS if one.name in ("genai", "genai-lora", "llama", "llama-lora")))
-CONTENDERS = {"smollm2": (*OURS, IN_GENAI, *PEERS), "1b": RANDOM, "toy": RANDOM}
+RANDOM = (
+    *OURS,
+    *IN_EXECUTORCH,
+    IN_GENAI,
+    *(one for one in PEERS if one.name in ("genai", "genai-lora", "llama", "llama-lora")),
+)
+CONTENDERS = {"smollm2": (*OURS, *IN_EXECUTORCH, IN_GENAI, *PEERS), "1b": RANDOM, "toy": RANDOM}
 
 
 @dataclass(frozen=True)
@@ -236,6 +267,8 @@ def measure_files(one: Contender, models: Models) -> int:
     path = models.path(one.files[0])
     if path.is_file():
         return path.stat().st_size
+    if (path / "executorch").is_dir():
+        return sum(file.stat().st_size for file in (path / "executorch").glob("*.pte"))
     folder = path / "onnx" if (path / "onnx").is_dir() else path
     names = ("model.onnx", "model.onnx.data", "model.safetensors")
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())

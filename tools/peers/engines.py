@@ -36,7 +36,7 @@ class Peer(Protocol):
 
 
 class Ours:
-    """A bundle in a session. spec: path, target, selection (None keeps the session's), threads, capacity."""
+    """A bundle in a session. spec: path, engine, selection (None keeps the session's), threads, capacity."""
 
     def __init__(self, spec: Spec):
         from lime_edge.bundle.bundle import Bundle
@@ -44,7 +44,8 @@ class Ours:
         from lime_edge.session.open import open_decoder
 
         options = SessionOptions(spec["threads"], spec["capacity"])
-        self.session = open_decoder(Bundle.open(spec["path"]), "onnx", options)
+        target = "onnx" if spec["engine"] == "ours" else spec["engine"]
+        self.session = open_decoder(Bundle.open(spec["path"]), target, options)
         if spec.get("selection"):
             self.session.use(spec["selection"])
         self.experts = len(self.session.experts)
@@ -233,6 +234,7 @@ def open_peer(spec: Spec) -> Peer:
 
     kinds: dict[str, Callable[[Spec], Peer]] = {
         "ours": Ours,
+        "executorch": Ours,
         "genai": GenAI,
         "llama": LlamaCpp,
         "torch": Torch,

@@ -36,9 +36,10 @@ METHOD = (
     with the one expert): whether everybody computes the same model.""",
     """ONNX Runtime GenAI: its builder with int4, groups of 32, int8 activations (its defaults), logits of the last
     token only and one table for embedding and head, as ours. Its builder writes a LoRA's A and B into the graph as
-    constants; here they are made inputs, so that its `Adapters` API sets them. Its loop is C++; ours, llama.cpp's and
-    PyTorch's are driven from Python, one call a token. llama.cpp keeps its cache in float16, the others in float32.
-    An end token does not end a round.""",
+    constants; here they are made inputs, so that its `Adapters` API sets them. Its loop is C++; ours, llama.cpp's
+    and PyTorch's are driven from Python, one call a token. ExecuTorch runs the same integers delegated to XNNPACK,
+    by its Python binding, which imports torch: most of its resident bytes, which an application in C++ does not
+    have. llama.cpp keeps its cache in float16, the others in float32. An end token does not end a round.""",
     """Switching: `Session.use`, `Generator.set_active_adapter`, `llama_set_adapters_lora`, `PeftModel.set_adapter`,
     {switches} times among 8 experts in random order (8 times the one LoRA, where an engine has LoRA). *To the first
     token*: the switch and a prompt of 16 tokens under the new expert. *Reload*: the process lets go of its model and

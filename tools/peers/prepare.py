@@ -30,9 +30,10 @@ class Models:
         """A model's file or directory."""
         return self.folder / name
 
-    def bundle(self, quant: str, single: bool) -> Path:
-        """Our bundle: with branches and a routed graph, or the expert merged into the weights."""
-        return self.folder / f"{quant}{'-single' if single else ''}.lime"
+    def bundle(self, quant: str, single: bool, target: str = "onnx") -> Path:
+        """Our bundle: with branches (and a routed graph in ONNX), or the expert merged into the weights."""
+        folder = self.folder if target == "onnx" else self.folder / target
+        return folder / f"{quant}{'-single' if single else ''}.lime"
 
 
 def prepare_smollm2(
@@ -41,7 +42,7 @@ def prepare_smollm2(
     """Make what is not there yet.
 
     Args:
-        gguf: the backbone. quants: keys of QUANTS. engines: some of ours, genai, llama, torch.
+        gguf: the backbone. quants: keys of QUANTS. engines: some of ours, executorch, genai, llama, torch.
         told: called with one line of progress.
     Returns:
         What could not be made -> why.
@@ -51,6 +52,11 @@ def prepare_smollm2(
     for quant in quants:
         for single in (True, False):  # one call makes both
             steps[models.bundle(quant, single).name] = partial(write_bundles, models, quant)
+    if "executorch" in engines:
+        steps |= {
+            f"executorch/{models.bundle('int4', single).name}": partial(write_bundles, models, "int4", "executorch")
+            for single in (True, False)
+        }
     steps |= {"peft": partial(write_lora, models, "peft"), "lora.gguf": partial(write_lora, models, "lora.gguf")}
     if "genai" in engines:
         steps |= genai_steps(models)
@@ -67,6 +73,9 @@ def prepare_random(folder: Path, shape: str, engines: list[str], told: Callable[
     models = Models(folder)
     bundles = partial(write_random, models, shape)
     steps: Steps = {models.bundle("int4", single).name: bundles for single in (True, False)}
+    if "executorch" in engines:
+        lowered = partial(write_random, models, shape, "executorch")
+        steps |= {f"executorch/{models.bundle('int4', single).name}": lowered for single in (True, False)}
     foreign = partial(write_foreign, models, shape)
     if {"genai", "llama"} & set(engines):
         steps |= {name: foreign for name in ("hf", "q4_0.gguf", "peft", "lora.gguf")}
@@ -119,19 +128,19 @@ def write_hf(gguf: Path, directory: Path) -> None:
     stage.rename(directory)
 
 
-def write_bundles(models: Models, quant: str) -> None:
+def write_bundles(models: Models, quant: str, target: str = "onnx") -> None:
     """Our own export: with branches, and with the expert merged."""
     from bundles import export_real
 
-    outputs = {single: models.bundle(quant, single) for single in (False, True)}
-    export_real(models.path("hf"), ADAPTER, EXPERT, QUANTS[quant], outputs)
+    outputs = {single: models.bundle(quant, single, target) for single in (False, True)}
+    export_real(models.path("hf"), ADAPTER, EXPERT, QUANTS[quant], outputs, target)
 
 
-def write_random(models: Models, shape: str) -> None:
+def write_random(models: Models, shape: str, target: str = "onnx") -> None:
     """A random model's two bundles."""
     from bundles import make_random
 
-    make_random(shape, EXPERT, {single: models.bundle("int4", single) for single in (False, True)})
+    make_random(shape, EXPERT, {single: models.bundle("int4", single, target) for single in (False, True)}, target)
 
 
 def write_foreign(models: Models, shape: str) -> None:

@@ -20,6 +20,7 @@ IMPORTS = {
     "ours": OWN,
     "lora": OWN,
     "prompt": OWN,
+    "executorch": ("lime_edge.targets.registry", "lime_edge.runtimes.executorch.decoder", "safetensors.numpy"),
     "genai": ("onnxruntime_genai",),
     "llama": ("llama_cpp",),
     "torch": ("torch", "transformers", "peft"),
