@@ -130,7 +130,9 @@ def test_ten_thousand_switches_equal_fresh_sessions(switched: tuple[list[str], l
     assert not switched[0], f"{len(switched[0])} answers differ, the first at {switched[0][0]}"
 
 
-def test_ten_thousand_switches_keep_memory_flat(switched: tuple[list[str], list[int]]) -> None:
+def test_ten_thousand_switches_keep_memory_flat(switched: tuple[list[str], list[int]], target: str) -> None:
+    if target == "coreai":
+        pytest.skip("Apple's runtime keeps the memory of every output: docs/coreai.md, Running it")
     memory = switched[1]
     settled = memory[2]  # allocators of a process that ran other tests before take a while to settle
     assert max(memory[3:]) - settled < 1_000_000, f"memory grew: {memory}"

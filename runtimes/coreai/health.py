@@ -13,5 +13,5 @@ def examine() -> Health:
     """Look for coreai-core, and whether this is a Mac."""
     if not is_there("coreai"):
         return Health("coreai-core", None, "the package 'coreai-core' is not installed", INSTALL)
-    runs = "Core AI" if sys.platform == "darwin" else "Apple's interpreter (slow): this is no Mac"
+    runs = "Core AI" if sys.platform == "darwin" else "Apple's interpreter (slow, keeps memory): this is no Mac"
     return Health("coreai-core", find_version("coreai-core"), facts=(("runs", runs),))
