@@ -79,3 +79,35 @@ def test_a_missing_tool_is_named(tmp_path: Path, tool: str) -> None:
     )
     assert found.returncode == 4 and f"{tool} is missing" in found.stderr, found.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_what_calls_core_ml_has_core_mls_own_names() -> None:
+    """The declarations that the compiler checks our calls against, by selectors that pyobjc and NativeScript know."""
+    table = json.loads((ROOT / "tests" / "vectors" / "coreml_selectors.json").read_text())
+    known = {(call["class"], call["swift"]) for call in table["calls"]}
+    text = (SWIFT / "Tests" / "Stubs" / "CoreML.swift").read_text()
+    parts = re.split(r"^(?:open class|public protocol) (\w+)", text, flags=re.M)
+    declared = set()
+    for owner, body in zip(parts[1::2], parts[2::2], strict=True):
+        for name in re.findall(r"\bvar (\w+)", body):
+            declared.add((owner, name))
+        for name, arguments in re.findall(
+            r"\b(?:func )?(\w+)(?:<R>)?\(((?:[^()]|\([^()]*\))*)\)(?: async)?(?: re?throws| throws)?(?: ->| \{)", body
+        ):
+            labels = [
+                one.split()[0].rstrip(":")
+                for one in re.split(r", (?=\w+[ :])", re.sub(r"\([^()]*\)", "", arguments))
+                if one.strip()
+            ]
+            if name not in ("fatalError", "body"):
+                declared.add((owner, f"{name}({''.join(label + ':' for label in labels)})"))
+    own = {
+        (owner if owner != "MLDictionaryFeatureProvider" or name.startswith("init") else "MLFeatureProvider", name)
+        for owner, name in declared
+    }
+    assert own == known
+    for name, cases in table["enums"].items():
+        body = text.split(f"public enum {name}", 1)[1].split("}", 1)[0]
+        told = {case.lower(): int(number, 0) for case, number in re.findall(r"case (\w+) = (\w+)", body)}
+        assert told == {case.lower(): number for case, number in cases.items()}, name
+    assert all(call["sources"] for call in table["calls"])

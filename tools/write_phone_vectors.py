@@ -1,6 +1,6 @@
 """Write what Kotlin and Swift must answer: tiny bundles, and beside them what Python's sessions say about each.
 
-    python tools/write_phone_vectors.py FOLDER [--only sessions|refusals|tokenizers]
+    python tools/write_phone_vectors.py FOLDER [--only sessions|refusals|tokenizers|coreml]
 
 FOLDER then holds bundles, refused bundles, tokenizers, sessions.json, encoders.json, refusals.json and
 manifests.json. Everything is drawn from seeds; answers depend on the ONNX Runtime that is installed, so they are
@@ -17,6 +17,7 @@ from typing import Any
 
 import onnxruntime
 from phone_vectors.bundles import write_bundles
+from phone_vectors.coreml import write_coreml
 from phone_vectors.refusals import write_manifests, write_refusals
 from phone_vectors.sessions import record_decoder, record_demo, record_encoder
 from phone_vectors.words import write_tokenizers
@@ -24,6 +25,7 @@ from phone_vectors.words import write_tokenizers
 from lime_edge.bundle.archive import pack_bundle
 
 PARTS = ("sessions", "refusals", "tokenizers")
+COREML = "coreml"  # when asked for by name: coremltools is slow, and only Swift reads it
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made if it is not there")
     parser.add_argument(
-        "--only", choices=PARTS, action="append", help="some parts; refusals need the sessions' bundles"
+        "--only", choices=(*PARTS, COREML), action="append", help="some parts; refusals need the sessions' bundles"
     )
     parser.add_argument("--demo", type=Path, metavar="BUNDLE", help="greedy answers of this bundle, and nothing else")
     arguments = parser.parse_args()
@@ -49,6 +51,9 @@ def main() -> None:
             folder / "refusals.json", write_refusals(bundle, folder / "bundles" / "foreign.lime", folder / "refused")
         )
         _write(folder / "manifests.json", write_manifests(bundle))
+    if COREML in parts:
+        with tempfile.TemporaryDirectory() as work:
+            _write(folder / "coreml.json", write_coreml(folder / "bundles", Path(work)))
     if "tokenizers" in parts:
         _write(folder / "tokenizers.json", {"names": write_tokenizers(folder / "tokenizers")})
 

@@ -53,10 +53,38 @@ else
     rm -rf "$vectors"
     "$python" tools/write_phone_vectors.py "$vectors" 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
 fi
+"$python" tools/write_phone_vectors.py "$vectors" --only coreml 2>"$build/vectors.log" || { cat "$build/vectors.log" >&2; exit 1; }
 echo "== the package, by $("$here/chroot.sh" run swift --version 2>/dev/null | head -n 1)"
 swift build --build-tests
+"$here/chroot.sh" run swift package --scratch-path "$build/build" dump-package >"$build/package.json"
+"$python" - "$build/package.json" <<'EOF'
+import json, sys
+package = json.load(open(sys.argv[1]))
+found = {entry["platformName"]: entry["version"] for entry in package["platforms"]}
+assert found == {"ios": "18.0", "macos": "15.0"}, found
+assert not package["dependencies"], "the root fetches nothing"
+assert not any(target["settings"] for target in package["targets"]), "no flags of one system"
+EOF
 echo "== positions in ONNX Runtime's function table, by its own header"
 "$here/chroot.sh" run /usr/libexec/swift/bin/clang -fsyntax-only -Werror -I/usr/include/onnxruntime "$here/Tests/positions.c"
+echo "== what calls Core ML, by declarations of it (Tests/Stubs)"
+stubs="$build/stubs"
+mkdir -p "$stubs"
+compile() { "$here/chroot.sh" run swiftc -swift-version 6 -warnings-as-errors -package-name lime -I "$stubs" "$@"; }
+compile -emit-module -parse-as-library -module-name CoreML -emit-module-path "$stubs/CoreML.swiftmodule" "$here/Tests/Stubs/CoreML.swift"
+compile -emit-module -parse-as-library -module-name LimeEdge -emit-module-path "$stubs/LimeEdge.swiftmodule" "$here"/Sources/LimeEdge/*.swift
+compile -typecheck -parse-as-library -module-name LimeEdgeCoreML "$here"/Sources/LimeEdgeCoreML/*.swift
+for module in ExecuTorch Tokenizers; do
+    compile -emit-module -parse-as-library -module-name $module -emit-module-path "$stubs/$module.swiftmodule" "$here/Tests/Stubs/$module.swift"
+done
+for module in LimeEdgeExecuTorch LimeEdgeTransformers; do
+    compile -typecheck -parse-as-library -module-name $module "$here/More/Sources/$module"/*.swift
+done
+echo "== the app: its models by the compiler, its screens' syntax alone"
+app="$root/examples/ios/LimeChat"
+compile -typecheck -parse-as-library -module-name LimeChat "$app/Sources/ChatModel.swift" "$app/Sources/BundleStore.swift"
+"$here/chroot.sh" run swiftc -frontend -parse "$app"/Sources/*.swift "$app"/Tests/*.swift
 echo "== the suite, without network"
 swift test --skip-build
 grep -E 'Test run with' "$build/swift.log"
+"$python" -m lime_edge bench --compare "$vectors/swift-bench.json" "$vectors/swift-bench.json" >/dev/null # the document is what bench reads

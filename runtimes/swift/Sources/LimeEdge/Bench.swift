@@ -188,7 +188,7 @@ public enum Bench {
             ("schema", .integer(2)), ("lime_edge", .string(version)), ("created", .string(created)), ("bundle", .string(bundle.folder.path)),
             ("model", .string(bundle.manifest.modelName)), ("fingerprint", .string(bundle.manifest.fingerprint)),
         ]
-        return object(head + (run.object?.members.map { ($0.name, $0.value) } ?? []) + [("machine", object(facts)), ("runs", .array([run]))])
+        return object(head + (run.object?.members.map { ($0.name, $0.value) } ?? []) + [("state", nil), ("throttled", nil), ("machine", object(facts)), ("runs", .array([run]))])
     }
 
     private static func object(_ members: [(String, Json)]) -> Json {

@@ -100,3 +100,10 @@ final class Loader {
 }
 
 let graphHint = "the graph is not the manifest's: export the bundle again"
+
+extension LimeSession {
+    /// Open a bundle's folder on ONNX Runtime; see ``LimeSession/open(_:with:options:tokenizer:)-(URL,_,_,_)``.
+    public static func open(_ folder: URL, options: SessionOptions = SessionOptions()) async throws -> LimeSession {
+        try await open(folder, with: ONNXEngines(), options: options)
+    }
+}
