@@ -13,8 +13,16 @@ from rich.table import Table
 
 from lime_edge.errors import show_plain
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class _Terminal(Console):
+    """A console whose reader may leave: that ends the command, and is no fault (rich would exit with 1)."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out = _Terminal(highlight=False)
+err = _Terminal(stderr=True, highlight=False)
 _quiet = False
 
 

@@ -176,7 +176,7 @@ def test_the_shell_completes_commands_options_and_experts(bundle: Path) -> None:
     assert "--expert" in complete("lime-edge run tiny.lime --exp", bundle.parent)
     assert complete("lime-edge run tiny.lime --expert expert1", bundle.parent) == ["expert1"]
     assert "none" in complete("lime-edge run tiny.lime --expert n", bundle.parent)
-    assert complete("lime-edge export m --target onnx,co", bundle.parent) == ["onnx,coreml"]
+    assert complete("lime-edge export m --target onnx,corem", bundle.parent) == ["onnx,coreml"]
 
 
 def test_parameters_are_told_as_options() -> None:
@@ -200,3 +200,47 @@ def test_what_a_newcomer_typed_is_refused_in_words(lime: Cli, bundle: Path, tmp_
     file.write_text("text")
     assert "not a bundle: it is a file" in lime.refuse("inspect", file)
     assert "no such file" in lime.refuse("bench", bundle, "--hosts", tmp_path / "no.toml")
+
+
+def test_output_that_nothing_fits_into_is_said(bundle: Path) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "lime_edge", "experts", "list", str(bundle), "--json"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and done.stderr.startswith("error: standard output: No space left"), done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault(bundle: Path) -> None:
+    for words in (("experts", "list", str(bundle), "--json"), ("inspect", str(bundle))):
+        command = [sys.executable, "-m", "lime_edge", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            told = process.stderr.read()
+        assert process.returncode == 141 and not told, (words, told)
+
+
+def test_ctrl_c_while_commands_are_imported_leaves_no_trace(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "class Break:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'lime_edge.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Break())\n"
+        "from lime_edge.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and not done.stderr, done.stderr
+
+
+def test_what_failed_leaves_no_folder_behind(lime: Cli, tiny_adapter: Make, tmp_path: Path) -> None:
+    empty = tmp_path / "model"
+    empty.mkdir()
+    lime.refuse("export", empty, "--adapter", tiny_adapter(), "-o", tmp_path / "no" / "such" / "x.lime")
+    assert not (tmp_path / "no").exists()
+
+
+def test_bytes_that_are_no_text_are_told_so(bundle: Path) -> None:
+    words = [sys.executable, "-m", "lime_edge", "run", str(bundle), "-"]
+    done = subprocess.run(words, input=b"\xff\xfe", capture_output=True)
+    assert done.returncode == 2 and b"standard input (-) is no UTF-8" in done.stderr, done.stderr

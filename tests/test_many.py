@@ -445,3 +445,10 @@ def test_an_iterator_goes_on_after_a_request_that_failed(bundle: Path) -> None:
 
 def test_a_request_in_words() -> None:
     assert Request([1], "a") == Request(prompt=[1], selection="a", options=None)
+
+
+def test_rows_that_no_memory_holds_are_refused(tiny_bundle: Make) -> None:
+    session = lime_edge.open_decoder(tiny_bundle(), target="onnx")
+    with pytest.raises(LimeEdgeError, match="no memory for the caches of 1000000000000 rows of 16 tokens"):
+        session.open_desk(rows=10**12, capacity=16)
+    assert len(session.logits([1, 2])) == 2

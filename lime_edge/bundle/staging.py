@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def stage_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         LimeEdgeError: it exists already, or it cannot be written (read-only, full): nothing is left.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
+    above = [parent for parent in path.parents if not parent.exists()]  # nearest first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -54,6 +55,7 @@ def stage_directory(path: Path, replace: bool = False) -> Iterator[Path]:
             raise LimeEdgeError(f"{path}: already exists", "choose another name or pass `force`")
         stage, lock = _make_stage(path)
     except OSError as error:
+        _remove_empty(above)
         raise storage_error(path, error) from None
     try:
         stage.chmod(0o755)
@@ -64,6 +66,14 @@ def stage_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     finally:
         _discard(stage)
         os.close(lock)
+        _remove_empty(above)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Folders that were made for what did not come; what is not empty stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def sweep(path: Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from lime_edge import terminal
 from lime_edge.bundle.experts import Selection, describe_selection
 from lime_edge.errors import LimeEdgeError
@@ -17,6 +19,7 @@ from lime_edge.session.generate import GenerationOptions, TextStream
 from lime_edge.session.vision import VisionSession
 
 INTERRUPTED = "interrupted"
+CUT = 130  # the exit code after Ctrl-C, as shells have it
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def answer_once(
         facts = {"expert": describe_selection(session.selection), "target": session.target, "prompt": prompt}
         terminal.print_json(facts | {"provider": session.provider} | answer.facts())
     say_limits(session, answer, options)
+    if answer.ended == INTERRUPTED:
+        raise typer.Exit(CUT)
 
 
 def stream_answer(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,7 +30,7 @@ from lime_edge.cli import (
 )
 from lime_edge.cli.command import App, UsageError, explain_usage
 from lime_edge.cli.flags import translate
-from lime_edge.errors import LimeEdgeError
+from lime_edge.errors import EXIT_STORAGE, LimeEdgeError
 
 app = App(
     no_args_is_help=True,
@@ -37,7 +40,7 @@ app = App(
     help="""LiME models on devices: one quantized backbone, many experts, switched without reloading.
 
     Exit codes: 0 done, 2 bad command line or bad input, 3 a check missed, 4 a package, engine or
-    device is missing, 5 nothing could be written, 1 a bug.""",
+    device is missing, 5 nothing could be written, 130 interrupted, 1 a bug.""",
 )
 for command in (export, run, serve, inspect, verify, evaluate, bench, pack, demo, doctor, import_adapter):
     command.register(app)
@@ -67,6 +70,7 @@ def main() -> None:
     terminal.be_quiet(False)
     try:
         code = app(prog_name="lime-edge", standalone_mode=False)
+        sys.stdout.flush()  # here, where what goes wrong is told
     except LimeEdgeError as error:
         sys.exit(_tell(error))
     except UsageError as error:
@@ -75,11 +79,35 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        sys.exit(141)
-    except OSError as error:  # of a path that nobody looked at before: a name too long, a folder nobody may enter
-        where = "input or output" if error.filename is None else str(error.filename)
-        sys.exit(_tell(LimeEdgeError(f"{where}: {error.strerror or error}", "check the path and its permissions")))
+        _leave()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the parser would end with 1
+            _leave()
+        raise
+    except OSError as error:
+        sys.exit(_tell(_explain(error)))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave() -> NoReturn:
+    """Who read our output has enough: no fault, and the exit code that shells have for it."""
+    _drop_output()
+    sys.exit(141)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: the interpreter would fail at it once more as it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(error: OSError) -> LimeEdgeError:
+    """Of output that nothing more fits into, or of a path that nobody looked at before: a name too long, say."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        _drop_output()
+        return LimeEdgeError(f"standard output: {error.strerror}", "write it where there is room", EXIT_STORAGE)
+    where = "input or output" if error.filename is None else str(error.filename)
+    return LimeEdgeError(f"{where}: {error.strerror or error}", "check the path and its permissions")
 
 
 def _tell(error: LimeEdgeError) -> int:

@@ -82,6 +82,7 @@ class Chat:
             self._answer(message)
             return
         name, _, argument = message.strip().partition(" ")
+        name = name.lower()
         command = self._commands.get(name)
         if command is None:
             hint = suggest(name, self._commands) or "/help lists them"

@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Answer one prompt, or chat, with any expert; or one prompt with several at once."""
     from lime_edge.bundle.experts import parse_selection
-    from lime_edge.cli.answer import answer_once
+    from lime_edge.cli.answer import CUT, INTERRUPTED, answer_once
     from lime_edge.cli.chat import Chat
     from lime_edge.cli.skills import answer_many, asks_for_many, read_selections
     from lime_edge.session.generate import GenerationOptions
@@ -117,7 +117,11 @@ def run(
     if expert is not None and asks_for_many(expert, session.experts):
         if text is None:
             raise LimeEdgeError(f"`expert`: {expert!r} answers one prompt: it is missing", "a chat has one expert")
-        answer_many(session, text, read_selections(expert, session.experts), options, system, raw, as_json, images)
+        done = answer_many(
+            session, text, read_selections(expert, session.experts), options, system, raw, as_json, images
+        )
+        if any(skill.reason == INTERRUPTED for skill in done.skills):
+            raise typer.Exit(CUT)
         return
     if expert is not None:
         session.use(parse_selection(expert))

@@ -43,7 +43,8 @@ def read_prompt(prompt: str) -> str:
             raise LimeEdgeError("the prompt is empty", "write one, pipe one into -, or leave it out to chat")
         return prompt
     try:
-        text = sys.stdin.read().removesuffix("\n")
+        given = sys.stdin.buffer.read().decode("utf-8") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        text = given.replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise LimeEdgeError(f"standard input (-) is no UTF-8: {error}", "pipe text into it") from None
     if not text:

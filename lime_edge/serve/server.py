@@ -121,7 +121,9 @@ def listen(options: ServeOptions) -> socket.socket:
         return sock
     except OSError as error:
         where = f"{options.host}:{options.port}"
-        raise LimeEdgeError(f"{where}: cannot listen there: {error.strerror or error}", "pass another `port`") from None
+        raise LimeEdgeError(
+            f"{where}: cannot listen there: {error.strerror or error}", "pass another `host` or `port`"
+        ) from None
 
 
 def make_listener(app: Starlette, log: bool) -> Listener:

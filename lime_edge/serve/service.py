@@ -25,6 +25,8 @@ from lime_edge.session.open import open_decoder, open_encoder
 from lime_edge.session.switching import ExpertSwitch
 
 SessionT = TypeVar("SessionT", bound=ExpertSwitch)
+NAME_LETTERS = "A-Za-z0-9._/-"
+MODEL_NAME = rf"[{NAME_LETTERS}]{{1,100}}"
 POLL = 0.05  # seconds between two looks at what still runs
 
 
@@ -57,6 +59,9 @@ def find_sources(
     """
     decoders: list[Source[Session]] = []
     encoders: list[Source[EncoderSession]] = []
+    if name is not None and not re.fullmatch(MODEL_NAME, name):
+        hint = "letters, digits and . _ - /; a colon is put before a skill"
+        raise LimeEdgeError(f"`name`: {name!r:.100} is no name of a model", hint)
     for path, given in ((bundle, name), (embedder, None)):
         if path is None:
             continue
@@ -79,7 +84,7 @@ def find_sources(
 
 def name_model(path: Path) -> str:
     """A bundle's folder as a model's name: no colon, which separates the skill."""
-    return re.sub(r"[^A-Za-z0-9._/-]", "-", path.resolve().name.removesuffix(".lime")) or "model"
+    return re.sub(rf"[^{NAME_LETTERS}]", "-", path.resolve().name.removesuffix(".lime")) or "model"
 
 
 class Service:

@@ -124,10 +124,12 @@ class Worker:
             raise refuse_shutdown()
         if self.broken is not None:
             raise Refusal(503, f"the engine failed: {self.broken}", "engine_failed")
-        count = len(self.under_way)
-        if len(asks) + count > self.rows + self._options.most_waiting:
+        count, most = len(self.under_way), self.rows + self._options.most_waiting
+        if len(asks) + count > most:
             self._metrics.refused.inc()
             told = f"{count} answers run or wait: no more are queued"
+            if len(asks) > most:
+                told = f"n: {len(asks)} answers at once; this server runs and queues {most} at most"
             raise Refusal(429, told, "queue_full", retry_after=1 + count // self.rows)
         return [self._queue(ask, index, mailbox) for index, ask in enumerate(asks)]
 

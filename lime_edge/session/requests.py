@@ -143,6 +143,11 @@ def open_rows(session: Asked, count: int, capacity: int, memory: int | None) -> 
     if memory is not None:
         each = opening(1, capacity).nbytes  # untouched: it takes no memory yet
         if each > memory:
-            raise LimeEdgeError(f"a row of {capacity} tokens takes {each} bytes, {memory} are allowed", "allow more")
+            problem = f"`memory`: a row of {capacity} tokens takes {each} bytes, {memory} are allowed"
+            raise LimeEdgeError(problem, "allow more, or open the session with a smaller `max_length`")
         count = min(count, memory // each)
-    return opening(count, capacity)
+    try:
+        return opening(count, capacity)
+    except MemoryError:
+        problem = f"`rows`: no memory for the caches of {count} rows of {capacity} tokens"
+        raise LimeEdgeError(problem, "ask for fewer rows, or name `memory` that they may take") from None

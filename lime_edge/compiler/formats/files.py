@@ -7,6 +7,7 @@ that no file backs, links out of the folder) is looked at before they see it.
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -137,7 +138,10 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
             with zipfile.ZipFile(file) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise LimeEdgeError(f"{file}: its archive is compressed: torch.save writes none", AGAIN)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError):  # torch would advise to load it without looking
+            raise LimeEdgeError(f"{file}: no PyTorch file, or one that holds more than tensors", AGAIN) from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
