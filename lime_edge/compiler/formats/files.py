@@ -141,7 +141,9 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError):  # torch would advise to load it without looking
-            raise LimeEdgeError(f"{file}: no PyTorch file, or one that holds more than tensors", AGAIN) from None
+            raise LimeEdgeError(
+                f"{file}: not a readable state dict: it holds more than tensors, or is none", AGAIN
+            ) from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
