@@ -36,6 +36,7 @@ from torch import Tensor
 import lime_edge
 from lime_edge.bundle.vision.llava import LlavaProcessor
 from lime_edge.bundle.vision.pictures import Picture, open_picture
+from lime_edge.bundle.vision.pixels import RESAMPLING
 from lime_edge.bundle.vision.processor import Cut
 from lime_edge.bundle.vision.reading import AnyProcessor
 from lime_edge.bundle.vision.smolvlm import SmolProcessor
@@ -306,7 +307,9 @@ def build_processor(kind: str, arguments: Mapping[str, Any], patch: int) -> AnyP
     import transformers
 
     defaults = getattr(transformers, kind)(**arguments)
+    names = {number: name for name, number in RESAMPLING.items()}
     common = {
+        "resample": names[int(defaults.resample)],
         "rescale": defaults.rescale_factor,
         "mean": tuple(defaults.image_mean),
         "std": tuple(defaults.image_std),
@@ -318,7 +321,6 @@ def build_processor(kind: str, arguments: Mapping[str, Any], patch: int) -> AnyP
             **common,
             tile=tile,
             side=tile // patch,
-            resample="bicubic",
             grids=tuple((grid[0], grid[1]) for grid in defaults.image_grid_pinpoints),
             limit=9,
             newline="AAAAAA==",
@@ -329,7 +331,6 @@ def build_processor(kind: str, arguments: Mapping[str, Any], patch: int) -> AnyP
         **common,
         tile=tile,
         side=tile // patch // 2,
-        resample="lanczos",
         edge=dict(defaults.size)["longest_edge"],
         split=defaults.do_image_splitting,
     )
