@@ -118,6 +118,9 @@ def print_bundle(bundle: Bundle, sites: bool) -> None:
         ["golden outputs", "yes: lime-edge verify compares with them" if GOLDEN in m.files else "no"],
         ["total size", size(bundle.total_bytes)],
     ]
+    if (vision := m.vision) is not None:
+        whose = "each expert sees for itself" if vision.adapts_tower else "what is seen serves all experts"
+        facts.insert(1, ["pictures", f"tiles of {vision.tile} x {vision.tile} pixels; {whose}"])
     for name, target in m.targets.items():
         if getattr(target, "functions", ()) and (absent := explain_operators(name)) is not None:
             facts.append(["operators here", absent or f"yes: the {name} graph's functions run compiled"])
