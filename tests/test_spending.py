@@ -133,6 +133,9 @@ def test_integers_are_those_of_the_widths_chosen(tiny_model: Make, tiny_adapter:
         for name, stored in spent.weights.items():
             like = (wide if name in spent.report["int8"] or stored.bits == 8 else narrow)[name]
             assert isinstance(like, QuantizedTensor)
+            if name == folded.head_name and stored.bits == 4:  # by what the head reads, which no other export sums
+                assert stored.group == like.group and not torch.equal(stored.codes, like.codes)
+                continue
             assert torch.equal(stored.codes, like.codes) and torch.equal(stored.scales, like.scales), name
         assert (
             (share > 0) == bool(spent.report["int8"])

@@ -62,6 +62,12 @@ class Probe:
         return cap(logits, module.config.logit_cap).log_softmax(-1)
 
     @torch.no_grad()
+    def sum_head(self) -> Tensor:
+        """Sum of x x^T over what the head reads, (hidden, hidden)."""
+        x = self.module.norm(self.states[-1][:, self.added :][self.real])
+        return x.t() @ x
+
+    @torch.no_grad()
     def listen(self, weights: Mapping[Part, Tensor]) -> Heard:
         """Read again with other weights (a tied head is the table's), from the first layer that changes on."""
         module, kept = self.module, {part: self._exchange(part, weight) for part, weight in weights.items()}

@@ -3,6 +3,10 @@
 One matrix at a time is rounded to int4 in a float32 model that reads calibration text with its experts active; the
 Kullback-Leibler divergence of the next-token distributions from float32's is the matrix's loss. Losses are taken to add
 up, which they do not quite: so the curve that an export prints is measured again, on whole models.
+
+On SmolLM2-135M the tied table at int4 is two thirds of all loss, rounded by scale search. So here it is rounded by what
+the head reads (gptq): 0.061 nats a token in place of 0.192, 87% of the likeliest tokens float32's in place of 73% (271
+tokens that the sums had not seen; at int8 0.003 and 98%).
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.options import CompileOptions, Progress
 from lime_edge.compiler.rounding.budget import Candidate, Weigh, spend, spread, weigh_all
 from lime_edge.compiler.rounding.calibrate import Calibration
-from lime_edge.compiler.rounding.grams import collect_grams
-from lime_edge.compiler.rounding.model import Unit, list_narrow, list_units, round_unit
+from lime_edge.compiler.rounding.grams import Grams, collect_grams
+from lime_edge.compiler.rounding.model import Unit, list_narrow, list_units, round_by_gram, round_unit
 from lime_edge.compiler.rounding.probe import HEAD, TABLE, Part, Probe
 from lime_edge.errors import LimeEdgeError
 
@@ -95,11 +99,12 @@ def measure_units(
     progress: Progress = lambda *_: None,
 ) -> Measured:
     """Round every unit both ways, and listen to each at four bits. Args as `spend_bits`."""
-    module, grams = DecoderModule(model), {}
+    module, grams = DecoderModule(model), Grams()
     if options.rounding == "gptq":
         grams = collect_grams(model, module, calibration, list_narrow(units), progress)
-    narrow, wide = _round_both(model, units, options, grams, progress)
     probe, candidates = Probe(module, *choose_rows(model, calibration)), []
+    head = probe.sum_head() if options.rounding == "gptq" else None
+    narrow, wide = _round_both(model, units, options, grams, head, progress)
     for index, unit in enumerate(units):
         progress("listen", index, len(units))
         loss = probe.listen({_place(model, unit): _join(narrow, unit)}).loss if unit.bits == 4 else 0.0
@@ -176,13 +181,21 @@ def choose_rows(model: Compiled, calibration: Calibration) -> tuple[torch.Tensor
 
 
 def _round_both(
-    model: Compiled, units: list[Unit], options: CompileOptions, grams: Any, progress: Progress
+    model: CompiledModel,
+    units: list[Unit],
+    options: CompileOptions,
+    grams: Grams,
+    head: torch.Tensor | None,
+    progress: Progress,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, QuantizedTensor]]:
-    """Every matrix at its narrow bits, and at eight."""
+    """Every matrix at its narrow bits, and at eight. head: gram of the head's input, which a tied table is for too."""
     narrow, wide = dict[str, QuantizedTensor](), dict[str, QuantizedTensor]()
     for index, unit in enumerate(units):
         progress("quantize", index, len(units))
         wide |= round_unit(model, replace(unit, bits=8), options, grams)
+        if unit.bits == 4 and head is not None and unit.names == (model.head_name,):
+            narrow[model.head_name] = round_by_gram(model.weight(model.head_name), head, options.group)
+            continue
         narrow |= round_unit(model, unit, options, grams) if unit.bits == 4 else {n: wide[n] for n in unit.names}
     progress("quantize", len(units), len(units))
     return narrow, wide
