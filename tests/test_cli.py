@@ -389,9 +389,8 @@ def test_models_we_cannot_build_are_refused(lime: Cli, tiny_model: Make, tiny_ad
     words = ("export", model, "--adapter", tiny_adapter(), "-o", tmp_path / "x.lime")
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     assert "model_type: gpt2 is not supported: an older design" in lime.refuse(*words)
-    rope = {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}
-    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    assert "rope_type: expected default or" in (said := lime.refuse(*words)) and "proportional" in said
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert "hidden_act: expected silu or gelu or" in lime.refuse(*words)
     (model / "config.json").write_text("{")
     assert "config.json: not a readable JSON file" in lime.refuse(*words)
     assert "no such file or directory" in lime.refuse("export", tmp_path / "no", *words[2:])
