@@ -44,6 +44,10 @@ TAIL = """## What is not here
 
 The rows are the settings nearest to the default. `python tools/accuracy.py --distance 5` measures every combination:
 hours on a few cores. Other targets than ONNX are not measured.
+
+`lime-edge export --size 110MB` (or `--bits 5.5`) measures instead of going by a list: the loss of every matrix at
+int4 on calibration text, int8 where it spares the most a byte; the export prints the curve of sizes, lime.json keeps it
+(`quantization.spending`). How many answers such a bundle keeps on these tasks is not measured here yet.
 """
 
 
