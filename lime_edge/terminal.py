@@ -18,6 +18,7 @@ class _Terminal(Console):
     """A console whose reader may leave: that ends the command, and is no fault (rich would exit with 1)."""
 
     def on_broken_pipe(self) -> None:
+        """Who read it has enough."""
         raise BrokenPipeError
 
 

@@ -103,4 +103,5 @@ class _Uncached(Cache):
     """A cache for one block of one call: whichever block asks is the first."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads: this call's own."""
         return key, value
