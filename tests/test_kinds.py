@@ -47,7 +47,7 @@ def test_a_kind_of_tomorrow_is_refused(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle())
     strange = replace(bundle, manifest=structs.replace(bundle.manifest, kind="diffusion"))
     for use in (open_any, lambda one: load_engine(one, None)):
-        with pytest.raises(LimeEdgeError, match="kind of model: expected decoder or encoder, found 'diffusion'"):
+        with pytest.raises(LimeEdgeError, match="kind of model: expected decoder or encoder or .*, found 'diffusion'"):
             use(strange)
 
 

@@ -24,9 +24,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,8 +47,7 @@ from lime_edge.session.open import open_decoder
 COREAI, COREAI_UNITS = "CoreAI", ("gpu", "cpu", "neural_engine")
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """A target as this script runs it: the system's provider, its compute units, and what interprets elsewhere."""
 
     title: str

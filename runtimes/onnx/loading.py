@@ -69,7 +69,7 @@ def require_providers(asked: tuple[str, ...]) -> list[str]:
             short = [one.removesuffix(SUFFIX).lower() for one in available]
             meant = suggest(name.removesuffix(SUFFIX).lower(), short) or "lime-edge doctor lists what is here"
             raise LimeEdgeError(
-                f"execution provider {name}: not in this onnxruntime, which has {', '.join(short)}",
+                f"execution provider {name} is not available: this onnxruntime has {', '.join(short)}",
                 f"take {PACKAGES[name]}" if name in PACKAGES else meant,
                 EXIT_MISSING,
             )
