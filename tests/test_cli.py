@@ -170,11 +170,14 @@ def test_experts_are_listed_blended_added_and_removed(lime: Cli, bundle: Path, t
     first, second = (read_expert(bundle / "experts" / f"{n}.safetensors").vector.astype(np.float64) for n in (one, two))
     np.testing.assert_allclose(mixed.vector, 0.25 * first + 0.75 * second, rtol=1e-3, atol=1e-4)
     shutil.copy(bundle / "experts" / "mix.safetensors", tmp_path / "new.safetensors")
-    assert lime("experts", "remove", bundle, "mix").code == 0
+    assert "opens with" not in lime("experts", "remove", bundle, "mix").err
     assert lime("experts", "add", bundle, tmp_path / "new.safetensors", "--name", "again").code == 0
     names = [row["name"] for row in json.loads(lime("experts", "list", bundle, "--json").out)]
     assert names == [*Bundle.open(bundle, verify=True).manifest.experts] and names[-1] == "again"
     assert "again" in lime("experts", "list", bundle).out
+    opened = Bundle.open(bundle).manifest.default
+    told = lime("experts", "remove", bundle, opened).err
+    assert f"the bundle opened with {opened!r}; now it opens with {Bundle.open(bundle).manifest.default!r}" in told
 
 
 def test_eval_counts_and_compares(lime: Cli, bundle: Path, data: Path, tmp_path: Path) -> None:

@@ -437,6 +437,10 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     plan = choose_plan(args)
+    if min(plan.steps, plan.batch, plan.rank) < 1:
+        parser.error("--steps, --batch and --rank: 1 or more")
+    if args.base is not None and not args.base.exists():
+        parser.error(f"--base {args.base}: no such folder or file")
     args.seed = plan.seed
     if args.data:
         if args.out is None or args.routed or args.tasks or args.items:

@@ -57,10 +57,10 @@ def add_blend(path: Path, blend: Selection, name: str, replace: bool = False) ->
 
 
 def remove_expert(path: Path, name: str) -> Bundle:
-    """Take an expert out of a bundle.
+    """Take an expert out of a bundle; where the bundle opened with it, it opens with the next one from now on.
 
     Raises:
-        LimeEdgeError: it is not there, the bundle opens with it, or nothing can be written: the bundle is as before.
+        LimeEdgeError: it is not there, or nothing can be written: the bundle is as before.
     """
     with _change(path) as change:
         change.remove(name)

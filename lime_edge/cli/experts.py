@@ -127,13 +127,17 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Take an expert out of a bundle."""
+    from lime_edge.bundle.bundle import Bundle
     from lime_edge.bundle.change import remove_expert
 
+    before = Bundle.open(bundle).manifest.default
     changed = remove_expert(bundle, name)
     if as_json:
         terminal.print_json({"bundle": str(bundle), "removed": [name], "experts": list(changed.manifest.experts)})
         return
     terminal.tell(f"removed {name!r}: {len(changed.manifest.experts)} experts in {bundle}")
+    if changed.manifest.default != before:
+        terminal.note(f"the bundle opened with {before!r}; now it opens with {changed.manifest.default!r}")
 
 
 @experts_app.command(
