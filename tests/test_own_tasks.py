@@ -86,3 +86,11 @@ def test_bad_folders_are_refused_with_every_fault(tiny_model: Make, tmp_path: Pa
     done = train("--data", tmp_path / "none", "--out", tmp_path / "out", "--base", tiny_model())
     assert "no TASK.jsonl in it" in done.stderr
     assert "--data needs --out" in train("--data", data, "--base", tiny_model()).stderr
+
+
+def test_a_plan_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    write_task(tmp_path / "tasks", "agree")
+    for words, told in ((("--steps", -1), "1 or more"), (("--base", tmp_path / "none"), "no such folder or file")):
+        done = train("--data", tmp_path / "tasks", "--out", tmp_path / "out", *words)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
