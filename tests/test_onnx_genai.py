@@ -110,7 +110,7 @@ def test_tokens_equal_transformers(
     """Every expert and the original model; without an adapter, what was folded."""
     case = MODELS[name]
     untied = {"tie_word_embeddings": False} if name == "gemma2" else {}  # tied, it repeats the last token, whoever asks
-    model = tiny_model(case.family, **case.changes | untied)
+    model = tiny_model(case.family, **{**case.changes, **untied})
     adapter = tiny_adapter(model, targets=case.targets, shared=case.shared)
     unfolded = UnfoldedModel(load_model(model), *load_sites(adapter))
     stock = Stock(tiny_bundle(model, adapter, fold=fold, companions=GENAI))
