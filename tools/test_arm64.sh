@@ -95,19 +95,12 @@ register_qemu() {
         die "qemu-aarch64 is registered without flag F; echo -1 > $BINFMT/qemu-aarch64 and run this again"
 }
 
-find_mirror() {
-    [ -n "${DEBIAN_MIRROR:-}" ] && echo "$DEBIAN_MIRROR" && return
-    apt-get indextargets --format '$(LABEL) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' 2>/dev/null |
-        awk '$1 == "Debian" && $2 == "main" { print $3; exit }'
-}
-
 # A root that is half built has another name, so that it is never mistaken for a whole one; one without a compiler was
 # made by an earlier version of this script.
 build_root() {
     [ -x "$ROOT/usr/bin/gcc" ] && say "root: $ROOT (kept from an earlier run)" && return
     local mirror packages=python3,python3-venv,python3-pip,ca-certificates,gcc,libc6-dev
-    mirror=$(find_mirror)
-    [ -n "$mirror" ] || die "no Debian mirror in the apt sources of this machine: set DEBIAN_MIRROR to one"
+    mirror=$(tools/debian_mirror.sh) || die "no Debian mirror in the apt sources of this machine: set DEBIAN_MIRROR to one"
     say "debootstrap $SUITE arm64 into $ROOT (minutes; log: $WORK/debootstrap.log)"
     rm -rf --one-file-system "$ROOT" "$ROOT.part"
     debootstrap --arch=arm64 --variant=minbase --include=$packages $SUITE "$ROOT.part" "$mirror" \

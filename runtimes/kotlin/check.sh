@@ -48,7 +48,7 @@ operators="$("$python" -c 'from lime_edge.runtimes.onnx.operators import find_li
 cc -shared -fPIC "-DREAL=\"$library\"" -Wl,-soname,libonnxruntime.so.1 "-Wl,--version-script=$here/onnx/src/test/native/bridge.map" \
     "$here/onnx/src/test/native/bridge.c" -ldl -o "$build/libonnxruntime.so"
 publish=(deploy "-DaltDeploymentRepository=limeedge::file://$build/repository") # after the tests, where there are some
-same=("-Dpython.library=$build/libonnxruntime.so" "-Dpython.operators=$operators")
+same=("-Dpython.onnxruntime=$build/libonnxruntime.so" "-Dpython.operators=$operators")
 
 if [ "${2:-}" = demo ]; then
     bundle="$(cd "$3" && pwd)"

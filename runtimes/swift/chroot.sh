@@ -4,13 +4,12 @@
 #   runtimes/swift/chroot.sh make                       makes it where it is missing (2 minutes, 3.5 GB; root, debootstrap, network)
 #   runtimes/swift/chroot.sh run COMMAND...             runs a command inside, in the same folder, without network
 #
-# The folder is LIME_EDGE_SWIFT_CHROOT, else build/swift-chroot. Mounts (this checkout, /proc, /dev) live in a namespace of
+# The folder is LIME_EDGE_SWIFT_CHROOT, else build/swift-chroot; the mirror is DEBIAN_MIRROR, else that of this machine's apt sources. Mounts (this checkout, /proc, /dev) live in a namespace of
 # the command's own and are gone with it: removing the folder removes nothing else.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 folder="${LIME_EDGE_SWIFT_CHROOT:-$root/build/swift-chroot}"
-mirror="${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
 packages=(swiftlang swiftlang-dev libonnxruntime-dev libc6-dev libstdc++-14-dev)
 
 fail() {
@@ -23,6 +22,8 @@ make_chroot() {
     [ "$(id -u)" = 0 ] || fail "the chroot ($folder) is missing and only root can make one (sudo $0 make)"
     command -v debootstrap >/dev/null || fail "debootstrap is missing (apt-get install debootstrap)"
     command -v unshare >/dev/null || fail "unshare is missing (apt-get install util-linux)"
+    local mirror
+    mirror="$("$root/tools/debian_mirror.sh")" || fail "no Debian mirror in the apt sources of this machine: set DEBIAN_MIRROR to one"
     mkdir -p "$(dirname "$folder")"
     rm -rf --one-file-system "$folder"
     echo "== a Debian trixie with Swift in $folder"
