@@ -109,3 +109,8 @@ def choose_prompts(vocab: int, tokenizer: Path) -> Iterator[list[int]]:
     random = torch.Generator().manual_seed(0)
     for _ in range(PROMPTS):
         yield torch.randint(0, vocab, (TOKENS,), generator=random).tolist()
+
+
+def weigh_matrix(rows: int, columns: int, bits: int, group: int, table: bool) -> int:
+    """Bytes of a quantized matrix as it is stored, float16 scales. table: not read."""
+    return rows * columns * bits // 8 + 2 * (rows * columns // group)

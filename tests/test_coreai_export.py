@@ -43,7 +43,7 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
 from lime_edge.exporters.coreai.decoder import write_decoder
 from lime_edge.exporters.coreai.entry import check_options
-from lime_edge.runtimes.coreai.decoder import plan_calls
+from lime_edge.runtimes.padded import plan_calls
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.generate import GenerationOptions
@@ -482,7 +482,7 @@ def test_the_limits_of_a_session(tiny_model: Make, tiny_adapter: Make, core_bund
     ],
 )
 def test_prompts_are_cut_into_the_lengths_of_the_file(count: int, free: int, plan: list[int]) -> None:
-    assert plan_calls(count, free, [1, 32, 128]) == plan
+    assert plan_calls(count, [1, 32, 128], free) == plan
 
 
 def test_the_script_for_macs_takes_the_target(

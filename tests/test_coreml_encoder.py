@@ -23,7 +23,8 @@ from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
-from lime_edge.exporters.coreml.encoder import choose_lengths, write_encoder
+from lime_edge.exporters.coreml.encoder import write_encoder
+from lime_edge.exporters.padded import choose_lengths
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import Constant, read_package
 from lime_edge.session.encoder import EncoderSession

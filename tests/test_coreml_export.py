@@ -27,9 +27,9 @@ from lime_edge.errors import LimeEdgeError
 from lime_edge.exporters.coreml.decoder import write_decoder
 from lime_edge.exporters.coreml.entry import check_options
 from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
-from lime_edge.runtimes.coreml.decoder import plan_calls
 from lime_edge.runtimes.coreml.interpreter import Interpreter
 from lime_edge.runtimes.coreml.program import WEIGHTS, Constant, read_package
+from lime_edge.runtimes.padded import plan_calls
 from lime_edge.session.decoder import Session
 from lime_edge.session.engines import SessionOptions
 from lime_edge.session.open import open_decoder

@@ -19,8 +19,8 @@ from lime_edge.compiler.model.reference import UnfoldedModel
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
-from lime_edge.exporters.coreml.encoder import choose_lengths
 from lime_edge.exporters.executorch.encoder import choose_limits
+from lime_edge.exporters.padded import choose_lengths
 from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 

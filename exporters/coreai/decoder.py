@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lime_edge import __version__
 from lime_edge.compiler.model.compiled import CompiledModel
 from lime_edge.exporters.coreai.convert import (
     FILE,
@@ -26,9 +25,10 @@ from lime_edge.exporters.coreai.convert import (
 )
 from lime_edge.exporters.coreai.program import DecoderProgram, narrow
 from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
+from lime_edge.exporters.metadata import describe
+from lime_edge.exporters.padded import EXPERT, choose_calls
 from lime_edge.targets.entries import CoreaiOptions
 
-EXPERT = "expert"
 STATES = ("keys", "values")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Progress = Callable[[str, int, int], None]
@@ -58,7 +58,7 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoreaiOptions,
     if routed:
         functions |= make_functions(model, capacity, lengths, options.activations, routed=True)
     path = directory / FILE
-    write_program(functions, path, describe(model))
+    write_program(functions, path, describe(model, f"{model.decoder.family} decoder"))
     progress("write coreai", 2, 2)
     return facts | {
         "file": f"coreai/{FILE}",
@@ -83,8 +83,7 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoreaiOptions,
 def choose_lengths(model: CompiledModel, options: CoreaiOptions) -> tuple[int, tuple[int, ...]]:
     """Rows of the cache; and the lengths of calls, 1 among them, none longer than the cache."""
     capacity = min(options.max_seq_len, model.decoder.context)
-    fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
-    return capacity, tuple(sorted({1} | fitting))
+    return capacity, choose_calls(options.prompt_lengths, capacity)
 
 
 def make_functions(
@@ -110,18 +109,3 @@ def make_functions(
             inputs[EXPERT] = torch.zeros(model.sites.total, dtype=dtype)
         found[f"{ROUTED if routed else MAIN}_{length}"] = Function(module, inputs, ("logits",), STATES)
     return found
-
-
-def describe(model: CompiledModel) -> dict[str, str]:
-    """Metadata of the file."""
-    kind = f"single expert {model.single}" if model.single else f"{len(model.experts)} experts"
-    return {
-        "version": __version__,
-        "description": f"{model.decoder.family} decoder with a LiME adapter ({kind}), {model.quant}",
-        "experts": ",".join(model.experts),
-        "fingerprint": model.fingerprint,
-        "sites": model.sites.hash,
-        "fold": model.fold,
-        "quant": model.quant,
-        "variant": model.variant.name,
-    }

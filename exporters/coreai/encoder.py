@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lime_edge import __version__
 from lime_edge.compiler.formats.encoder import make_sample
-from lime_edge.compiler.model.encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
+from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.exporters.coreai.convert import (
     FILE,
@@ -32,14 +31,12 @@ from lime_edge.exporters.coreai.convert import (
     measure,
     write_program,
 )
-from lime_edge.exporters.coreai.decoder import DTYPES, EXPERT
+from lime_edge.exporters.coreai.decoder import DTYPES
 from lime_edge.exporters.coreai.weights import Product, Table
+from lime_edge.exporters.metadata import describe
+from lime_edge.exporters.padded import BATCH, EXPERT, Traced, choose_lengths
 from lime_edge.targets.entries import CoreaiOptions
 
-MASK = "attention_mask"
-UNSEEN = -30000.0  # added to the scores of padding; float16 holds it
-LONGEST = 512  # tokens; a longer context is cut here: each length is a function
-BATCH = 32  # largest batch of a routed call
 Progress = Callable[[str, int, int], None]
 
 
@@ -69,7 +66,7 @@ def write_encoder(
     if routed:
         functions[ROUTED] = make_routed(module, dtype, max(lengths, default=0))
     path = directory / FILE
-    write_program(functions, path, describe(compiled))
+    write_program(functions, path, describe(compiled, type(compiled.backbone.model).__name__))
     progress("write coreai", 1, 1)
     return {
         "file": f"coreai/{FILE}",
@@ -88,12 +85,6 @@ def write_encoder(
         "bytes": measure(path),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """Lengths of a text: those asked for that the context holds, and the context, LONGEST at most; () of pixels."""
-    context = min(compiled.backbone.context, LONGEST)
-    return tuple(sorted({length for length in wanted if length < context} | {context})) if context else ()
 
 
 def pack_product(product: StoredProduct | StoredTable) -> nn.Module:
@@ -125,46 +116,3 @@ def make_routed(module: EncoderModule, dtype: torch.dtype, longest: int) -> Func
 def cast_input(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Ids as int32, pixels in what the file computes in."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor.int()
-
-
-class Traced(nn.Module):
-    """The module as a function of exactly one call's inputs; its mask is added to scores, not turned into one."""
-
-    def __init__(self, module: EncoderModule, takes_expert: bool, routed: bool, dtype: torch.dtype):
-        super().__init__()
-        self.whole, self.takes_expert, self.routed, self.dtype = module, takes_expert, routed, dtype
-        self.bare = copy.copy(module)  # the same layers
-        self.bare.pooling = None
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The module's outputs; a function without an expert gets zeros, which nothing reads."""
-        whole = self.whole
-        inputs = {entry.name: x for entry, x in zip(whole.inputs, tensors, strict=False)}
-        mask = inputs.get(MASK)
-        if mask is not None:
-            inputs[MASK] = (1.0 - mask.to(self.dtype))[:, None, None, :] * UNSEEN
-        expert = tensors[-1] if self.takes_expert else torch.zeros(whole.sites.total, dtype=self.dtype)
-        whole.use_routing(self.routed)
-        try:
-            found = self.bare.compute(inputs, expert)
-        finally:
-            whole.use_routing(False)
-        if whole.pooling is not None:
-            assert mask is not None
-            found[SENTENCE] = pool(found["last_hidden_state"], mask.to(self.dtype), whole.pooling)
-        return tuple(found[name] for name in whole.outputs)
-
-
-def describe(compiled: CompiledEncoder) -> dict[str, str]:
-    """Metadata of the file."""
-    kind = f"single expert {compiled.single}" if compiled.single else f"{len(compiled.experts)} experts"
-    return {
-        "version": __version__,
-        "description": f"{type(compiled.backbone.model).__name__} with a LiME adapter ({kind}), {compiled.quant}",
-        "experts": ",".join(compiled.experts),
-        "fingerprint": compiled.fingerprint,
-        "sites": compiled.sites.hash,
-        "fold": compiled.fold,
-        "quant": compiled.quant,
-        "variant": compiled.variant.name,
-    }

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from lime_edge import __version__
-from lime_edge.compiler.model.compiled import CompiledModel
+from lime_edge.compiler.model.compiled import Compiled, CompiledModel
 from lime_edge.exporters.coreml.experts import PinnedExperts, RoutedExperts
 from lime_edge.exporters.coreml.graph import Graph, Var, ct, get_new_symbol, mb, measure_package, types
 from lime_edge.exporters.coreml.writer import DecoderWriter
 from lime_edge.exporters.half import LIMIT, find_peak, store_as_half
+from lime_edge.exporters.metadata import describe
+from lime_edge.exporters.padded import choose_calls
 from lime_edge.targets.entries import CoremlOptions
 
 FILE = "model.mlpackage"
@@ -54,7 +55,7 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoremlOptions,
         write_function(graph, ROUTED, stored, RoutedExperts(stored, graph, stored.routing), capacity, lengths)
         progress("write coreml", 2, 2 + routed)
     path = directory / FILE
-    graph.save(path, describe(model))
+    graph.save(path, describe_package(model, f"{model.decoder.family} decoder"))
     progress("write coreml", 2 + routed, 2 + routed)
     return {
         "file": f"coreml/{FILE}",
@@ -80,8 +81,7 @@ def write_decoder(model: CompiledModel, directory: Path, options: CoremlOptions,
 def choose_lengths(model: CompiledModel, options: CoremlOptions) -> tuple[int, tuple[int, ...]]:
     """Rows of the cache, a multiple of ROWS that holds the context asked for; and input lengths, 1 among them."""
     capacity = -(-min(options.max_seq_len, model.decoder.context) // ROWS) * ROWS
-    fitting = {length for length in options.prompt_lengths if length <= capacity} or {capacity}
-    return capacity, tuple(sorted({1} | fitting))
+    return capacity, choose_calls(options.prompt_lengths, capacity)
 
 
 def write_function(
@@ -123,21 +123,10 @@ def write_function(
     graph.write_function(name, inputs, shapes, body)
 
 
-def describe(model: CompiledModel) -> dict[str, str]:
+def describe_package(compiled: Compiled, noun: str) -> dict[str, str]:
     """Metadata of the package."""
-    kind = f"single expert {model.single}" if model.single else f"{len(model.experts)} experts"
-    return {
-        "author": "lime_edge",
-        "license": "that of the backbone and of the adapter",
-        "version": __version__,
-        "description": f"{model.decoder.family} decoder with a LiME adapter ({kind}), {model.quant}",
-        "experts": ",".join(model.experts),
-        "fingerprint": model.fingerprint,
-        "sites": model.sites.hash,
-        "fold": model.fold,
-        "quant": model.quant,
-        "variant": model.variant.name,
-    }
+    terms = {"author": "lime_edge", "license": "that of the backbone and of the adapter"}
+    return terms | describe(compiled, noun)
 
 
 def count_operations(graph: Graph) -> int:

@@ -6,7 +6,6 @@ everything it is given, so the function `routed` takes any length and batch inst
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,21 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lime_edge import __version__
 from lime_edge.compiler.formats.encoder import Input, make_sample
 from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.compiled import Stored
-from lime_edge.compiler.model.encoder import SENTENCE, CompiledEncoder, EncoderModule, pool
+from lime_edge.compiler.model.encoder import CompiledEncoder, EncoderModule
 from lime_edge.compiler.model.encoder_layers import StoredProduct, StoredTable
 from lime_edge.errors import LimeEdgeError
-from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED
+from lime_edge.exporters.coreml.decoder import FILE, MAIN, PROVIDERS, ROUTED, describe_package
 from lime_edge.exporters.coreml.graph import INT4, ct, mb, measure_package, read_minimum, save_package, silent
+from lime_edge.exporters.padded import BATCH, EXPERT, LONGEST, UNSEEN, Traced, choose_lengths
 from lime_edge.targets.entries import CoremlOptions
 
-EXPERT, MASK = "expert", "attention_mask"
-UNSEEN = -30000.0  # added to the scores of padding; float16 holds it
-LONGEST = 512  # tokens; a longer context is cut here: the package enumerates it
-BATCH = 32  # largest batch of a routed call
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,15 +56,11 @@ def write_encoder(
         progress("write coreml", 1, 1 + routed)
         if routed:
             parts.append(Path(folder) / f"{ROUTED}.mlpackage")
-            module.use_routing(True)
-            try:
-                convert(module, None, longest, False, minimum).save(str(parts[1]))
-            finally:
-                module.use_routing(False)
+            convert(module, None, longest, False, minimum).save(str(parts[1]))
             progress("write coreml", 2, 2)
         join(parts, Path(folder) / FILE)
         whole = ct.models.MLModel(str(Path(folder) / FILE), skip_model_load=True)
-        save_package(whole, directory / FILE, describe(compiled))
+        save_package(whole, directory / FILE, describe_package(compiled, type(compiled.backbone.model).__name__))
     return {
         "file": f"coreml/{FILE}",
         "routed": ROUTED if routed else None,
@@ -86,15 +77,6 @@ def write_encoder(
         "bytes": measure_package(directory / FILE),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-def choose_lengths(compiled: CompiledEncoder, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """Enumerated lengths of a text: those asked for that the context holds, and the context itself; () for pixels.
-
-    The context is that of the model, LONGEST at most.
-    """
-    context = min(compiled.backbone.context, LONGEST)
-    return tuple(sorted({length for length in wanted if length < context} | {context})) if context else ()
 
 
 # our products, as operations of torch that coremltools is told to translate
@@ -194,37 +176,13 @@ def pack_product(product: StoredProduct | StoredTable) -> nn.Module:
     return CodeTable(stored) if isinstance(product, StoredTable) else CodeProduct(stored, product.bias)
 
 
-class Traced(nn.Module):
-    """The module as a function of exactly the package's inputs; its mask is added to scores, not turned into one."""
-
-    def __init__(self, module: EncoderModule, takes_expert: bool):
-        super().__init__()
-        self.whole, self.takes_expert = module, takes_expert
-        self.bare = copy.copy(module)  # the same layers
-        self.bare.pooling = None
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The module's outputs; a program without an expert input gets zeros, which nothing reads."""
-        whole = self.whole
-        inputs = {entry.name: x for entry, x in zip(whole.inputs, tensors, strict=False)}
-        mask = inputs.get(MASK)
-        if mask is not None:
-            inputs[MASK] = (1.0 - mask.float())[:, None, None, :] * UNSEEN
-        expert = tensors[-1] if self.takes_expert else torch.zeros(whole.sites.total)
-        found = self.bare.compute(inputs, expert)
-        if whole.pooling is not None:
-            assert mask is not None
-            found[SENTENCE] = pool(found["last_hidden_state"], mask.float(), whole.pooling)
-        return tuple(found[name] for name in whole.outputs)
-
-
 def convert(
     module: EncoderModule, lengths: tuple[int, ...] | None, longest: int, takes_expert: bool, minimum: Any
 ) -> Any:
     """One function as a coremltools model.
 
     Args:
-        lengths: enumerated, with a batch of one; None takes any length and batch.
+        lengths: enumerated, with a batch of one; None routes, and takes any length and batch.
         longest: tokens of the longest text; not read for pixels.
     Raises:
         LimeEdgeError: torch or coremltools refuses the model.
@@ -243,9 +201,10 @@ def convert(
     if takes_expert:
         sample, axes = [*sample, torch.zeros(module.sites.total)], [*axes, None]
         inputs.append(ct.TensorType(EXPERT, (module.sites.total,), np.float16))
+    traced = Traced(module, takes_expert, routed=lengths is None)
     try:
         with torch.no_grad():
-            program = torch.export.export(Traced(module, takes_expert), tuple(sample), dynamic_shapes=(tuple(axes),))
+            program = torch.export.export(traced, tuple(sample), dynamic_shapes=(tuple(axes),))
         return ct.convert(
             program.run_decompositions({}),
             inputs=inputs,
@@ -285,21 +244,3 @@ def join(parts: list[Path], path: Path) -> None:
         functions.add_function(str(part), src_function_name="main", target_function_name=part.stem)
     functions.default_function_name = MAIN
     ct.utils.save_multifunction(functions, str(path))
-
-
-def describe(compiled: CompiledEncoder) -> dict[str, str]:
-    """Metadata of the package."""
-    backbone = compiled.backbone
-    kind = f"single expert {compiled.single}" if compiled.single else f"{len(compiled.experts)} experts"
-    return {
-        "author": "lime_edge",
-        "license": "that of the backbone and of the adapter",
-        "version": __version__,
-        "description": f"{type(backbone.model).__name__} with a LiME adapter ({kind}), {compiled.quant}",
-        "experts": ",".join(compiled.experts),
-        "fingerprint": compiled.fingerprint,
-        "sites": compiled.sites.hash,
-        "fold": compiled.fold,
-        "quant": compiled.quant,
-        "variant": compiled.variant.name,
-    }

@@ -41,6 +41,20 @@ class SessionOptions:
                     faults.add(name, f"a whole number, at least 1 and at most {MOST[name]}", f"{value!r:.40}")
 
 
+def choose_capacity(options: SessionOptions, most: int) -> int:
+    """Tokens that a session's cache holds, of a program whose cache is static and holds `most`.
+
+    Raises:
+        LimeEdgeError: more were asked for.
+    """
+    capacity = options.max_length or most
+    if not 1 <= capacity <= most:
+        raise LimeEdgeError(
+            f"max_length: expected 1..{most}, found {capacity}", "`max_seq_len` at export sets the cache of this target"
+        )
+    return capacity
+
+
 class SwitchableEngine(Protocol):
     """What every engine provides: a model that takes an expert residual.
 

@@ -12,7 +12,8 @@ from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import LimeEdgeError
 from lime_edge.runtimes.coreai.model import Model, choose_provider, wrap
-from lime_edge.session.engines import SessionOptions
+from lime_edge.runtimes.padded import IDS, PaddedDecoder, plan_calls
+from lime_edge.session.engines import SessionOptions, choose_capacity
 from lime_edge.targets.entries import CoreaiFacts
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
@@ -42,7 +43,7 @@ class SwitchedModel:
         self._routing = True
 
 
-class CoreaiEngine(SwitchedModel):
+class CoreaiEngine(PaddedDecoder, SwitchedModel):
     """A loaded file with its cache as states; implements lime_edge.session.engines.Engine.
 
     Raises:
@@ -55,45 +56,22 @@ class CoreaiEngine(SwitchedModel):
         self._virtual = facts.virtual_tokens  # in the cache before everything else
         self._rows = facts.max_length
         most = min(self._rows, model.context) - self._virtual
-        self.capacity = options.max_length or most
-        if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(
-                f"max_length: expected 1..{most}, found {self.capacity}",
-                "`max_seq_len` at export sets the cache of this target",
-            )
+        self.capacity = choose_capacity(options, most)
         self.length = 0
         self._vocab, self._lengths = model.vocab, sorted(facts.lengths)
         super().__init__(bundle, options)
         shape = (facts.layers, 1, decoder.kv_heads, self._rows, decoder.head_dim)
         self._state = {name: wrap(np.zeros(shape, self._dtype)) for name in ("keys", "values")}
 
-    def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; the cache is overwritten later."""
-        self.length = min(self.length, length)
-
-    def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """Run S tokens after those in the cache. ids: (S,) int64. Returns (keep or S, V) float32.
+    def _cut(self, count: int, fed: int) -> list[int]:
+        """Lengths of the calls for `count` tokens; padding is written to the cache, so it has to fit as well.
 
         Raises:
             LimeEdgeError: a routed prompt that no length of the file holds.
         """
-        fed = self.length + self._virtual if self.length else 0
-        rows = min(keep, ids.size) if keep else ids.size
-        if self.length == 0 and self._virtual:
-            ids = np.concatenate([self._vocab + np.arange(self._virtual), ids])
-        parts, start = [], 0
-        for length in self._cut(ids.size, self._rows - fed):
-            piece = ids[start : start + length]
-            parts.append(self._call(piece, length, fed + start)[: piece.size])
-            start += piece.size
-        self.length = fed + ids.size - self._virtual
-        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return np.ascontiguousarray(logits[-rows:], np.float32)
-
-    def _cut(self, count: int, free: int) -> list[int]:
-        """Lengths of the calls for `count` tokens; routing must see all of them in one."""
+        free = self._rows - fed
         if not self._routing:
-            return plan_calls(count, free, self._lengths)
+            return plan_calls(count, self._lengths, free)
         fitting = [length for length in self._lengths if count <= length <= free]
         if not fitting:
             longest = max(length for length in self._lengths if length <= free) - self._virtual * (free == self._rows)
@@ -103,32 +81,12 @@ class CoreaiEngine(SwitchedModel):
             )
         return [fitting[0]]
 
-    def _call(self, piece: np.ndarray, length: int, position: int) -> np.ndarray:
+    def _call(self, ids: np.ndarray, count: int, position: int) -> np.ndarray:
         """Logits (length, V) of one call."""
-        ids = np.zeros((1, length), np.int32)
-        ids[0, : piece.size] = piece
-        inputs = {"input_ids": ids, "position": np.array([position], np.int32)}
+        inputs = {IDS: ids, "position": np.array([position], np.int32)}
         if self._routing:
-            inputs["length"] = np.array([piece.size], np.int32)
+            inputs["length"] = np.array([count], np.int32)
         elif self._takes_expert:
             inputs["expert"] = self._expert
-        function = f"{'routed' if self._routing else 'main'}_{length}"
+        function = f"{'routed' if self._routing else 'main'}_{ids.shape[1]}"
         return self._model.run(function, inputs, self._state)["logits"][0]
-
-
-def plan_calls(count: int, free: int, lengths: list[int]) -> list[int]:
-    """Cut a prompt into lengths that a file has: one padded call where at most half of it is padding.
-
-    Args:
-        count: tokens. free: rows left in the cache, padding must fit as well. lengths: rising, 1 among them.
-    """
-    plan = []
-    while count > 0:
-        fitting = [length for length in lengths if length <= free]
-        above = next((length for length in fitting if length >= count), None)
-        below = max((length for length in fitting if 1 < length <= count), default=None)
-        covers = above is not None and (below is None or above <= 2 * count)
-        chosen = (above if covers else below) or fitting[0]
-        plan.append(chosen)
-        count, free = count - chosen, free - chosen
-    return plan

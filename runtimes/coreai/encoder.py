@@ -10,13 +10,14 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.coreai.decoder import SwitchedModel
+from lime_edge.runtimes.padded import PaddedEncoder
 from lime_edge.session.engines import SessionOptions
 from lime_edge.targets.entries import CoreaiFacts
 
-EXPERT, IDS = "expert", "input_ids"
+EXPERT = "expert"
 
 
-class CoreaiEncoderEngine(SwitchedModel):
+class CoreaiEncoderEngine(PaddedEncoder, SwitchedModel):
     """The loaded file; implements lime_edge.session.engines.EncoderEngine.
 
     Raises:
@@ -28,25 +29,16 @@ class CoreaiEncoderEngine(SwitchedModel):
         facts = bundle.manifest.facts_of(CoreaiFacts)
         self._outputs, self._lengths = facts.outputs, sorted(facts.lengths)
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name, float32."""
-        inputs = {name: x.astype(np.int32 if x.dtype == np.int64 else self._dtype) for name, x in inputs.items()}
-        if self._routing:
-            found = self._model.run("routed", inputs, {})
-            return {name: np.asarray(found[name], np.float32) for name in self._outputs}
-        count = len(next(iter(inputs.values())))
-        rows = [self._run_row({name: x[row : row + 1] for name, x in inputs.items()}) for row in range(count)]
-        return {name: np.concatenate([row[name] for row in rows]) for name in self._outputs}
+    @property
+    def _routes(self) -> bool:
+        return self._routing
 
-    def _run_row(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One text or image; outputs that have a row per token lose those of the padding."""
-        tokens = inputs[IDS].shape[1] if IDS in inputs else 0
-        length = next((n for n in self._lengths if n >= tokens), tokens)
-        if length > tokens:  # the mask is among the inputs, so its zeros tell the padding
-            inputs = {name: np.pad(x, ((0, 0), (0, length - tokens))) for name, x in inputs.items()}
+    def _cast(self, x: np.ndarray) -> np.ndarray:
+        """Ids as int32, pixels in what the file computes in."""
+        return x.astype(np.int32 if x.dtype == np.int64 else self._dtype)
+
+    def _compute(self, inputs: dict[str, np.ndarray], length: int | None) -> dict[str, np.ndarray]:
+        if length is None:
+            return self._model.run("routed", inputs, {})
         given = inputs | {EXPERT: self._expert} if self._takes_expert else inputs
-        found = self._model.run(f"main_{length}" if self._lengths else "main", given, {})
-        return {
-            name: np.asarray(x[:, :tokens] if length > tokens and x.ndim == 3 else x, np.float32)
-            for name, x in found.items()
-        }
+        return self._model.run(f"main_{length}" if self._lengths else "main", given, {})

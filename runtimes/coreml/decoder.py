@@ -18,7 +18,8 @@ from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
 from lime_edge.runtimes.coreml.interpreter import Interpreter, Values
 from lime_edge.runtimes.coreml.program import read_package
-from lime_edge.session.engines import SessionOptions
+from lime_edge.runtimes.padded import IDS, PaddedDecoder, plan_calls
+from lime_edge.session.engines import SessionOptions, choose_capacity
 from lime_edge.targets.entries import CoremlFacts
 
 COREML, INTERPRETER, ROUNDED = "CoreML", "interpreter", "interpreter-fp16"  # "CoreML:cpu_only" names the units too
@@ -57,7 +58,7 @@ class SwitchedPackage:
         self._function = self._routed
 
 
-class CoremlEngine(SwitchedPackage):
+class CoremlEngine(PaddedDecoder, SwitchedPackage):
     """A loaded package with its cache as state; implements lime_edge.session.decoder.Engine.
 
     Raises:
@@ -69,36 +70,12 @@ class CoremlEngine(SwitchedPackage):
         self._virtual = facts.virtual_tokens  # in the cache before everything else
         assert facts.max_length, "the manifest is checked: a language model's facts have it"
         most = min(facts.max_length, model.context) - self._virtual
-        self.capacity = options.max_length or most
-        if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(
-                f"max_length: expected 1..{most}, found {self.capacity}",
-                "`max_seq_len` at export sets the cache of this target",
-            )
+        self.capacity = choose_capacity(options, most)
         self.length = 0
         self._vocab, self._lengths = model.vocab, sorted(facts.lengths)
         super().__init__(bundle, options)
 
-    def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; the cache is overwritten later."""
-        self.length = min(self.length, length)
-
-    def feed(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """Run S tokens after those in the cache. ids: (S,) int64. Returns (keep or S, V) float32."""
-        fed = self.length + (self._virtual if self.length else 0)
-        if self.length == 0 and self._virtual:
-            ids = np.concatenate([self._vocab + np.arange(self._virtual), ids])
-        rows = min(keep, ids.size) if keep else ids.size - (self._virtual if self.length == 0 else 0)
-        parts, start = [], 0
-        for length in self._cut(ids.size):
-            piece = ids[start : start + length]
-            parts.append(self._call(piece, length, fed + start)[: piece.size])
-            start += piece.size
-        self.length = fed + ids.size - self._virtual
-        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return np.ascontiguousarray(logits[-rows:], np.float32)
-
-    def _cut(self, count: int) -> list[int]:
+    def _cut(self, count: int, fed: int) -> list[int]:
         """Lengths of the calls for a prompt; routing must see all of it in one.
 
         Raises:
@@ -116,32 +93,13 @@ class CoremlEngine(SwitchedPackage):
             )
         return [fitting[0]]
 
-    def _call(self, piece: np.ndarray, length: int, position: int) -> np.ndarray:
-        ids = np.zeros((1, length), np.int32)
-        ids[0, : piece.size] = piece
-        facts = {"position": position, "length": piece.size}
-        inputs: dict[str, np.ndarray] = {"input_ids": ids}
+    def _call(self, ids: np.ndarray, count: int, position: int) -> np.ndarray:
+        facts = {"position": position, "length": count}
+        inputs = {IDS: ids}
         inputs |= {name: np.array([value], np.int32) for name, value in facts.items()}
         if self._takes_expert and self._function == "main":
             inputs["expert"] = self._residual
         return self._model.run(self._function, inputs)["logits"][0]
-
-
-def plan_calls(count: int, lengths: list[int]) -> list[int]:
-    """Cut a prompt into enumerated lengths: one padded call where at most half of it is padding.
-
-    Args:
-        count: tokens. lengths: enumerated, rising.
-    """
-    plan = []
-    while count > 0:
-        above = next((length for length in lengths if length >= count), None)
-        below = max((length for length in lengths if 1 < length <= count), default=None)
-        covers = above is not None and (below is None or above <= 2 * count)
-        chosen = (above if covers else below) or lengths[-1]
-        plan.append(chosen)
-        count -= chosen
-    return plan
 
 
 def choose_provider(wanted: tuple[str, ...]) -> str:

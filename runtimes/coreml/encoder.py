@@ -10,13 +10,14 @@ import numpy as np
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.runtimes.coreml.decoder import SwitchedPackage
+from lime_edge.runtimes.padded import PaddedEncoder
 from lime_edge.session.engines import SessionOptions
 from lime_edge.targets.entries import CoremlFacts
 
-EXPERT, IDS = "expert", "input_ids"
+EXPERT = "expert"
 
 
-class CoremlEncoderEngine(SwitchedPackage):
+class CoremlEncoderEngine(PaddedEncoder, SwitchedPackage):
     """The loaded package; implements lime_edge.session.encoder.EncoderEngine.
 
     Raises:
@@ -28,27 +29,15 @@ class CoremlEncoderEngine(SwitchedPackage):
         facts = bundle.manifest.facts_of(CoremlFacts)
         self._outputs, self._lengths = facts.outputs, facts.lengths
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name, float32."""
-        inputs = {name: x.astype(np.int32) if x.dtype == np.int64 else x for name, x in inputs.items()}
-        if self._function == self._routed:
-            found = self._model.run(self._function, inputs)
-            return {name: np.asarray(found[name], np.float32) for name in self._outputs}
-        count = len(next(iter(inputs.values())))
-        rows = [self._run_row({name: x[row : row + 1] for name, x in inputs.items()}) for row in range(count)]
-        return {name: np.concatenate([row[name] for row in rows]) for name in self._outputs}
+    @property
+    def _routes(self) -> bool:
+        return self._function == self._routed
 
-    def _run_row(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One text or image; outputs that have a row per token lose those of the padding."""
-        tokens = inputs[IDS].shape[1] if IDS in inputs else 0
-        length = next((n for n in self._lengths if n >= tokens), tokens)
-        if length > tokens:  # the mask is among the inputs, so its zeros tell the padding
-            inputs = {name: np.pad(x, ((0, 0), (0, length - tokens))) for name, x in inputs.items()}
-        if self._takes_expert:
+    def _cast(self, x: np.ndarray) -> np.ndarray:
+        """Ids as int32."""
+        return x.astype(np.int32) if x.dtype == np.int64 else x
+
+    def _compute(self, inputs: dict[str, np.ndarray], length: int | None) -> dict[str, np.ndarray]:
+        if length is not None and self._takes_expert:
             inputs = inputs | {EXPERT: self._residual}
-        found = self._model.run("main", inputs)
-        padded = {name: length > tokens and found[name].ndim == 3 for name in self._outputs}
-        return {
-            name: np.asarray(found[name][:, :tokens] if padded[name] else found[name], np.float32)
-            for name in self._outputs
-        }
+        return self._model.run(self._function, inputs)

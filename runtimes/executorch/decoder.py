@@ -19,7 +19,7 @@ import numpy as np
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.bundle.residual import Subtract
 from lime_edge.errors import EXIT_MISSING, LimeEdgeError, need
-from lime_edge.session.engines import SessionOptions
+from lime_edge.session.engines import SessionOptions, choose_capacity
 from lime_edge.session.features import open_features
 from lime_edge.targets.entries import ExecutorchFacts
 
@@ -80,12 +80,7 @@ class ExecutorchEngine(SwitchedProgram):
         facts = bundle.manifest.facts_of(ExecutorchFacts)
         most, rows, prompt = facts.max_length, facts.rows, facts.prompt_length
         assert most and rows and prompt, "the manifest is checked: a language model's facts have them"
-        self.capacity = options.max_length or most
-        if not 1 <= self.capacity <= most:
-            raise LimeEdgeError(
-                f"max_length: expected 1..{most}, found {self.capacity}",
-                "`max_seq_len` at export sets the cache of this target",
-            )
+        self.capacity = choose_capacity(options, most)
         self.length = 0
         self._vocab = bundle.manifest.backbone.vocab
         self._virtual, self._rows, self._prompt = facts.virtual_tokens, rows, prompt
