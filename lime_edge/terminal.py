@@ -13,17 +13,8 @@ from rich.table import Table
 
 from lime_edge.errors import show_plain
 
-
-class _Terminal(Console):
-    """A console whose reader may leave: that ends the command, and is no fault (rich would exit with 1)."""
-
-    def on_broken_pipe(self) -> None:
-        """Who read it has enough."""
-        raise BrokenPipeError
-
-
-out = _Terminal(highlight=False)
-err = _Terminal(stderr=True, highlight=False)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 _quiet = False
 
 

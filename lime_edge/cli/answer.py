@@ -60,13 +60,14 @@ def compose_prompt(
     prompt: str,
     system: str | None,
     raw: bool,
-    images: Sequence[Path] = (),
+    images: Sequence[Any] = (),
     selection: Selection = IN_USE,
 ) -> str | list[int]:
     """What a session is given for a user's text: complete text, or with pictures its token ids.
 
     Args:
-        images: files, in the order of their placeholders; before the text where the chat template is applied.
+        images: files or opened pictures, in the order of their placeholders; before the text where the chat template is
+            applied.
         selection: under which they are seen; by default the one in use.
     Raises:
         LimeEdgeError: pictures for a model that sees none, or see `VisionSession.read_prompt`.

@@ -81,7 +81,7 @@ def main() -> None:
     except BrokenPipeError:
         _leave()
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # the parser would end with 1
+        if isinstance(end.__context__, BrokenPipeError):  # the parser and rich would end with 1
             _leave()
         raise
     except OSError as error:

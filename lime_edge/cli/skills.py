@@ -15,11 +15,13 @@ from rich.text import Text
 
 from lime_edge import terminal
 from lime_edge.bundle.experts import Selection, describe_selection, parse_selection
+from lime_edge.bundle.vision.pictures import open_picture
 from lime_edge.cli.answer import INTERRUPTED, compose_prompt
 from lime_edge.errors import LimeEdgeError, show_plain
 from lime_edge.session.decoder import Session
 from lime_edge.session.desk import Piece
 from lime_edge.session.generate import GenerationOptions, TextStream
+from lime_edge.session.vision import VisionSession
 
 ALL = "all"
 PER_SECOND = 8  # pictures of the table
@@ -104,9 +106,10 @@ def answer_many(
     images: Sequence[Path] = (),
 ) -> Pass:
     """Print every expert's answer to one prompt: as a table that fills, or as one JSON document."""
+    shown = [open_picture(image) for image in images] if isinstance(session, VisionSession) else images
 
     def compose(selection: Selection) -> Prompt:  # a picture may look different to each
-        return compose_prompt(session, prompt, system, raw, images, selection)
+        return compose_prompt(session, prompt, system, raw, shown, selection)
 
     done = Pass([Skill(selection) for selection in selections])
     with show_table(prompt, done, not as_json) as refresh:

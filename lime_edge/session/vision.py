@@ -125,8 +125,8 @@ class VisionSession(Session):
         assert self._vision is not None
         return self._vision.image_tokens
 
-    def _find_rows(self, pictures: tuple[Picture, ...], selection: Selection) -> list[range]:
-        """The ids of each picture's rows under a selection, computed where they are not kept."""
+    def _find_rows(self, pictures: tuple[Picture, ...], selection: Selection, cut: Cut | None = None) -> list[range]:
+        """The ids of each picture's rows under a selection, computed where they are not kept. cut: theirs, if known."""
         selection = self._seen_by(selection)
         store, routed = self._eyes.features, selection == ROUTED and self._adapts_tower
         alone = sum(not picture.moves for picture in pictures) == 1
@@ -135,7 +135,7 @@ class VisionSession(Session):
         keys = [(filler, picture.digest, alone, together) for picture in pictures]
         found = [store.find(key) for key in keys]
         if any(one is None for one in found):
-            cut = self.processor.cut(pictures)
+            cut = cut or self.processor.cut(pictures)
             features = self._compute(cut, selection, routed)
             packed = self.processor.pack(features, cut)
             tokens = [self.processor.token(picture) for picture in pictures]
@@ -204,10 +204,12 @@ class VisionSession(Session):
         if not pictures:
             self._refuse_bare(prompt)
             return super().read_prompt(cast(str | Sequence[int], prompt))
-        ids = super().read_prompt(
-            self._spell(prompt, pictures) if isinstance(prompt, str) else cast(Sequence[int], prompt)
-        )
-        rows = self._find_rows(pictures, selection)
+        cut = None
+        if isinstance(prompt, str):
+            cut = self.processor.cut(pictures)
+            prompt = self._spell(prompt, cut)
+        ids = super().read_prompt(cast(str | Sequence[int], prompt))
+        rows = self._find_rows(pictures, selection, cut)
         return self._insert(ids, rows, [self.processor.token(picture) for picture in pictures])
 
     def _refuse_bare(self, prompt: Prompt) -> None:
@@ -217,34 +219,31 @@ class VisionSession(Session):
             if bare := [mark for mark in marks if mark in prompt]:
                 raise LimeEdgeError(f"prompt: {bare[0]} without a picture", "give `images`, one for each")
 
-    def _spell(self, text: str, pictures: tuple[Picture, ...]) -> str:
+    def _spell(self, text: str, cut: Cut) -> str:
         """A text whose placeholders are written out: a token for each row, and what the family puts around them."""
-        marks = [self.codec.name_token(self.processor.token(picture)) for picture in pictures]
-        cut, known = self.processor.cut(pictures), set(self.codec.vocabulary())
+        marks = [self.codec.name_token(self.processor.token(picture)) for picture in cut.pictures]
+        known, count = set(self.codec.vocabulary()), len(marks)
+        spelled = {mark: self.processor.spell(cut, known, mark) for mark in dict.fromkeys(marks) if mark}
         pieces, place = [], 0
         for number, mark in enumerate(marks):
             start = text.find(mark, place) if mark else -1
-            if start < 0:
-                raise LimeEdgeError(f"prompt: no placeholder {mark} for picture {number + 1} of {len(pictures)}", USAGE)
-            spelled = self.processor.spell(cut, known, cast(str, mark))[number]
-            pieces += [text[place:start], spelled]
-            place = start + len(cast(str, mark))
+            if not mark or start < 0:
+                raise LimeEdgeError(f"prompt: no placeholder {mark} for picture {number + 1} of {count}", USAGE)
+            pieces += [text[place:start], spelled[mark][number]]
+            place = start + len(mark)
         rest = text[place:]
-        if left := [mark for mark in dict.fromkeys(marks) if mark and mark in rest]:
-            raise LimeEdgeError(f"prompt: more placeholders {left[0]} than the {len(pictures)} pictures", USAGE)
+        if left := [mark for mark in spelled if mark in rest]:
+            raise LimeEdgeError(f"prompt: more placeholders {left[0]} than the {count} pictures", USAGE)
         return "".join([*pieces, rest])
 
     def _insert(self, ids: list[int], rows: list[range], tokens: list[int]) -> list[int]:
         """Placeholders replaced by rows: as many of them as rows, or one for each picture."""
-        places = [number for number in ids if number in set(self._image_tokens)]
-        if len(places) == sum(map(len, rows)):
-            flat = iter([(row, token) for own, token in zip(rows, tokens, strict=True) for row in own])
-            return self._replace(ids, [((row,), token) for row, token in flat])
-        if len(places) == len(rows):
+        count, each = sum(map(ids.count, set(self._image_tokens))), sum(map(len, rows))
+        if count == each:
+            return self._replace(ids, [((row,), token) for own, token in zip(rows, tokens, strict=True) for row in own])
+        if count == len(rows):
             return self._replace(ids, list(zip(rows, tokens, strict=True)))
-        raise LimeEdgeError(
-            f"prompt: {len(places)} placeholders for {len(rows)} pictures of {sum(map(len, rows))} rows", USAGE
-        )
+        raise LimeEdgeError(f"prompt: {count} placeholders for {len(rows)} pictures of {each} rows", USAGE)
 
     def _replace(self, ids: list[int], rows: Sequence[tuple[Sequence[int], int]]) -> list[int]:
         """Each placeholder in turn by its rows' ids."""

@@ -122,13 +122,11 @@ def choose_bits(measured: Measured, allowed: int, rest: int) -> Spent:
     """
     units, candidates, curve = measured.units, measured.candidates, {}
     for size in sorted({*spread(candidates, POINTS), allowed}):
+        widened = spend(candidates, size)
         heard = measured.probe.listen(
-            {
-                _place(measured.model, unit): _join(_pick(measured, unit, spend(candidates, size)), unit)
-                for unit in units
-            }
+            {_place(measured.model, unit): _join(_pick(measured, unit, widened), unit) for unit in units}
         )
-        weighed = weigh_all(candidates, spend(candidates, size)) + rest
+        weighed = weigh_all(candidates, widened) + rest
         curve[weighed] = {"bytes": weighed, "same": round(heard.same, 4), "loss": round(heard.loss, 5)}
     chosen = spend(candidates, allowed)
     done = {name: _pick(measured, unit, chosen)[name] for unit in units for name in unit.names}
