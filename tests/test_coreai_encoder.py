@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from oracles import ask_encoder, draw_inputs
 from test_coreai_export import compare, read_functions, read_matrices, read_text
-from test_encoder import FIXTURES, draw_text
+from test_encoder import FIXTURES
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.checks.verify import verify_bundle
@@ -21,7 +20,6 @@ from lime_edge.compiler.maths.quantize import QuantizedTensor
 from lime_edge.compiler.model.encoder import CompiledEncoder
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.export.pipeline import ExportOptions, export_bundle
-from lime_edge.session.encoder import EncoderSession
 from lime_edge.session.open import open_encoder
 from lime_edge.targets.devices import find_device
 from lime_edge.targets.entries import CoreaiOptions
@@ -55,28 +53,6 @@ def made(checkpoint: tuple[Path, CompileOptions]) -> tuple[Path, CompiledEncoder
     return export(directory, how, "float32"), compiled
 
 
-def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarray]:
-    """Inputs; the later texts shorter than the first."""
-    if session.inputs == ("pixel_values",):
-        return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(length)).numpy()}
-    text = draw_text(batch, length, session.bundle.manifest.backbone.vocab, length)
-    return {name: tensor.numpy() for name, tensor in text.items()}
-
-
-@torch.no_grad()
-def ask_oracle(
-    compiled: CompiledEncoder, session: EncoderSession, inputs: dict[str, np.ndarray], selection: Any
-) -> np.ndarray:
-    routed = selection == "routed"
-    d = compiled.reference if routed else torch.from_numpy(session._bank.residual(selection).copy())
-    compiled.module.use_routing(routed)
-    try:
-        tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
-        return compiled.module.compute(tensors, d)["logits"].numpy()
-    finally:
-        compiled.module.use_routing(False)
-
-
 def test_every_selection_equals_the_oracle(made: tuple[Path, CompiledEncoder]) -> None:
     """Every expert, a blend, none, routed; a batch, and lengths that the file does not have."""
     path, compiled = made
@@ -86,8 +62,8 @@ def test_every_selection_equals_the_oracle(made: tuple[Path, CompiledEncoder]) -
     for selection in (*session.experts, {first: 0.3, second: 0.7}, None, "routed"):
         session.use(selection)
         for batch, length in ((2, 11), (1, 40)):
-            inputs = draw(session, batch, length)
-            wanted = ask_oracle(compiled, session, inputs, selection)
+            inputs = draw_inputs(session, batch, length)
+            wanted = ask_encoder(compiled, session, inputs, selection)
             compare(session.run(**inputs)["logits"], wanted, f"{path.parent.name}, {selection}, {length}")
         seen.append(wanted)
     assert min(np.abs(one - two).max() for one, two in zip(seen, seen[1:], strict=False)) > 1e-3
@@ -123,6 +99,6 @@ def test_float16_as_shipped(checkpoint: tuple[Path, CompileOptions], made: tuple
     session = open_encoder(Bundle.open(path))
     for selection in (session.experts[1], "routed"):
         session.use(selection)
-        inputs = draw(session, 1, 11)
-        wanted = ask_oracle(compiled, session, inputs, selection)
+        inputs = draw_inputs(session, 1, 11)
+        wanted = ask_encoder(compiled, session, inputs, selection)
         compare(session.run(**inputs)["logits"], wanted, f"{path.parent.name}, {selection}", "float16")

@@ -20,6 +20,7 @@ import torch
 from conftest import Make, remember
 from families import FAMILY_CASES
 from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
+from oracles import QUANTS, follow_decoder, read_residual
 from test_activated_adapter import GIVEN, reference
 from test_onnx_export import (
     BLEND,
@@ -37,7 +38,7 @@ from lime_edge.cli.target_flags import read_told
 from lime_edge.compiler.formats.adapter_checks import name_selection
 from lime_edge.compiler.maths.routing import RoutingConfig
 from lime_edge.compiler.model.compiled import CompiledModel
-from lime_edge.compiler.model.decoder import Cache, DecoderModule
+from lime_edge.compiler.model.decoder import DecoderModule
 from lime_edge.compiler.options import CompileOptions
 from lime_edge.errors import LimeEdgeError
 from lime_edge.export.pipeline import ExportOptions, export_bundle
@@ -56,12 +57,6 @@ ROOT = Path(__file__).parent.parent
 LIMITS = {"float32": 1e-4, "float16": 3e-2}  # of the largest logit, at least of 1
 SELECTIONS = (None, "expert1", BLEND)
 PROMPT, LENGTH, STEPS = 16, 27, 3  # the one enumerated length besides 1; a full call and a padded one; decode
-QUANTS: dict[str, dict[str, Any]] = {
-    "int4": {"quant": "int4"},
-    "all int4": {"quant": "int4", "keep_int8": ()},
-    "int8": {"quant": "int8"},
-    "none": {"quant": "none"},
-}
 # every turn of the program once, each with one way of quantizing
 DECODERS = {
     "llama-tied": "int4",
@@ -109,25 +104,17 @@ def open_on(path: Path) -> Session:
 
 def residual_of(session: Session, selection: Any) -> torch.Tensor | None:
     """d of a selection; None routes."""
-    return None if selection == "routed" else torch.from_numpy(session._bank.residual(selection).copy())
+    return None if selection == "routed" else read_residual(session, selection)
 
 
 def check_selection(session: Session, oracle: DecoderModule, selection: Any, what: str) -> np.ndarray:
-    """A prompt in one go, and the same with its end token by token; returns what the oracle says."""
-    ids, cache = draw_ids(LENGTH, seed=3), Cache()
-    if selection == "routed":
-        ids = ids[:, : PROMPT - 5]  # in one call, padded, with room for virtual tokens
-    d, first = residual_of(session, selection), ids.shape[1] - STEPS
-    wanted = [oracle(ids[:, :first], d, cache)[0]]
-    wanted += [oracle(ids[:, place : place + 1], d, cache)[0] for place in range(first, ids.shape[1])]
-    rows = torch.cat(wanted).numpy()
-    session.use(selection)
-    found = [session.logits(ids[0, :first].tolist())]
-    found += [session.extend([int(token)]) for token in ids[0, first:]]
-    compare(np.concatenate(found), rows, f"{what}, {selection}, token by token")
-    if selection != "routed":  # a longer prompt is routed otherwise: its scale needs all of it
-        compare(session.logits(ids[0].tolist()), rows, f"{what}, {selection}")
-    return rows
+    """See follow_decoder; a routed prompt in one call, padded, with room for virtual tokens."""
+    ids = draw_ids(LENGTH, seed=3)[:, : PROMPT - 5 if selection == "routed" else LENGTH]
+
+    def note(found: np.ndarray, wanted: np.ndarray, fed: str) -> None:
+        compare(found, wanted, f"{what}, {fed}")
+
+    return follow_decoder(session, oracle, selection, residual_of(session, selection), ids, STEPS, note)
 
 
 def compare(found: np.ndarray, wanted: np.ndarray, what: str, activations: str = "float32") -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles import ask_encoder, draw_inputs
 from test_coreml_export import EXACT, NATIVE, measure
 from test_coreml_interpreter import check_arithmetic, collect
-from test_encoder import FIXTURES, draw_text
+from test_encoder import FIXTURES
 
 from lime_edge.bundle.bundle import Bundle
 from lime_edge.compiler.compile import compile_checkpoint
@@ -66,29 +67,6 @@ def open_on(path: Path, provider: str) -> EncoderSession:
     return open_encoder(Bundle.open(path), "coreml", SessionOptions(providers=(provider,)))
 
 
-def draw(session: EncoderSession, batch: int, length: int) -> dict[str, np.ndarray]:
-    """Inputs, floats as float16 holds them; the later texts shorter than the first."""
-    if session.inputs == ("pixel_values",):
-        pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(length))
-        return {"pixel_values": pixels.half().float().numpy()}
-    text = draw_text(batch, length, session.bundle.manifest.backbone.vocab, length)
-    return {name: tensor.numpy() for name, tensor in text.items()}
-
-
-@torch.no_grad()
-def ask_oracle(
-    compiled: CompiledEncoder, session: EncoderSession, inputs: dict[str, np.ndarray], selection: Any
-) -> np.ndarray:
-    routed = selection == "routed"
-    d = compiled.reference if routed else torch.from_numpy(session._bank.residual(selection).copy())
-    compiled.module.use_routing(routed)
-    try:
-        tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
-        return compiled.module.compute(tensors, d.half().float())["logits"].numpy()
-    finally:
-        compiled.module.use_routing(False)
-
-
 def test_every_selection_equals_the_oracle(made: tuple[Path, CompiledEncoder]) -> None:
     """Exact: every expert, a blend, none, routed; a batch of lengths that are not enumerated."""
     path, compiled = made
@@ -97,8 +75,8 @@ def test_every_selection_equals_the_oracle(made: tuple[Path, CompiledEncoder]) -
     for selection in (*session.experts, {first: 0.3, second: 0.7}, None, "routed"):
         session.use(selection)
         for batch, length in ((2, 11), (1, 40)):
-            inputs = draw(session, batch, length)
-            wanted = ask_oracle(compiled, session, inputs, selection)
+            inputs = draw_inputs(session, batch, length, half=True)
+            wanted = ask_encoder(compiled, session, inputs, selection, half=True)
             error = measure(session.run(**inputs)["logits"], wanted)
             assert error < 1e-4, f"{path.parent.name}, {selection}, {length}: error {error:.3g}"
         seen.append(wanted)
@@ -110,8 +88,8 @@ def test_rounded_to_float16(made: tuple[Path, CompiledEncoder]) -> None:
     session = open_on(path, NATIVE)
     for selection in (session.experts[1], "routed"):
         session.use(selection)
-        inputs = draw(session, 2, 19)
-        error = measure(session.run(**inputs)["logits"], ask_oracle(compiled, session, inputs, selection))
+        inputs = draw_inputs(session, 2, 19, half=True)
+        error = measure(session.run(**inputs)["logits"], ask_encoder(compiled, session, inputs, selection, half=True))
         assert error < 2e-2, f"{path.parent.name}, {selection}: error {error:.3g}"
 
 
@@ -146,7 +124,10 @@ def test_every_operation_equals_coremltools(made: tuple[Path, CompiledEncoder]) 
     session, package = open_on(path, EXACT), read_package(path / "coreml/model.mlpackage")
     interpreters, inputs = [], []
     for name, function in package.functions.items():
-        given = {k: x.astype(np.int32) if x.dtype == np.int64 else x for k, x in draw(session, 1, 32).items()}
+        given = {
+            k: x.astype(np.int32) if x.dtype == np.int64 else x
+            for k, x in draw_inputs(session, 1, 32, half=True).items()
+        }
         if "expert" in function.inputs:
             given["expert"] = (
                 np.random.default_rng(0).normal(0, 0.5, session.bundle.manifest.sites.total).astype(np.float64)
@@ -187,8 +168,8 @@ def test_one_enumerated_length_is_a_fixed_shape(made: tuple[Path, CompiledEncode
     assert facts["lengths"] == [128] and package.functions["main"].inputs["input_ids"].shape == (1, 128)
     session = open_on(path, EXACT)  # for its bank
     session.use(session.experts[1])
-    inputs = draw(session, 1, 19)
-    wanted = ask_oracle(compiled, session, inputs, session.experts[1])
+    inputs = draw_inputs(session, 1, 19, half=True)
+    wanted = ask_encoder(compiled, session, inputs, session.experts[1], half=True)
     padded = {name: np.pad(x, ((0, 0), (0, 128 - 19))).astype(np.int32) for name, x in inputs.items()}
     runner = Interpreter(package)
     d = session._bank.residual(session.experts[1])

@@ -13,6 +13,7 @@ import torch
 from conftest import Make
 from manifests import reseal
 from models import ALL_LINEARS, CASES, CONTEXT, draw_ids
+from oracles import QUANTS, follow_decoder, read_residual
 from test_onnx_export import BLEND, QUANTIZED, assert_integers_equal, build, compile_again, stored
 from test_variants import ROUTINGS, VARIANTS, make_prompt_adapter
 
@@ -40,12 +41,6 @@ EXACT, NATIVE = "interpreter", "interpreter-fp16"
 LIMITS = {EXACT: 1e-4, NATIVE: 2e-2}  # of the largest logit, at least of 1
 SELECTIONS = (None, "expert0", "expert1", "expert2", "expert3", BLEND)
 LENGTH, STEPS = 37, 11  # one full enumerated length and a padded one
-QUANTS: dict[str, dict[str, Any]] = {
-    "int4": {"quant": "int4"},
-    "all int4": {"quant": "int4", "keep_int8": ()},
-    "int8": {"quant": "int8"},
-    "none": {"quant": "none"},
-}
 # every family and every turn of the graph once; each with one way of quantizing
 DECODERS = {
     "llama-tied": "int4",
@@ -80,9 +75,7 @@ def make_oracle(compiled: CompiledModel) -> DecoderModule:
 
 def residual_of(session: Session, selection: Any) -> torch.Tensor | None:
     """What the package is given for a selection; None routes."""
-    if selection == "routed":
-        return None
-    return torch.from_numpy(session._bank.residual(selection).copy()).half().float()
+    return None if selection == "routed" else read_residual(session, selection).half().float()
 
 
 def measure(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -92,22 +85,13 @@ def measure(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def check_selection(session: Session, oracle: DecoderModule, selection: Any, what: str) -> np.ndarray:
-    """A prompt in one go, and the same with its end token by token; returns what the oracle says."""
-    ids, cache = draw_ids(LENGTH, seed=3), Cache()
-    if selection == "routed":
-        ids = ids[:, :29]  # in one call
-    d = residual_of(session, selection)
-    first = ids.shape[1] - STEPS
-    wanted = [oracle(ids[:, :first], d, cache)[0]]
-    wanted += [oracle(ids[:, place : place + 1], d, cache)[0] for place in range(first, ids.shape[1])]
-    rows = torch.cat(wanted).numpy()
-    session.use(selection)
-    found = [session.logits(ids[0, :first].tolist())]
-    found += [session.extend([int(token)]) for token in ids[0, first:]]
-    compare(np.concatenate(found), rows, session.provider, f"{what}, {selection}, token by token")
-    if selection != "routed":  # a longer prompt is routed otherwise: its scale needs all of it
-        compare(session.logits(ids[0].tolist()), rows, session.provider, f"{what}, {selection}")
-    return rows
+    """See follow_decoder; a routed prompt in one call."""
+    ids = draw_ids(LENGTH, seed=3)[:, : 29 if selection == "routed" else LENGTH]
+
+    def note(found: np.ndarray, wanted: np.ndarray, fed: str) -> None:
+        compare(found, wanted, session.provider, f"{what}, {fed}")
+
+    return follow_decoder(session, oracle, selection, residual_of(session, selection), ids, STEPS, note)
 
 
 def compare(found: np.ndarray, wanted: np.ndarray, provider: str, what: str) -> None:

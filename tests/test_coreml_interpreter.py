@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from conftest import Make
 from manifests import reseal
 from models import CASES, draw_ids
-from test_coreml_export import EXACT, NATIVE, QUANTS, build, make_oracle, measure, open_on, residual_of
+from oracles import QUANTS
+from test_coreml_export import EXACT, NATIVE, build, make_oracle, measure, open_on, residual_of
 from test_onnx_export import compile_again
 from test_variants import ROUTINGS, make_prompt_adapter
 

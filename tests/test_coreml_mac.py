@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import Make
 from models import CASES, draw_ids
-from test_coreml_export import EXACT, QUANTS, build, open_on
+from oracles import QUANTS
+from test_coreml_export import EXACT, build, open_on
 from test_variants import ROUTINGS
 
 from lime_edge.bundle.bundle import Bundle
